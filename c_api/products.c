@@ -1,0 +1,219 @@
+/* Entry points of the products: check, settle the empty shapes, find workspace, call. */
+#include <stdlib.h>
+#include <string.h>
+
+#include "checks.h"
+#include "cpu/products.h"
+#include "cpu/reference.h"
+#include "dtype.h"
+#include "status.h"
+
+/* The caller's workspace, or our own for the time of one call. */
+typedef struct borrowed_workspace {
+    void *memory;
+    int owned;
+} borrowed_workspace;
+
+static hqq_status borrow_workspace(borrowed_workspace *w, size_t needed, void *given,
+                                   size_t given_bytes)
+{
+    w->owned = 0;
+    w->memory = given;
+    if (given) {
+        if (given_bytes < needed)
+            return hqq_fail(HQQ_NO_MEMORY, "workspace is %zu bytes; %zu are needed",
+                            given_bytes, needed);
+        if ((uintptr_t)given % 64 != 0)
+            return hqq_fail(HQQ_INVALID, "workspace at %p is not 64-byte aligned", given);
+        return HQQ_OK;
+    }
+    if (needed == 0) return HQQ_OK;
+    w->memory = aligned_alloc(64, (needed + 63) / 64 * 64);
+    if (!w->memory)
+        return hqq_fail(HQQ_NO_MEMORY, "could not allocate %zu bytes of workspace", needed);
+    w->owned = 1;
+    return HQQ_OK;
+}
+
+static void return_workspace(borrowed_workspace *w)
+{
+    if (w->owned) free(w->memory);
+}
+
+/* An adapter of rank 0 adds nothing: below this room it does not exist. */
+static const hqq_lora *effective(const hqq_lora *lora)
+{
+    return lora && lora->rank > 0 ? lora : NULL;
+}
+
+hqq_status hqq_workspace_size(size_t *bytes, const hqq_weight *weight, const hqq_lora *lora,
+                              int64_t M, hqq_dtype dtype, const hqq_context *context)
+{
+    hqq_clear_error();
+    if (!bytes) return hqq_fail(HQQ_INVALID, "bytes is NULL");
+    HQQ_TRY(hqq_check_shape(weight));
+    HQQ_TRY(hqq_check_dtype("dtype", dtype));
+    HQQ_TRY(hqq_check_context(context));
+    if (M < 0) return hqq_fail(HQQ_INVALID, "M is %lld; expected at least 0", (long long)M);
+    if (lora) HQQ_TRY(hqq_check_lora(lora, weight, dtype));
+    int64_t width = weight->out_features + weight->in_features + (lora ? lora->rank : 0);
+    int64_t elements; /* of the largest things that can be in it: [M,R], [M,N] or [M,K] */
+    if (__builtin_mul_overflow(M, width, &elements) || elements > (INT64_C(1) << 56))
+        return hqq_fail(HQQ_INVALID,
+                        "M is %lld; that many rows of %lld are more than 2^56 "
+                        "elements",
+                        (long long)M, (long long)width);
+    *bytes = 0;
+    if (M == 0 || weight->out_features == 0 || weight->in_features == 0) return HQQ_OK;
+    *bytes = hqq_cpu_workspace_size(weight, effective(lora), M, dtype, context);
+    return HQQ_OK;
+}
+
+static hqq_status forward(hqq_forward *f, void *workspace, size_t workspace_bytes,
+                          const hqq_context *context)
+{
+    HQQ_TRY(hqq_check_weight(f->weight));
+    HQQ_TRY(hqq_check_dtype("dtype", f->dtype));
+    HQQ_TRY(hqq_check_context(context));
+    int64_t N = f->weight->out_features, K = f->weight->in_features;
+    HQQ_TRY(hqq_check_matrix("x", f->x, f->M, K, f->ldx, f->dtype));
+    HQQ_TRY(hqq_check_matrix("y", f->y, f->M, N, N, f->dtype));
+    if (f->bias) {
+        HQQ_TRY(hqq_check_dtype("bias_dtype", f->bias_dtype));
+        HQQ_TRY(hqq_check_aligned("bias", f->bias, hqq_dtype_bytes(f->bias_dtype)));
+    }
+    HQQ_TRY(hqq_check_aligned("xa", f->xa, sizeof(float)));
+    if (f->lora) HQQ_TRY(hqq_check_lora(f->lora, f->weight, f->dtype));
+    f->lora = effective(f->lora);
+    if (f->M == 0) return HQQ_OK;
+    int wants_xa = f->xa && f->lora;
+    if (N == 0 && !wants_xa) return HQQ_OK;
+    if (N == 0 || K == 0) {
+        hqq_reference_forward(f); /* K = 0: y is the bias, xa zero; N = 0: xa alone */
+        return HQQ_OK;
+    }
+    borrowed_workspace w;
+    size_t needed = hqq_cpu_workspace_size(f->weight, f->lora, f->M, f->dtype, context);
+    HQQ_TRY(borrow_workspace(&w, needed, workspace, workspace_bytes));
+    hqq_status status = hqq_cpu_forward(f, w.memory, context);
+    return_workspace(&w);
+    return status;
+}
+
+hqq_status hqq_linear(void *y, const void *x, int64_t ldx, const hqq_weight *weight,
+                      const void *bias, hqq_dtype bias_dtype, int64_t M, hqq_dtype dtype,
+                      void *workspace, size_t workspace_bytes, const hqq_context *context)
+{
+    hqq_clear_error();
+    hqq_forward f = {.y = y,
+                     .x = x,
+                     .ldx = ldx,
+                     .weight = weight,
+                     .bias = bias,
+                     .bias_dtype = bias_dtype,
+                     .M = M,
+                     .dtype = dtype};
+    return forward(&f, workspace, workspace_bytes, context);
+}
+
+hqq_status hqq_lora_linear(void *y, float *xa, const void *x, int64_t ldx,
+                           const hqq_weight *weight, const void *bias, hqq_dtype bias_dtype,
+                           const hqq_lora *lora, int64_t M, hqq_dtype dtype, void *workspace,
+                           size_t workspace_bytes, const hqq_context *context)
+{
+    hqq_clear_error();
+    if (!lora) return hqq_fail(HQQ_INVALID, "lora is NULL");
+    hqq_forward f = {.y = y,
+                     .xa = xa,
+                     .x = x,
+                     .ldx = ldx,
+                     .weight = weight,
+                     .bias = bias,
+                     .bias_dtype = bias_dtype,
+                     .lora = lora,
+                     .M = M,
+                     .dtype = dtype};
+    return forward(&f, workspace, workspace_bytes, context);
+}
+
+static void fill_zero(void *data, int64_t elements, hqq_dtype dtype)
+{
+    if (data && elements > 0) memset(data, 0, (size_t)(elements * hqq_dtype_bytes(dtype)));
+}
+
+/* Gradients over nothing. */
+static void fill_gradients_with_zero(const hqq_backward *b)
+{
+    int64_t R = b->lora ? b->lora->rank : 0;
+    fill_zero(b->dx, b->M * b->weight->in_features, b->dtype);
+    if (!b->lora) return;
+    fill_zero(b->dA, R * b->weight->in_features, b->lora->dtype);
+    fill_zero(b->dB, b->weight->out_features * R, b->lora->dtype);
+}
+
+static hqq_status backward(hqq_backward *b, void *workspace, size_t workspace_bytes,
+                           const hqq_context *context)
+{
+    HQQ_TRY(hqq_check_weight(b->weight));
+    HQQ_TRY(hqq_check_dtype("dtype", b->dtype));
+    HQQ_TRY(hqq_check_context(context));
+    int64_t N = b->weight->out_features, K = b->weight->in_features;
+    HQQ_TRY(hqq_check_matrix("dy", b->dy, b->M, N, b->lddy, b->dtype));
+    if (b->lora) HQQ_TRY(hqq_check_lora(b->lora, b->weight, b->dtype));
+    b->lora = effective(b->lora);
+    if (!b->lora) b->dA = b->dB = NULL;
+    HQQ_TRY(hqq_check_aligned("dx", b->dx, hqq_dtype_bytes(b->dtype)));
+    if (b->lora) {
+        HQQ_TRY(hqq_check_aligned("dA", b->dA, hqq_dtype_bytes(b->lora->dtype)));
+        HQQ_TRY(hqq_check_aligned("dB", b->dB, hqq_dtype_bytes(b->lora->dtype)));
+        HQQ_TRY(hqq_check_aligned("xa", b->xa, sizeof(float)));
+    }
+    if (b->dA || (b->dB && !b->xa))
+        HQQ_TRY(hqq_check_matrix("x", b->x, b->M, K, b->ldx, b->dtype));
+    if (!b->dx && !b->dA && !b->dB) return HQQ_OK;
+    if (b->M == 0 || N == 0 || K == 0) {
+        fill_gradients_with_zero(b);
+        return HQQ_OK;
+    }
+    borrowed_workspace w;
+    size_t needed = hqq_cpu_workspace_size(b->weight, b->lora, b->M, b->dtype, context);
+    HQQ_TRY(borrow_workspace(&w, needed, workspace, workspace_bytes));
+    hqq_status status = hqq_cpu_backward(b, w.memory, context);
+    return_workspace(&w);
+    return status;
+}
+
+hqq_status hqq_linear_dgrad(void *dx, const void *dy, int64_t lddy, const hqq_weight *weight,
+                            int64_t M, hqq_dtype dtype, void *workspace, size_t workspace_bytes,
+                            const hqq_context *context)
+{
+    hqq_clear_error();
+    hqq_backward b = {
+        .dx = dx, .dy = dy, .lddy = lddy, .weight = weight, .M = M, .dtype = dtype};
+    if (!dx && M > 0 && weight && weight->in_features > 0)
+        return hqq_fail(HQQ_INVALID, "dx is NULL");
+    return backward(&b, workspace, workspace_bytes, context);
+}
+
+hqq_status hqq_lora_linear_backward(void *dx, void *dA, void *dB, const void *dy, int64_t lddy,
+                                    const void *x, int64_t ldx, const float *xa,
+                                    const hqq_weight *weight, const hqq_lora *lora, int64_t M,
+                                    hqq_dtype dtype, void *workspace, size_t workspace_bytes,
+                                    const hqq_context *context)
+{
+    hqq_clear_error();
+    if (!lora) return hqq_fail(HQQ_INVALID, "lora is NULL");
+    hqq_backward b = {.dx = dx,
+                      .dA = dA,
+                      .dB = dB,
+                      .dy = dy,
+                      .lddy = lddy,
+                      .x = x,
+                      .ldx = ldx,
+                      .xa = xa,
+                      .weight = weight,
+                      .lora = lora,
+                      .M = M,
+                      .dtype = dtype};
+    return backward(&b, workspace, workspace_bytes, context);
+}

@@ -1,0 +1,141 @@
+/* Entry points of the weight alone: format, quantizer, dequantize. */
+#include <math.h>
+
+#include "checks.h"
+#include "cpu/products.h"
+#include "format.h"
+#include "status.h"
+
+#define HQQ_STRING_(x) #x
+#define HQQ_STRING(x)  HQQ_STRING_(x)
+
+const char *hqq_version(void)
+{
+    return HQQ_STRING(HQQ_VERSION_MAJOR) "." HQQ_STRING(HQQ_VERSION_MINOR) "." HQQ_STRING(
+        HQQ_VERSION_PATCH);
+}
+
+static hqq_layout layout_of(const hqq_weight *w)
+{
+    return hqq_layout_make(w->out_features, w->in_features, w->group_size, w->nbits, w->axis);
+}
+
+hqq_status hqq_layout_of(int64_t *words, int64_t *word_bytes, int64_t *groups,
+                         const hqq_weight *weight)
+{
+    hqq_clear_error();
+    HQQ_TRY(hqq_check_shape(weight));
+    hqq_layout layout = layout_of(weight);
+    if (words) *words = layout.words;
+    if (word_bytes) *word_bytes = layout.word_bytes;
+    if (groups) *groups = layout.groups;
+    return HQQ_OK;
+}
+
+hqq_quantize_options hqq_quantize_defaults(void)
+{
+    return (hqq_quantize_options){
+        .solver = HQQ_SOLVER_DEFAULT,
+        .iters = 20,
+        .early_stop = 1,
+        .round_zero = 0,
+        .lp_norm = 0.7f,
+        .beta = 10.0f,
+        .kappa = 1.0f,
+    };
+}
+
+static hqq_status check_options(const hqq_quantize_options *o, int32_t nbits)
+{
+    if (!o) return hqq_fail(HQQ_INVALID, "options is NULL");
+    if ((int)o->solver < HQQ_SOLVER_DEFAULT || (int)o->solver > HQQ_SOLVER_MINMAX)
+        return hqq_fail(HQQ_INVALID, "options.solver is %d; expected 0 to %d", (int)o->solver,
+                        HQQ_SOLVER_MINMAX);
+    if (o->iters < 1 || o->iters > 10000)
+        return hqq_fail(HQQ_INVALID, "options.iters is %d; expected 1 to 10000", o->iters);
+    if (!(o->lp_norm > 0.0f && o->lp_norm <= 1.0f))
+        return hqq_fail(HQQ_INVALID, "options.lp_norm is %g; expected 0 < lp_norm <= 1",
+                        (double)o->lp_norm);
+    if (!(o->beta > 0.0f && isfinite(o->beta)))
+        return hqq_fail(HQQ_INVALID, "options.beta is %g; expected a finite value above 0",
+                        (double)o->beta);
+    if (!(o->kappa > 0.0f && isfinite(o->kappa)))
+        return hqq_fail(HQQ_INVALID, "options.kappa is %g; expected a finite value above 0",
+                        (double)o->kappa);
+    (void)nbits;
+    return HQQ_OK;
+}
+
+hqq_status hqq_quantize(void *packed, void *scale, void *zero, const void *W, hqq_dtype W_dtype,
+                        const hqq_weight *weight, const hqq_quantize_options *options,
+                        const hqq_context *context)
+{
+    hqq_clear_error();
+    HQQ_TRY(hqq_check_shape(weight));
+    HQQ_TRY(hqq_check_dtype("W_dtype", W_dtype));
+    HQQ_TRY(check_options(options, weight->nbits));
+    HQQ_TRY(hqq_check_context(context));
+    if (weight->out_features == 0 || weight->in_features == 0) return HQQ_OK;
+    HQQ_TRY(hqq_check_matrix("W", W, weight->out_features, weight->in_features,
+                             weight->in_features, W_dtype));
+    hqq_weight result = *weight;
+    result.packed = packed;
+    result.scale = scale;
+    result.zero = zero;
+    HQQ_TRY(hqq_check_weight(&result));
+    return hqq_cpu_quantize(packed, scale, zero, W, W_dtype, weight, options, context);
+}
+
+hqq_status hqq_pack(void *packed, const uint8_t *codes, const hqq_weight *weight,
+                    const hqq_context *context)
+{
+    hqq_clear_error();
+    HQQ_TRY(hqq_check_shape(weight));
+    HQQ_TRY(hqq_check_context(context));
+    hqq_layout layout = layout_of(weight);
+    if (layout.elements == 0) return HQQ_OK;
+    if (!packed || !codes)
+        return hqq_fail(HQQ_INVALID, "%s is NULL", packed ? "codes" : "packed");
+    HQQ_TRY(hqq_check_aligned("packed", packed, layout.word_bytes));
+    for (int64_t e = 0; e < layout.elements; e++)
+        if (codes[e] > hqq_max_code(layout.nbits))
+            return hqq_fail(HQQ_INVALID, "codes[%lld] is %d; %d bits hold 0 to %d",
+                            (long long)e, codes[e], layout.nbits, hqq_max_code(layout.nbits));
+    return hqq_cpu_pack(packed, codes, weight, context);
+}
+
+hqq_status hqq_unpack(uint8_t *codes, const hqq_weight *weight, const hqq_context *context)
+{
+    hqq_clear_error();
+    HQQ_TRY(hqq_check_shape(weight));
+    HQQ_TRY(hqq_check_context(context));
+    if (weight->out_features == 0 || weight->in_features == 0) return HQQ_OK;
+    if (!codes || !weight->packed)
+        return hqq_fail(HQQ_INVALID, "%s is NULL", codes ? "weight.packed" : "codes");
+    HQQ_TRY(hqq_check_aligned("weight.packed", weight->packed, hqq_word_bytes(weight->nbits)));
+    return hqq_cpu_unpack(codes, weight, context);
+}
+
+static hqq_status check_range(const char *name, int64_t begin, int64_t end, int64_t size)
+{
+    if (0 <= begin && begin <= end && end <= size) return HQQ_OK;
+    return hqq_fail(HQQ_INVALID, "%s %lld to %lld are not within 0 to %lld", name,
+                    (long long)begin, (long long)end, (long long)size);
+}
+
+hqq_status hqq_dequantize(void *out, int64_t ld_out, hqq_dtype out_dtype,
+                          const hqq_weight *weight, int64_t row_begin, int64_t row_end,
+                          int64_t column_begin, int64_t column_end, const hqq_context *context)
+{
+    hqq_clear_error();
+    HQQ_TRY(hqq_check_weight(weight));
+    HQQ_TRY(hqq_check_dtype("out_dtype", out_dtype));
+    HQQ_TRY(hqq_check_context(context));
+    HQQ_TRY(check_range("rows", row_begin, row_end, weight->out_features));
+    HQQ_TRY(check_range("columns", column_begin, column_end, weight->in_features));
+    int64_t rows = row_end - row_begin, columns = column_end - column_begin;
+    HQQ_TRY(hqq_check_matrix("out", out, rows, columns, ld_out, out_dtype));
+    if (rows == 0 || columns == 0) return HQQ_OK;
+    return hqq_cpu_dequantize(out, ld_out, out_dtype, weight, row_begin, row_end, column_begin,
+                              column_end, context);
+}

@@ -1,0 +1,70 @@
+#include "blocked.h"
+
+#include "dtype.h"
+#include "gemm.h"
+#include "lora.h"
+#include "status.h"
+
+/* Elements of a block, and its narrowest side. */
+#define HQQ_BLOCK_ELEMENTS (INT64_C(2) << 20)
+#define HQQ_BLOCK_SIDE     256
+
+static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+static int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
+/* How many of `count` rows (columns) of `length` elements make a block: as many as the budget
+ * holds, in multiples of 64, at least HQQ_BLOCK_SIDE, at most half of all; and the blocks of a
+ * weight about equal. */
+static int64_t block_side(int64_t count, int64_t length)
+{
+    int64_t side = most(HQQ_BLOCK_ELEMENTS / length, HQQ_BLOCK_SIDE);
+    side = least(side, (count + 1) / 2);
+    int64_t blocks = (count + side - 1) / side;
+    int64_t even = (count + blocks - 1) / blocks;
+    return least((even + 63) / 64 * 64, side);
+}
+
+size_t hqq_blocked_workspace(const hqq_weight *weight, hqq_dtype dtype)
+{
+    int64_t N = weight->out_features, K = weight->in_features;
+    int64_t elements = most(block_side(N, K) * K, N * block_side(K, N));
+    return (size_t)elements * (size_t)hqq_dtype_bytes(dtype);
+}
+
+hqq_status hqq_blocked_linear(const hqq_forward *f, const float *xa, void *workspace,
+                              const hqq_context *context)
+{
+    int64_t M = f->M, N = f->weight->out_features, K = f->weight->in_features;
+    int64_t side = block_side(N, K);
+    int add = f->lora || f->bias;
+    for (int64_t n = 0; n < N; n += side) {
+        int64_t end = least(n + side, N);
+        void *y = hqq_at_mut(f->y, f->dtype, n);
+        if (add)
+            HQQ_TRY(hqq_lora_addend(y, N, f->dtype, xa, f->bias, f->bias_dtype, f->lora, M, n,
+                                    end, context));
+        HQQ_TRY(hqq_cpu_dequantize(workspace, K, f->dtype, f->weight, n, end, 0, K, context));
+        HQQ_TRY(hqq_gemm_of_context(y, N, f->x, f->ldx, 0, workspace, K, 1, M, end - n, K,
+                                    add ? 1.0f : 0.0f, f->dtype, context));
+    }
+    return HQQ_OK;
+}
+
+hqq_status hqq_blocked_dgrad(const hqq_backward *b, const float *dyb, void *workspace,
+                             const hqq_context *context)
+{
+    int64_t M = b->M, N = b->weight->out_features, K = b->weight->in_features;
+    int64_t side = block_side(K, N);
+    for (int64_t k = 0; k < K; k += side) {
+        int64_t end = least(k + side, K), columns = end - k;
+        void *dx = hqq_at_mut(b->dx, b->dtype, k);
+        if (b->lora)
+            HQQ_TRY(
+                hqq_lora_dx_addend(dx, K, b->dtype, dyb, b->lora, M, K, k, end, context));
+        HQQ_TRY(hqq_cpu_dequantize(workspace, columns, b->dtype, b->weight, 0, N, k, end,
+                                   context));
+        HQQ_TRY(hqq_gemm_of_context(dx, K, b->dy, b->lddy, 0, workspace, columns, 0, M, columns,
+                                    N, b->lora ? 1.0f : 0.0f, b->dtype, context));
+    }
+    return HQQ_OK;
+}

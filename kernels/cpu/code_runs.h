@@ -1,0 +1,87 @@
+/*
+ * Walking along the codes of one row of W.
+ *
+ * The elements e = n*K + k of a row lie in words of rising address, all in one slot, until the
+ * words wrap and the next slot begins (kernels/format.h). So whatever the bits, the axis and
+ * the group size, a row falls into runs:
+ *
+ *     words, shift     one contiguous stretch of words, one slot of them
+ *     axis 1           one group, so one zero and one scale
+ *     axis 0           groups of rising index, so contiguous zeros and scales
+ *
+ * A run ends where the words wrap, where a group (axis 1) or the sequence of groups (axis 0)
+ * ends, or where the caller's limit is. Kernels see runs alone and need no other rule.
+ */
+#ifndef HQQ_KERNELS_CPU_CODE_RUNS_H
+#define HQQ_KERNELS_CPU_CODE_RUNS_H
+
+#include "format.h"
+#include "hqqlora.h"
+
+typedef struct hqq_run {
+    const void *words; /* the word of the first element */
+    int64_t group;     /* of the first element (axis 1: of all) */
+    int64_t length;    /* elements */
+    int shift;         /* how far left the codes lie in their words */
+} hqq_run;
+
+typedef struct hqq_run_cursor {
+    const hqq_layout *layout;
+    const char *packed;
+    int64_t word, group;
+    int64_t words_left;  /* in this slot */
+    int64_t groups_left; /* axis 1: elements in this group; axis 0: groups until they wrap */
+    int64_t left;        /* elements in all */
+    int shift;
+} hqq_run_cursor;
+
+static inline hqq_layout hqq_weight_layout(const hqq_weight *w)
+{
+    return hqq_layout_make(w->out_features, w->in_features, w->group_size, w->nbits, w->axis);
+}
+
+/* A cursor over `elements` elements from e = n*K + k. */
+static inline hqq_run_cursor hqq_runs_from(const hqq_layout *l, const void *packed, int64_t e,
+                                           int64_t elements)
+{
+    hqq_run_cursor c = {.layout = l, .packed = packed, .left = elements};
+    int64_t slot = e / l->words;
+    c.word = e - slot * l->words;
+    c.words_left = l->words - c.word;
+    c.shift = hqq_slot_shift(l->nbits, (int)slot);
+    int64_t period = l->axis == 1 ? l->G : l->groups;
+    int64_t turns = e / period, rest = e - turns * period;
+    c.group = l->axis == 1 ? turns : rest;
+    c.groups_left = period - rest;
+    return c;
+}
+
+/* Sets *run to the next run; 0 at the end. */
+static inline int hqq_runs_next(hqq_run *run, hqq_run_cursor *c)
+{
+    if (c->left <= 0) return 0;
+    const hqq_layout *l = c->layout;
+    int64_t length = c->left < c->words_left ? c->left : c->words_left;
+    if (length > c->groups_left) length = c->groups_left;
+    run->words = c->packed + c->word * l->word_bytes;
+    run->group = c->group;
+    run->length = length;
+    run->shift = c->shift;
+    c->left -= length;
+    c->word += length;
+    c->words_left -= length;
+    c->groups_left -= length;
+    if (c->words_left == 0) {
+        c->word = 0;
+        c->words_left = l->words;
+        c->shift -= l->nbits;
+    }
+    if (l->axis == 0) c->group += length;
+    if (c->groups_left == 0) {
+        c->group = l->axis == 1 ? c->group + 1 : 0;
+        c->groups_left = l->axis == 1 ? l->G : l->groups;
+    }
+    return 1;
+}
+
+#endif

@@ -1,0 +1,192 @@
+/*
+ * Codes to floats: W[n,k] = (q - zero) * scale, row by row and run by run (code_runs.h).
+ *
+ *   axis 1: a run has one zero and one scale. With AVX-512 and up to 4 bits, the 16 values of
+ *           all codes are made once a run and looked up: load, shift, permute, store. The
+ *           permutation ignores index bits above its own, and the table repeats every 2^nbits
+ *           entries, so neighbouring slots need not be masked away. A 16-bit table is rounded
+ *           once a run, not once a weight.
+ *   axis 0: zeros and scales are vectors alongside the codes: subtract and multiply.
+ *
+ * Napkin: 32 bf16 weights in 3 instructions and a store against 16 fp32 ones: the store port
+ * bounds both, at 64 bytes a cycle. Groups of 64 add about 20 instructions a run.
+ */
+#include "dequantize_block.h"
+
+#include "code_runs.h"
+#include "decode.h"
+
+#define INLINE HQQ_ALWAYS_INLINE
+
+/* What the inner loops are compiled for: constants wherever these are passed on. */
+typedef enum code_kind {
+    SMALL_BYTES, /* 1, 2 or 4 bits in bytes */
+    WHOLE_BYTES, /* 8 bits */
+    WIDE_WORDS   /* 3 bits in int32 */
+} code_kind;
+
+/* Words i to i + HQQ_LANES of a run, one a lane, its slot shifted down; bits of the slots
+ * above are left in. */
+INLINE hqq_ivec load_words(const hqq_run *run, code_kind kind, int64_t i)
+{
+    hqq_ivec v = kind == WIDE_WORDS ? hqq_ivec_load_u32((const uint32_t *)run->words + i)
+                                    : hqq_ivec_load_u8((const uint8_t *)run->words + i);
+    return kind == WHOLE_BYTES ? v : v >> run->shift;
+}
+
+INLINE hqq_ivec load_words_part(const hqq_run *run, code_kind kind, int64_t i, int n)
+{
+    hqq_ivec v = kind == WIDE_WORDS
+                     ? hqq_ivec_load_u32_part((const uint32_t *)run->words + i, n)
+                     : hqq_ivec_load_u8_part((const uint8_t *)run->words + i, n);
+    return kind == WHOLE_BYTES ? v : v >> run->shift;
+}
+
+INLINE int is_by_table(code_kind kind)
+{
+    int bits = kind == SMALL_BYTES ? 4 : kind == WIDE_WORDS ? 3 : 8; /* at most */
+    return bits <= HQQ_TABLE_BITS;
+}
+
+#if defined(__AVX512F__)
+/* A run to 16-bit values, of which the table holds each code's twice. */
+INLINE void constant_run_16(uint16_t *out, hqq_dtype dtype, const hqq_run *run, code_kind kind,
+                            const hqq_decoder *d)
+{
+    uint16_t values[16];
+    hqq_vec_store_dtype(values, dtype, 0, d->table);
+    __m512i table = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *)values));
+    int64_t i = 0, length = run->length;
+    if (kind == WIDE_WORDS) {
+        for (; i < length; i += 16) {
+            int n = length - i < 16 ? (int)(length - i) : 16;
+            __m512i words = (__m512i)load_words_part(run, kind, i, n);
+            _mm512_mask_cvtepi32_storeu_epi16(out + i, (__mmask16)_bzhi_u32(0xffff, (unsigned)n),
+                                              _mm512_permutexvar_epi16(words, table));
+        }
+        return;
+    }
+    const uint8_t *bytes = run->words;
+    __m128i shift = _mm_cvtsi32_si128(run->shift);
+    for (; i + 32 <= length; i += 32) {
+        __m512i words = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(bytes + i)));
+        words = _mm512_srl_epi16(words, shift);
+        _mm512_storeu_si512(out + i, _mm512_permutexvar_epi16(words, table));
+    }
+    if (i < length) {
+        __mmask32 mask = _bzhi_u32(0xffffffff, (unsigned)(length - i));
+        __m512i words = _mm512_cvtepu8_epi16(_mm256_maskz_loadu_epi8(mask, bytes + i));
+        words = _mm512_srl_epi16(words, shift);
+        _mm512_mask_storeu_epi16(out + i, mask, _mm512_permutexvar_epi16(words, table));
+    }
+}
+#endif
+
+/* A run under one zero and one scale (axis 1) to out[at], out[at + 1], ... */
+INLINE void constant_run(void *out, hqq_dtype dtype, int64_t at, const hqq_run *run,
+                         code_kind kind, int nbits, float zero, float scale)
+{
+    int by_table = is_by_table(kind);
+    hqq_decoder d = hqq_decoder_of(nbits, by_table, zero, scale);
+#if defined(__AVX512F__)
+    if (dtype != HQQ_F32 && kind != WHOLE_BYTES) {
+        constant_run_16((uint16_t *)out + at, dtype, run, kind, &d);
+        return;
+    }
+#endif
+    int64_t i = 0;
+    for (; i + HQQ_LANES <= run->length; i += HQQ_LANES)
+        hqq_vec_store_dtype(out, dtype, at + i, hqq_decode(&d, by_table, load_words(run, kind, i)));
+    if (i < run->length) {
+        int n = (int)(run->length - i);
+        hqq_vec v = hqq_decode(&d, by_table, load_words_part(run, kind, i, n));
+        hqq_vec_store_dtype_part(out, dtype, at + i, v, n);
+    }
+}
+
+/* A run with a zero and a scale for each element (axis 0), those of group run->group first. */
+INLINE void varying_run(void *out, hqq_dtype dtype, int64_t at, const hqq_run *run,
+                        code_kind kind, const hqq_weight *w, hqq_dtype meta)
+{
+    int by_table = is_by_table(kind);
+    /* the codes themselves */
+    hqq_decoder d = hqq_decoder_of(w->nbits, by_table, 0.0f, 1.0f);
+    int64_t i = 0;
+    for (; i + HQQ_LANES <= run->length; i += HQQ_LANES) {
+        hqq_ivec words = load_words(run, kind, i);
+        hqq_vec q = hqq_decode(&d, by_table, words);
+        hqq_vec zero = hqq_vec_load_dtype(w->zero, meta, run->group + i);
+        hqq_vec scale = hqq_vec_load_dtype(w->scale, meta, run->group + i);
+        hqq_vec_store_dtype(out, dtype, at + i, (q - zero) * scale);
+    }
+    if (i < run->length) {
+        int n = (int)(run->length - i);
+        hqq_ivec words = load_words_part(run, kind, i, n);
+        hqq_vec q = hqq_decode(&d, by_table, words);
+        hqq_vec zero = hqq_vec_load_dtype_part(w->zero, meta, run->group + i, n);
+        hqq_vec scale = hqq_vec_load_dtype_part(w->scale, meta, run->group + i, n);
+        hqq_vec_store_dtype_part(out, dtype, at + i, (q - zero) * scale, n);
+    }
+}
+
+typedef struct block {
+    void *out;
+    int64_t ld;
+    const hqq_weight *weight;
+    int64_t row, row_step, rows, column, columns;
+} block;
+
+/* Every row of the block; dtype, kind and axis are constants here, meta is one for axis 0. */
+INLINE void all_rows(const block *b, hqq_dtype dtype, code_kind kind, int axis, hqq_dtype meta)
+{
+    const hqq_weight *w = b->weight;
+    hqq_layout layout = hqq_weight_layout(w);
+    for (int64_t i = 0; i < b->rows; i++) {
+        int64_t e = (b->row + i * b->row_step) * layout.K + b->column;
+        int64_t at = i * b->ld;
+        hqq_run_cursor cursor = hqq_runs_from(&layout, w->packed, e, b->columns);
+        for (hqq_run run; hqq_runs_next(&run, &cursor); at += run.length) {
+            if (axis == 1)
+                constant_run(b->out, dtype, at, &run, kind, w->nbits,
+                             hqq_load_quick(w->zero, meta, run.group),
+                             hqq_load_quick(w->scale, meta, run.group));
+            else
+                varying_run(b->out, dtype, at, &run, kind, w, meta);
+        }
+    }
+}
+
+INLINE void of_meta(const block *b, hqq_dtype dtype, code_kind kind)
+{
+    if (b->weight->axis == 1) {
+        all_rows(b, dtype, kind, 1, b->weight->meta_dtype);
+        return;
+    }
+    switch (b->weight->meta_dtype) {
+    case HQQ_F16: all_rows(b, dtype, kind, 0, HQQ_F16); break;
+    case HQQ_BF16: all_rows(b, dtype, kind, 0, HQQ_BF16); break;
+    case HQQ_F32: all_rows(b, dtype, kind, 0, HQQ_F32); break;
+    }
+}
+
+INLINE void of_kind(const block *b, hqq_dtype dtype)
+{
+    switch (b->weight->nbits) {
+    case 8: of_meta(b, dtype, WHOLE_BYTES); break;
+    case 3: of_meta(b, dtype, WIDE_WORDS); break;
+    default: of_meta(b, dtype, SMALL_BYTES); break;
+    }
+}
+
+void HQQ_ISA_NAME(hqq_dequantize_rows)(void *out, int64_t ld, hqq_dtype dtype,
+                                       const hqq_weight *weight, int64_t row, int64_t row_step,
+                                       int64_t rows, int64_t column_begin, int64_t column_end)
+{
+    block b = {.out = out, .ld = ld, .weight = weight, .row = row, .row_step = row_step,
+               .rows = rows, .column = column_begin, .columns = column_end - column_begin};
+    switch (dtype) {
+    case HQQ_F16: of_kind(&b, HQQ_F16); break;
+    case HQQ_BF16: of_kind(&b, HQQ_BF16); break;
+    case HQQ_F32: of_kind(&b, HQQ_F32); break;
+    }
+}

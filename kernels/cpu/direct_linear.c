@@ -1,0 +1,79 @@
+/* Forward for few rows: brings x to fp32 once and hands out chunks of row sets. */
+#include "direct_linear.h"
+
+#include "code_runs.h"
+#include "direct_tile.h"
+#include "dtype.h"
+#include "parallel.h"
+#include "workspace.h"
+
+/* Weights in a chunk: about 10 microseconds at M = 1; and sets, which bounds the sums kept. */
+#define CHUNK_WEIGHTS  (INT64_C(1) << 18)
+#define MAX_CHUNK_SETS 256
+
+static int64_t padded_columns(int64_t K) { return (K + 15) / 16 * 16; }
+
+size_t hqq_direct_linear_workspace(const hqq_weight *weight, int64_t M, hqq_dtype dtype)
+{
+    hqq_arena arena = {0};
+    (void)dtype;
+    hqq_arena_take(&arena, (size_t)(hqq_padded_tokens(M) * padded_columns(weight->in_features)) *
+                               sizeof(float));
+    return arena.used;
+}
+
+static size_t any_scratch(int64_t M)
+{
+    hqq_arena arena = {0};
+    hqq_direct_tile_take(&arena);
+    hqq_arena_take(&arena, (size_t)(M * HQQ_TILE_ROWS) * sizeof(float));
+    return arena.used;
+}
+
+static size_t aligned_scratch(int64_t sets_in_chunk)
+{
+    hqq_arena arena = {0};
+    hqq_linear_scratch_take(&arena, sets_in_chunk);
+    return arena.used;
+}
+
+static hqq_status any_chunk(int64_t chunk, void *scratch, void *data)
+{
+    const hqq_direct_linear_job *job = data;
+    int64_t begin = chunk * job->sets_in_chunk, end = begin + job->sets_in_chunk;
+    if (end > job->sets.sets) end = job->sets.sets;
+    HQQ_ISA_SELECT(job->isa, hqq_direct_linear_any)(job, begin, end, scratch);
+    return HQQ_OK;
+}
+
+static hqq_status aligned_chunk(int64_t chunk, void *scratch, void *data)
+{
+    const hqq_direct_linear_job *job = data;
+    int64_t begin = chunk * job->sets_in_chunk, end = begin + job->sets_in_chunk;
+    if (end > job->sets.sets) end = job->sets.sets;
+    HQQ_ISA_SELECT(job->isa, hqq_direct_linear_aligned)(job, begin, end, scratch);
+    return HQQ_OK;
+}
+
+hqq_status hqq_direct_linear(void *y, const void *x, int64_t ldx, const hqq_weight *weight,
+                             const float *addend, int64_t M, hqq_dtype dtype, void *workspace,
+                             hqq_isa isa, const hqq_context *context)
+{
+    hqq_layout layout = hqq_weight_layout(weight);
+    hqq_direct_linear_job job = {.y = y, .ldx = padded_columns(layout.K), .weight = weight,
+                                 .layout = layout, .addend = addend, .M = M, .dtype = dtype,
+                                 .sets = hqq_row_sets_of(&layout), .isa = isa};
+    hqq_arena arena = {.base = workspace};
+    float *padded =
+        hqq_arena_take(&arena, (size_t)(hqq_padded_tokens(M) * job.ldx) * sizeof(float));
+    HQQ_ISA_SELECT(isa, hqq_pad_rows)(padded, job.ldx, x, ldx, dtype, M, layout.K);
+    job.x = padded;
+    job.sets_in_chunk = CHUNK_WEIGHTS / (layout.K * layout.per) + 1;
+    if (job.sets_in_chunk > MAX_CHUNK_SETS) job.sets_in_chunk = MAX_CHUNK_SETS;
+    int64_t chunks = (job.sets.sets + job.sets_in_chunk - 1) / job.sets_in_chunk;
+    if (hqq_vectors_align(&layout))
+        return hqq_for_each_chunk(chunks, aligned_chunk, &job,
+                                  aligned_scratch(job.sets_in_chunk), context);
+    return hqq_for_each_chunk(chunks, any_chunk, &job, any_scratch(M),
+                              context);
+}

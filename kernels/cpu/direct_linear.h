@@ -1,0 +1,71 @@
+/* y = x W^T + addend for few rows of x: W is decoded in registers or in the first cache, and
+ * never stored. Right for any M; meant for M up to about 32. */
+#ifndef HQQ_KERNELS_CPU_DIRECT_LINEAR_H
+#define HQQ_KERNELS_CPU_DIRECT_LINEAR_H
+
+#include "hqqlora.h"
+#include "isa.h"
+#include "row_sets.h"
+#include "workspace.h"
+
+/* Bytes of workspace for hqq_direct_linear. */
+size_t hqq_direct_linear_workspace(const hqq_weight *weight, int64_t M, hqq_dtype dtype);
+
+/* y [M,N] (contiguous, dtype) = x [M,K] W^T + addend, summed in fp32 and rounded once.
+ * addend: fp32 [M,N] (bias and LoRA), NULL: none. workspace: 64-byte aligned. */
+hqq_status hqq_direct_linear(void *y, const void *x, int64_t ldx, const hqq_weight *weight,
+                             const float *addend, int64_t M, hqq_dtype dtype, void *workspace,
+                             hqq_isa isa, const hqq_context *context);
+
+/* What the chunks share. */
+typedef struct hqq_direct_linear_job {
+    void *y;
+    const float *x; /* [M + 1, ldx], zero from column K to ldx and in the last row */
+    int64_t ldx;    /* a multiple of 16 */
+    const hqq_weight *weight;
+    hqq_layout layout;
+    const float *addend;
+    int64_t M;
+    hqq_dtype dtype; /* of y */
+    hqq_row_sets sets;
+    int64_t sets_in_chunk;
+    hqq_isa isa;
+} hqq_direct_linear_job;
+
+/* x [M,K] of dtype to out [M + 1, ldout] in fp32, padded with zeros. */
+HQQ_ISA_DECLARE(void, hqq_pad_rows,
+                (float *out, int64_t ldout, const void *x, int64_t ldx, hqq_dtype dtype,
+                 int64_t M, int64_t K));
+
+/* The columns of y that belong to the sets [set_begin, set_end): for any weight, */
+HQQ_ISA_DECLARE(void, hqq_direct_linear_any,
+                (const hqq_direct_linear_job *job, int64_t set_begin, int64_t set_end,
+                 void *scratch));
+
+/* and for a weight whose vectors align (direct_tile.h). */
+HQQ_ISA_DECLARE(void, hqq_direct_linear_aligned,
+                (const hqq_direct_linear_job *job, int64_t set_begin, int64_t set_end,
+                 void *scratch));
+
+/* The scratch of the latter. x is taken in blocks of 32 KB: beside the codes in the first
+ * cache. */
+#define HQQ_X_BLOCK   8192 /* floats of x in a block */
+#define HQQ_X_COLUMNS 4096 /* columns in a block, at most */
+
+typedef struct hqq_linear_scratch {
+    float *sums;         /* [sets, tokens, per]: at most 16 a set */
+    float *zero, *scale; /* axis 1: [per, groups of the block]; axis 0: [columns] */
+    float *scaled_x;     /* axis 0: [tokens, columns] */
+} hqq_linear_scratch;
+
+static inline hqq_linear_scratch hqq_linear_scratch_take(hqq_arena *arena, int64_t sets)
+{
+    hqq_linear_scratch s;
+    s.sums = hqq_arena_take(arena, (size_t)(sets * 16) * sizeof(float));
+    s.zero = hqq_arena_take(arena, HQQ_X_COLUMNS * sizeof(float));
+    s.scale = hqq_arena_take(arena, HQQ_X_COLUMNS * sizeof(float));
+    s.scaled_x = hqq_arena_take(arena, HQQ_X_BLOCK * sizeof(float));
+    return s;
+}
+
+#endif

@@ -1,0 +1,44 @@
+/* The tile of decoded weights that the direct kernels multiply from: rows of one or several
+ * row sets, small enough to stay in the first cache. */
+#ifndef HQQ_KERNELS_CPU_DIRECT_TILE_H
+#define HQQ_KERNELS_CPU_DIRECT_TILE_H
+
+#include "row_sets.h"
+#include "workspace.h"
+
+/* Tokens that are multiplied at a time: 8, 4, 2 or 1, at most `limit` (which is one of these).
+ * Three count as four and seven as eight: the arrays of tokens end with a row of zeros. */
+static inline int hqq_tokens_at_once(int64_t left, int limit)
+{
+    int tokens = left >= 7 ? 8 : left >= 3 ? 4 : (int)left;
+    return tokens < limit ? tokens : limit;
+}
+
+/* Tokens in such an array. */
+static inline int64_t hqq_padded_tokens(int64_t M) { return M + 1; }
+
+/* Whether the kernels for aligned weights apply: the words of a set start with its rows, and
+ * no vector crosses the end of a row or a group. */
+static inline int hqq_vectors_align(const hqq_layout *l)
+{
+    return hqq_rows_align(l) && hqq_groups_align(l) && l->K % 16 == 0 &&
+           (l->axis == 0 || l->G % 16 == 0);
+}
+
+/* A tile takes whole sets until it has 8 rows or more: up to 10 (3 bits); 12 rounds that to
+ * the four rows that are multiplied at a time. */
+#define HQQ_TILE_ROWS    12
+#define HQQ_TILE_COLUMNS 1024
+
+static inline void *hqq_direct_tile_take(hqq_arena *arena)
+{
+    return hqq_arena_take(arena, (size_t)HQQ_TILE_ROWS * HQQ_TILE_COLUMNS * sizeof(float));
+}
+
+/* How many sets make a tile. */
+static inline int64_t hqq_tile_sets(const hqq_row_sets *s)
+{
+    return s->slots >= 8 ? 1 : 8 / s->slots;
+}
+
+#endif

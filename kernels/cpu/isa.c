@@ -1,0 +1,41 @@
+#include "isa.h"
+
+/* What the processor and the operating system offer. __builtin_cpu_supports reads tables that
+ * the compiler's run time fills once at load: no state of ours. */
+static hqq_isa best_isa(void)
+{
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    int avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                 __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                 __builtin_cpu_supports("avx512vl");
+    int bf16 =
+        avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
+    return bf16     ? HQQ_ISA_AVX512_BF16
+           : avx512 ? HQQ_ISA_AVX512
+           : avx2   ? HQQ_ISA_AVX2
+                    : HQQ_ISA_PORTABLE;
+#else
+    return HQQ_ISA_PORTABLE;
+#endif
+}
+
+hqq_isa hqq_isa_in_use(const hqq_context *context)
+{
+    hqq_isa best = best_isa();
+    hqq_isa cap = context ? context->isa : HQQ_ISA_AUTO;
+    return cap == HQQ_ISA_AUTO || cap > best ? best : cap;
+}
+
+const char *hqq_isa_name(hqq_isa isa)
+{
+    switch (isa) {
+    case HQQ_ISA_AUTO: return "auto";
+    case HQQ_ISA_PORTABLE: return "portable";
+    case HQQ_ISA_AVX2: return "avx2";
+    case HQQ_ISA_AVX512: return "avx512";
+    case HQQ_ISA_AVX512_BF16: return "avx512_bf16";
+    }
+    return "unknown";
+}

@@ -1,0 +1,39 @@
+/*
+ * The LoRA side of a product. Dropout follows lora->dropout and lora->seed. Everything is a
+ * skinny product of gemm.h, so x and dy are read in place, in their own dtype.
+ */
+#ifndef HQQ_KERNELS_CPU_LORA_H
+#define HQQ_KERNELS_CPU_LORA_H
+
+#include "hqqlora.h"
+
+/* xa [M,R] fp32 = drop(x) A^T */
+hqq_status hqq_lora_xa(float *xa, const void *x, int64_t ldx, hqq_dtype dtype,
+                       const hqq_lora *lora, int64_t M, int64_t K, const hqq_context *context);
+
+/* Columns n_begin to n_end of bias + scaling * xa B^T, rounded once to out_dtype, row i at
+ * out + i * ld_out. bias may be NULL; with lora NULL it is the bias alone. */
+hqq_status hqq_lora_addend(void *out, int64_t ld_out, hqq_dtype out_dtype, const float *xa,
+                           const void *bias, hqq_dtype bias_dtype, const hqq_lora *lora,
+                           int64_t M, int64_t n_begin, int64_t n_end,
+                           const hqq_context *context);
+
+/* dyb [M,R] fp32 = dy B */
+hqq_status hqq_lora_dyb(float *dyb, const void *dy, int64_t lddy, hqq_dtype dtype,
+                        const hqq_lora *lora, int64_t M, int64_t N, const hqq_context *context);
+
+/* Columns k_begin to k_end of scaling * drop'(dyb A), rounded once to out_dtype, row i at
+ * out + i * ld_out. */
+hqq_status hqq_lora_dx_addend(void *out, int64_t ld_out, hqq_dtype out_dtype, const float *dyb,
+                              const hqq_lora *lora, int64_t M, int64_t K, int64_t k_begin,
+                              int64_t k_end, const hqq_context *context);
+
+/* dA [R,K] of lora->dtype = scaling * dyb^T drop(x) */
+hqq_status hqq_lora_dA(void *dA, const float *dyb, const void *x, int64_t ldx, hqq_dtype dtype,
+                       const hqq_lora *lora, int64_t M, int64_t K, const hqq_context *context);
+
+/* dB [N,R] of lora->dtype = scaling * dy^T xa */
+hqq_status hqq_lora_dB(void *dB, const void *dy, int64_t lddy, hqq_dtype dtype, const float *xa,
+                       const hqq_lora *lora, int64_t M, int64_t N, const hqq_context *context);
+
+#endif

@@ -1,0 +1,131 @@
+/*
+ * From a request to its kernels: choose, compute the LoRA addend, multiply with the frozen
+ * weight.
+ *
+ *   direct    bias + LoRA are an addend in fp32, [M,N] for the few rows M: y is rounded once
+ *   blocked   they are rounded to y's dtype before the GEMM adds to them (see blocked.h)
+ */
+#include "products.h"
+
+#include "blocked.h"
+#include "direct_dgrad.h"
+#include "direct_linear.h"
+#include "lora.h"
+#include "reference.h"
+#include "status.h"
+#include "workspace.h"
+
+/* How one call is served, and where in the workspace its parts are. Parts that a call turns
+ * out not to need are there all the same, so that its size is known beforehand. */
+typedef struct product_plan {
+    hqq_kernel kernel;
+    float *xa;     /* [M,R], if the caller has none */
+    float *dyb;    /* [M,R], backward */
+    float *addend; /* [M,N] or [M,K], direct */
+    void *inner;   /* of the kernel */
+} product_plan;
+
+static float *take_floats(hqq_arena *arena, int64_t count)
+{
+    return hqq_arena_take(arena, (size_t)count * sizeof(float));
+}
+
+static product_plan make_plan(hqq_arena *arena, const hqq_weight *weight, const hqq_lora *lora,
+                              int64_t M, hqq_dtype dtype, int transpose,
+                              const hqq_context *context)
+{
+    product_plan plan = {.kernel = context ? context->kernel : HQQ_KERNEL_AUTO};
+    if (plan.kernel == HQQ_KERNEL_AUTO)
+        plan.kernel = hqq_choose_kernel(weight, M, dtype, transpose, hqq_isa_in_use(context));
+    if (plan.kernel == HQQ_KERNEL_REFERENCE) return plan;
+    if (lora) {
+        plan.xa = take_floats(arena, M * lora->rank);
+        if (transpose) plan.dyb = take_floats(arena, M * lora->rank);
+    }
+    size_t inner;
+    if (plan.kernel == HQQ_KERNEL_DIRECT) {
+        plan.addend = take_floats(arena, M * (transpose ? weight->in_features
+                                                        : weight->out_features));
+        inner = transpose ? hqq_direct_dgrad_workspace(weight, M, dtype)
+                          : hqq_direct_linear_workspace(weight, M, dtype);
+    } else {
+        inner = hqq_blocked_workspace(weight, dtype);
+    }
+    plan.inner = hqq_arena_take(arena, inner);
+    return plan;
+}
+
+size_t hqq_cpu_workspace_size(const hqq_weight *weight, const hqq_lora *lora, int64_t M,
+                              hqq_dtype dtype, const hqq_context *context)
+{
+    hqq_arena forward = {0}, backward = {0};
+    make_plan(&forward, weight, lora, M, dtype, 0, context);
+    make_plan(&backward, weight, lora, M, dtype, 1, context);
+    return forward.used > backward.used ? forward.used : backward.used;
+}
+
+hqq_status hqq_cpu_forward(const hqq_forward *f, void *workspace, const hqq_context *context)
+{
+    int64_t M = f->M, N = f->weight->out_features, K = f->weight->in_features;
+    hqq_arena arena = {.base = workspace};
+    product_plan plan = make_plan(&arena, f->weight, f->lora, M, f->dtype, 0, context);
+    if (plan.kernel == HQQ_KERNEL_REFERENCE) {
+        hqq_reference_forward(f);
+        return HQQ_OK;
+    }
+    float *xa = f->xa ? f->xa : plan.xa;
+    if (f->lora) HQQ_TRY(hqq_lora_xa(xa, f->x, f->ldx, f->dtype, f->lora, M, K, context));
+
+    if (plan.kernel == HQQ_KERNEL_BLOCKED)
+        return hqq_blocked_linear(f, f->lora ? xa : NULL, plan.inner, context);
+    float *addend = f->lora || f->bias ? plan.addend : NULL;
+    if (addend)
+        HQQ_TRY(hqq_lora_addend(addend, N, HQQ_F32, xa, f->bias, f->bias_dtype, f->lora, M, 0, N,
+                                context));
+    return hqq_direct_linear(f->y, f->x, f->ldx, f->weight, addend, M, f->dtype, plan.inner,
+                             hqq_isa_in_use(context), context);
+}
+
+/* dx = dy W + scaling drop'(dyb A) */
+static hqq_status backward_dx(const hqq_backward *b, const product_plan *plan,
+                              const hqq_context *context)
+{
+    int64_t M = b->M, K = b->weight->in_features;
+    if (plan->kernel == HQQ_KERNEL_BLOCKED)
+        return hqq_blocked_dgrad(b, plan->dyb, plan->inner, context);
+    float *addend = b->lora ? plan->addend : NULL;
+    if (addend)
+        HQQ_TRY(hqq_lora_dx_addend(addend, K, HQQ_F32, plan->dyb, b->lora, M, K, 0, K, context));
+    return hqq_direct_dgrad(b->dx, b->dy, b->lddy, b->weight, addend, M, b->dtype, plan->inner,
+                            hqq_isa_in_use(context), context);
+}
+
+static hqq_status backward_dB(const hqq_backward *b, const product_plan *plan,
+                              const hqq_context *context)
+{
+    int64_t M = b->M, N = b->weight->out_features, K = b->weight->in_features;
+    const float *xa = b->xa;
+    if (!xa) {
+        HQQ_TRY(hqq_lora_xa(plan->xa, b->x, b->ldx, b->dtype, b->lora, M, K, context));
+        xa = plan->xa;
+    }
+    return hqq_lora_dB(b->dB, b->dy, b->lddy, b->dtype, xa, b->lora, M, N, context);
+}
+
+hqq_status hqq_cpu_backward(const hqq_backward *b, void *workspace, const hqq_context *context)
+{
+    int64_t M = b->M, N = b->weight->out_features, K = b->weight->in_features;
+    hqq_arena arena = {.base = workspace};
+    product_plan plan = make_plan(&arena, b->weight, b->lora, M, b->dtype, 1, context);
+    if (plan.kernel == HQQ_KERNEL_REFERENCE) {
+        hqq_reference_backward(b);
+        return HQQ_OK;
+    }
+    if (b->lora && (b->dx || b->dA))
+        HQQ_TRY(hqq_lora_dyb(plan.dyb, b->dy, b->lddy, b->dtype, b->lora, M, N, context));
+    if (b->dB) HQQ_TRY(backward_dB(b, &plan, context));
+    if (b->dA)
+        HQQ_TRY(hqq_lora_dA(b->dA, plan.dyb, b->x, b->ldx, b->dtype, b->lora, M, K, context));
+    if (b->dx) HQQ_TRY(backward_dx(b, &plan, context));
+    return HQQ_OK;
+}

@@ -1,0 +1,170 @@
+/* The quantizer's driver: checks W, cuts it into chunks of bands, and for hqq's solver finds
+ * the step at which hqq would stop. */
+#include <math.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+
+#include "dtype.h"
+#include "parallel.h"
+#include "products.h"
+#include "quantize_groups.h"
+#include "status.h"
+
+/* ---- non-finite weights ----------------------------------------------------------------- */
+
+enum { CHECK_ELEMENTS = 1 << 18 };
+
+typedef struct finite_check {
+    const void *W;
+    hqq_dtype dtype;
+    int64_t elements;
+    atomic_int_least64_t first_bad; /* `elements`: none */
+} finite_check;
+
+static int any_non_finite(const void *W, hqq_dtype dtype, int64_t begin, int64_t end)
+{
+    uint32_t bad = 0;
+    if (dtype == HQQ_F32) {
+        const uint32_t *w = W;
+        for (int64_t e = begin; e < end; e++) bad |= (w[e] & 0x7f800000u) == 0x7f800000u;
+    } else {
+        const uint16_t *w = W;
+        uint16_t exponent = dtype == HQQ_F16 ? 0x7c00 : 0x7f80;
+        for (int64_t e = begin; e < end; e++) bad |= (w[e] & exponent) == exponent;
+    }
+    return bad != 0;
+}
+
+static hqq_status check_chunk(int64_t chunk, void *scratch, void *data)
+{
+    (void)scratch;
+    finite_check *check = data;
+    int64_t begin = chunk * CHECK_ELEMENTS, end = begin + CHECK_ELEMENTS;
+    if (end > check->elements) end = check->elements;
+    if (!any_non_finite(check->W, check->dtype, begin, end)) return HQQ_OK;
+    int64_t e = begin;
+    while (isfinite(hqq_load(check->W, check->dtype, e))) e++;
+    int_least64_t first = atomic_load(&check->first_bad);
+    while (e < first && !atomic_compare_exchange_weak(&check->first_bad, &first, e)) continue;
+    return HQQ_OK;
+}
+
+static hqq_status check_finite(const void *W, hqq_dtype dtype, const hqq_layout *l,
+                               const hqq_context *context)
+{
+    finite_check check = {.W = W, .dtype = dtype, .elements = l->elements};
+    atomic_init(&check.first_bad, l->elements);
+    HQQ_TRY(hqq_for_each_chunk((l->elements + CHECK_ELEMENTS - 1) / CHECK_ELEMENTS, check_chunk,
+                               &check, 0, context));
+    int64_t e = atomic_load(&check.first_bad);
+    if (e == l->elements) return HQQ_OK;
+    return hqq_fail(HQQ_NON_FINITE, "W[%lld, %lld] is %g; only finite weights can be quantized",
+                    (long long)(e / l->K), (long long)(e % l->K),
+                    (double)hqq_load(W, dtype, e));
+}
+
+/* ---- chunks ----------------------------------------------------------------------------- */
+
+enum {
+    CHUNK_ELEMENTS = 1 << 16,
+    BAND_MULTIPLE = 64,       /* bands in a chunk: whole tiles, whole cache lines at axis 0 */
+    ERROR_SUMS_MOST = 1 << 19 /* doubles: 4 MB */
+};
+
+typedef struct quantize_run {
+    hqq_quantize_job job;
+    hqq_isa isa;
+    int64_t chunk_bands;
+    int iters;
+    double *errors; /* [chunks][iters] or NULL */
+} quantize_run;
+
+size_t hqq_quantize_scratch(const hqq_layout *l)
+{
+    int64_t steps = l->G < HQQ_TILE_STEPS ? l->G : HQQ_TILE_STEPS;
+    return (size_t)steps * 16 * sizeof(float); /* of the widest lanes */
+}
+
+static hqq_status quantize_chunk(int64_t chunk, void *scratch, void *data)
+{
+    const quantize_run *run = data;
+    const hqq_quantize_job *job = &run->job;
+    int64_t begin = chunk * run->chunk_bands, end = begin + run->chunk_bands;
+    if (end > job->bands) end = job->bands;
+    if (job->options->solver == HQQ_SOLVER_DEFAULT)
+        HQQ_ISA_SELECT(run->isa, hqq_quantize_default)(job, begin, end, scratch);
+    else
+        HQQ_ISA_SELECT(run->isa, hqq_quantize_hqq)
+        (job, begin, end, run->iters, run->errors ? run->errors + chunk * run->iters : NULL,
+         scratch);
+    return HQQ_OK;
+}
+
+static int64_t chunks_of(const quantize_run *run)
+{
+    return (run->job.bands + run->chunk_bands - 1) / run->chunk_bands;
+}
+
+static hqq_status run_chunks(quantize_run *run, const hqq_context *context)
+{
+    return hqq_for_each_chunk(chunks_of(run), quantize_chunk, run,
+                              hqq_quantize_scratch(&run->job.layout), context);
+}
+
+/* The step after which hqq stops: the first whose mean error, over the whole matrix and in
+ * fp32, is not below the least so far. */
+static int last_step(const quantize_run *run)
+{
+    float least = INFINITY;
+    for (int step = 0; step < run->iters; step++) {
+        double sum = 0;
+        for (int64_t chunk = 0; chunk < chunks_of(run); chunk++)
+            sum += run->errors[chunk * run->iters + step];
+        float error = (float)(sum / (double)run->job.layout.elements);
+        if (!(error < least)) return step + 1;
+        least = error;
+    }
+    return run->iters;
+}
+
+/* Groups do not know of each other, and where to stop shows only when all have run. So all
+ * steps are run first; where hqq would have stopped before the last, they are run again up to
+ * there. */
+static hqq_status run_early_stop(quantize_run *run, const hqq_context *context)
+{
+    if (chunks_of(run) * run->iters > ERROR_SUMS_MOST) {
+        int64_t most = ERROR_SUMS_MOST / run->iters;
+        int64_t bands = (run->job.bands + most - 1) / most;
+        run->chunk_bands = (bands + BAND_MULTIPLE - 1) / BAND_MULTIPLE * BAND_MULTIPLE;
+    }
+    size_t bytes = (size_t)(chunks_of(run) * run->iters) * sizeof(double);
+    run->errors = calloc(1, bytes);
+    if (!run->errors) return hqq_fail(HQQ_NO_MEMORY, "could not allocate %zu bytes", bytes);
+    hqq_status status = run_chunks(run, context);
+    int steps = last_step(run);
+    free(run->errors);
+    run->errors = NULL;
+    if (status != HQQ_OK || steps == run->iters) return status;
+    run->iters = steps;
+    return run_chunks(run, context);
+}
+
+hqq_status hqq_cpu_quantize(void *packed, void *scale, void *zero, const void *W,
+                            hqq_dtype W_dtype, const hqq_weight *w,
+                            const hqq_quantize_options *options, const hqq_context *context)
+{
+    hqq_layout l = hqq_layout_make(w->out_features, w->in_features, w->group_size, w->nbits,
+                                   w->axis);
+    HQQ_TRY(check_finite(W, W_dtype, &l, context));
+    quantize_run run = {.isa = hqq_isa_in_use(context)};
+    run.job = (hqq_quantize_job){.layout = l, .bands = hqq_quantize_bands(&l), .W = W,
+                                 .W_dtype = W_dtype, .packed = packed, .scale = scale,
+                                 .zero = zero, .meta_dtype = w->meta_dtype,
+                                 .options = options};
+    int64_t band_elements = l.axis == 1 ? l.G * l.per : l.G;
+    int64_t multiples = CHUNK_ELEMENTS / (band_elements * BAND_MULTIPLE);
+    run.chunk_bands = BAND_MULTIPLE * (multiples > 1 ? multiples : 1);
+    run.iters = options->solver == HQQ_SOLVER_REFERENCE ? options->iters : 0;
+    if (run.iters > 0 && options->early_stop) return run_early_stop(&run, context);
+    return run_chunks(&run, context);
+}

@@ -1,0 +1,43 @@
+/* Quantizing whole groups: what the driver (quantize.c) asks of each instruction set. */
+#ifndef HQQ_KERNELS_CPU_QUANTIZE_GROUPS_H
+#define HQQ_KERNELS_CPU_QUANTIZE_GROUPS_H
+
+#include "format.h"
+#include "isa.h"
+
+/* Groups are taken in bands, counted from 0: at axis 1 band b is row b of the packed words, so
+ * the groups b, b + bands, b + 2 bands, ...; at axis 0 it is group b alone, one column of the
+ * words. No two bands share a word, so threads may have any bands of their own. */
+typedef struct hqq_quantize_job {
+    hqq_layout layout;
+    int64_t bands;
+    const void *W;
+    hqq_dtype W_dtype;
+    void *packed; /* [words] */
+    void *scale, *zero; /* [groups] in meta_dtype */
+    hqq_dtype meta_dtype;
+    const hqq_quantize_options *options;
+} hqq_quantize_job;
+
+static inline int64_t hqq_quantize_bands(const hqq_layout *l)
+{
+    return l->axis == 1 ? l->words / l->G : l->groups;
+}
+
+/* More steps of a group than these are not held in the scratch, but read again in each pass. */
+enum { HQQ_TILE_STEPS = 16384 };
+
+/* Bytes of scratch that the functions below need; 64-byte aligned. */
+size_t hqq_quantize_scratch(const hqq_layout *layout);
+
+/* The default solver on bands [begin, end). */
+HQQ_ISA_DECLARE(void, hqq_quantize_default,
+                (const hqq_quantize_job *job, int64_t begin, int64_t end, void *scratch));
+
+/* hqq's solver on bands [begin, end), `iters` steps (0: the range alone). errors [iters] (+=, may
+ * be NULL): the sum of |w - w'| before each step. */
+HQQ_ISA_DECLARE(void, hqq_quantize_hqq,
+                (const hqq_quantize_job *job, int64_t begin, int64_t end, int iters,
+                 double *errors, void *scratch));
+
+#endif

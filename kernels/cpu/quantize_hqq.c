@@ -1,0 +1,208 @@
+/*
+ * hqq's own solver on tiles of HQQ_LANES groups: what hqq 0.2.8 computes in fp32 on a CPU
+ * (optimize_weights_proximal_legacy), operation by operation, the order of sums included.
+ *
+ * The codes hang on the last bit of zero, and zero is a mean. torch adds up a group of n in a
+ * fixed order (cascade_sum, checked bit for bit): element i goes to sum i mod `width`; a sum
+ * that has added 2^p elements is passed on to the next of four levels; what does not fill a row
+ * of `width` comes last. Its code of eight AVX2 lanes gives
+ *
+ *     axis 1, n >= 8    width 32 = 4 x 8; left over: whole eights, then single elements
+ *     axis 1, n < 8     width 4
+ *     axis 0            width 1; 4 for the groups behind the last multiple of 32
+ *
+ * Cycles of a step and vector: 10 for the one division, the other 20 operations beside it. Most
+ * tiles come to a fixed point of zero after 4 to 10 steps, which ends them early.
+ */
+#include "quantize_tile.h"
+
+enum { LEVELS = 4, WIDEST = 32, EIGHT = 8 };
+
+typedef struct mean_order {
+    int width;
+    int unit;            /* what is left over is added to the first `unit` sums */
+    int chunk;           /* elements between checks for a full level */
+    int levels;          /* that can fill up: 1 or all */
+    int64_t rows_end;    /* elements in full rows */
+    int64_t units_end;   /* and in full units behind them */
+    int64_t level_mask;  /* 2^p - 1 */
+    int level_power;     /* p */
+} mean_order;
+
+static mean_order mean_order_of(const hqq_layout *l, int64_t first_group)
+{
+    int wide = l->axis == 1 && l->G >= EIGHT;
+    int single = l->axis == 0 && first_group < l->groups / WIDEST * WIDEST;
+    mean_order o = {.width = wide ? WIDEST : single ? 1 : 4, .unit = wide ? EIGHT : 1};
+    int64_t rows = l->G / o.width;
+    int log2_rows = 0;
+    while ((INT64_C(1) << log2_rows) < rows) log2_rows++;
+    o.level_power = log2_rows / LEVELS > 4 ? log2_rows / LEVELS : 4;
+    o.level_mask = (INT64_C(1) << o.level_power) - 1;
+    o.chunk = single ? 1 << o.level_power : o.width;
+    o.levels = rows > o.level_mask ? LEVELS : 1;
+    o.rows_end = rows * o.width;
+    o.units_end = l->G / o.unit * o.unit;
+    return o;
+}
+
+typedef struct mean_sums {
+    hqq_lane level[LEVELS][WIDEST];
+    hqq_lane rest;
+} mean_sums;
+
+/* Passes full levels on, when `rows` rows have been added. */
+static void pass_on(mean_sums *s, const mean_order *o, int64_t rows)
+{
+    if (o->levels == 1 || rows & o->level_mask) return;
+    for (int j = 1; j < LEVELS; j++) {
+        for (int c = 0; c < o->width; c++) {
+            s->level[j][c] += s->level[j - 1][c];
+            s->level[j - 1][c] = hqq_lane_set(0.0f);
+        }
+        if (rows & o->level_mask << j * o->level_power) break;
+    }
+}
+
+static void join_levels(mean_sums *s, const mean_order *o)
+{
+    for (int c = 0; c < o->width; c++)
+        for (int j = 1; j < o->levels; j++) s->level[0][c] += s->level[j][c];
+}
+
+static hqq_lane mean_of(const mean_sums *s, const mean_order *o, int64_t n)
+{
+    hqq_lane sum = s->rest;
+    for (int first = 0; first < o->unit; first++) {
+        hqq_lane part = s->level[0][first];
+        for (int c = first + o->unit; c < o->width; c += o->unit) part += s->level[0][c];
+        sum = o->unit == 1 ? part : sum + part;
+    }
+    return sum / (float)n;
+}
+
+/* One step of hqq, with everything that is constant in it. */
+typedef struct hqq_step {
+    hqq_lane multiplier, zero;
+    hqq_lane error; /* sum of |w - w'| */
+    float levels, lp_norm, inverse_beta;
+    float threshold; /* of hqq_shrink */
+    int want_error;
+} hqq_step;
+
+static hqq_lane shrunk(const hqq_step *s, hqq_lane e)
+{
+    if (s->lp_norm == 1.0f) return hqq_shrink(e, hqq_lane_set(1.0f), s->inverse_beta);
+    float power[HQQ_LANES], exponent = (float)((double)s->lp_norm - 1.0);
+    hqq_vec_store(power, hqq_lane_abs(e));
+    for (int lane = 0; lane < HQQ_LANES; lane++) power[lane] = hqq_power(power[lane], exponent);
+    return hqq_shrink(e, hqq_vec_load(power), s->inverse_beta);
+}
+
+/* sums[i * stride] += q - (w - shrunk error) * multiplier, for n values. Where the error is not
+ * wanted a product replaces the division by the multiplier: it only has to tell whether any
+ * error may be above the threshold. */
+static inline void add_terms(hqq_step *s, const float *values, int64_t n, hqq_lane *sums,
+                             int stride, int want_error)
+{
+    hqq_lane multiplier = s->multiplier, zero = s->zero, error = s->error;
+    hqq_lane inverse = 1.0f / multiplier, threshold = hqq_lane_set(s->threshold);
+    for (int64_t i = 0; i < n; i++, values += HQQ_LANES) {
+        hqq_lane w = hqq_vec_load(values);
+        hqq_lane scaled = w * multiplier;
+        hqq_lane q = hqq_nearest_code(scaled + zero, s->levels);
+        hqq_lane e = want_error ? w - (q - zero) / multiplier : w - (q - zero) * inverse;
+        hqq_lane size = hqq_lane_abs(e);
+        if (want_error) error += size;
+        if (__builtin_expect(hqq_lane_any(size > threshold), 0))
+            scaled = (w - shrunk(s, w - (q - zero) / multiplier)) * multiplier;
+        sums[i * stride] += q - scaled;
+    }
+    s->error = error;
+}
+
+/* The mean of the terms of one step: the next zero. */
+static hqq_lane next_zero(hqq_tile *t, hqq_step *s, const mean_order *o)
+{
+    mean_sums sums;
+    sums.rest = hqq_lane_set(0.0f);
+    for (int j = 0; j < o->levels; j++)
+        for (int c = 0; c < o->width; c++) sums.level[j][c] = hqq_lane_set(0.0f);
+    int64_t G = t->job->layout.G, length;
+    for (int64_t run = 0; run < G; run += HQQ_TILE_RUN) {
+        const float *values = hqq_tile_at(t, run);
+        int64_t end = run + HQQ_TILE_RUN < G ? run + HQQ_TILE_RUN : G;
+        for (int64_t i = run; i < end; i += length) {
+            int in_rows = i < o->rows_end, in_units = i < o->units_end;
+            int64_t limit = in_rows ? o->rows_end : in_units ? o->units_end : G;
+            hqq_lane *to = in_units ? sums.level[0] : &sums.rest;
+            length = in_rows ? o->chunk : in_units ? o->unit : G;
+            if (limit > end) limit = end;
+            if (length > limit - i) length = limit - i;
+            int stride = in_units && (!in_rows || o->width > 1);
+            const float *from = values + (i - run) * HQQ_LANES;
+            if (s->want_error)
+                add_terms(s, from, length, to, stride, 1);
+            else
+                add_terms(s, from, length, to, stride, 0);
+            if (in_rows && length == o->chunk) pass_on(&sums, o, (i + length) / o->width);
+            if (i + length == o->rows_end) join_levels(&sums, o);
+        }
+    }
+    return mean_of(&sums, o, G);
+}
+
+typedef struct hqq_steps {
+    const hqq_quantize_options *options;
+    int iters;
+    double *errors; /* [iters] or NULL */
+} hqq_steps;
+
+static void add_errors(double *sum, hqq_lane error, int live)
+{
+    for (int lane = 0; lane < live; lane++) *sum += (double)error[lane];
+}
+
+/* steps->iters steps on one tile; *h becomes their result. */
+static void run_steps(hqq_tile *t, hqq_half_quadratic *h, const hqq_steps *steps)
+{
+    const hqq_quantize_options *options = steps->options;
+    mean_order order = mean_order_of(&t->job->layout, t->first);
+    double beta = (double)options->beta;
+    for (int i = 0; i < steps->iters; i++, beta *= (double)options->kappa) {
+        hqq_step step = {.multiplier = h->multiplier, .zero = h->zero,
+                         .levels = (float)hqq_max_code(t->job->layout.nbits),
+                         .lp_norm = options->lp_norm, .inverse_beta = (float)(1.0 / beta),
+                         .want_error = steps->errors != NULL};
+        step.threshold = hqq_shrink_threshold(options->lp_norm, step.inverse_beta);
+        h->zero = next_zero(t, &step, &order);
+        int fixed = options->kappa == 1.0f && !hqq_lane_any(~(h->zero == step.zero));
+        if (steps->errors) { /* all steps from a fixed point on are this one */
+            for (int same = i; same < (fixed ? steps->iters : i + 1); same++)
+                add_errors(steps->errors + same, step.error, t->live);
+        }
+        if (fixed) return;
+    }
+}
+
+static void solve_hqq(hqq_tile *t, void *data)
+{
+    const hqq_steps *steps = data;
+    float levels = (float)hqq_max_code(t->job->layout.nbits);
+    hqq_lane smallest, largest;
+    hqq_tile_range(t, &smallest, &largest);
+    hqq_half_quadratic h =
+        hqq_half_quadratic_start(smallest, largest, levels, steps->options->round_zero);
+    run_steps(t, &h, steps);
+    hqq_stored stored = hqq_store_half_quadratic(&h, smallest * 0.5f + largest * 0.5f, levels,
+                                                 t->job->meta_dtype);
+    hqq_tile_store_meta(t, &stored);
+    hqq_tile_store_codes(t, (hqq_fit){h.multiplier, h.zero}, levels);
+}
+
+void HQQ_ISA_NAME(hqq_quantize_hqq)(const hqq_quantize_job *job, int64_t begin, int64_t end,
+                                    int iters, double *errors, void *scratch)
+{
+    hqq_steps steps = {job->options, iters, errors};
+    hqq_for_each_tile(job, begin, end, scratch, solve_hqq, &steps);
+}

@@ -1,0 +1,216 @@
+/*
+ * A tile: up to HQQ_LANES neighbouring groups, one a lane, step i of it holding element i of
+ * each. Loading transposes at axis 1, where a group is contiguous, and is a plain copy at
+ * axis 0, where the groups are; storing puts the codes straight into their words. Nothing else
+ * in the quantizer knows of axes.
+ */
+#ifndef HQQ_KERNELS_CPU_QUANTIZE_TILE_H
+#define HQQ_KERNELS_CPU_QUANTIZE_TILE_H
+
+#include "lanes.h"
+#include "quantize_groups.h"
+#include "solver.h"
+
+typedef struct hqq_tile {
+    const hqq_quantize_job *job;
+    int64_t first; /* group */
+    int live;      /* groups, 1 to HQQ_LANES; the lanes behind them hold anything finite */
+    int slot;      /* axis 1: of all its codes */
+    int64_t band;  /* of the first group */
+    const hqq_units *units; /* NULL: values are w; otherwise hqq_to_units(w) */
+    int64_t begin, end;     /* the steps that values holds */
+    float *values;          /* [HQQ_TILE_STEPS or G][HQQ_LANES] */
+} hqq_tile;
+
+static inline void hqq_tile_load_rows(const hqq_tile *t)
+{
+    const hqq_quantize_job *job = t->job;
+    int64_t G = job->layout.G, end = job->layout.elements;
+    hqq_lane rows[HQQ_LANES];
+    for (int64_t i = t->begin; i < t->end; i += HQQ_LANES) {
+        int steps = (int)(t->end - i < HQQ_LANES ? t->end - i : HQQ_LANES);
+        for (int lane = 0; lane < HQQ_LANES; lane++) {
+            int64_t e = (t->first + (lane < t->live ? lane : 0)) * G + i;
+            /* what lies behind the group is not used, but must lie within W */
+            rows[lane] = e + HQQ_LANES <= end
+                             ? hqq_vec_load_dtype(job->W, job->W_dtype, e)
+                             : hqq_vec_load_dtype_part(job->W, job->W_dtype, e, steps);
+        }
+        hqq_lanes_transpose(rows);
+        float *out = t->values + (i - t->begin) * HQQ_LANES;
+        for (int step = 0; step < steps; step++) hqq_vec_store(out + step * HQQ_LANES, rows[step]);
+    }
+}
+
+static inline void hqq_tile_load_columns(const hqq_tile *t)
+{
+    const hqq_quantize_job *job = t->job;
+    float *out = t->values;
+    for (int64_t i = t->begin; i < t->end; i++, out += HQQ_LANES) {
+        int64_t e = i * job->layout.groups + t->first;
+        hqq_vec_store(out, t->live == HQQ_LANES
+                               ? hqq_vec_load_dtype(job->W, job->W_dtype, e)
+                               : hqq_vec_load_dtype_part(job->W, job->W_dtype, e, t->live));
+    }
+}
+
+static inline void hqq_tile_convert(const hqq_tile *t)
+{
+    hqq_units u = *t->units;
+    for (float *v = t->values; v < t->values + (t->end - t->begin) * HQQ_LANES; v += HQQ_LANES)
+        hqq_vec_store(v, hqq_to_units(&u, hqq_vec_load(v)));
+}
+
+/* The values of step `i`, and of those behind it up to t->end. */
+static inline const float *hqq_tile_at(hqq_tile *t, int64_t i)
+{
+    if (i < t->begin || i >= t->end) {
+        int64_t G = t->job->layout.G;
+        t->begin = i / HQQ_TILE_STEPS * HQQ_TILE_STEPS;
+        t->end = t->begin + HQQ_TILE_STEPS < G ? t->begin + HQQ_TILE_STEPS : G;
+        if (t->job->layout.axis == 1)
+            hqq_tile_load_rows(t);
+        else
+            hqq_tile_load_columns(t);
+        if (t->units) hqq_tile_convert(t);
+    }
+    return t->values + (i - t->begin) * HQQ_LANES;
+}
+
+/* From now on values are positions in units. */
+static inline void hqq_tile_set_units(hqq_tile *t, const hqq_units *units)
+{
+    t->units = units;
+    hqq_tile_convert(t);
+}
+
+/* Loops `body` over all steps with the value of each in `w`, in runs of at most HQQ_TILE_RUN;
+ * `each_run` comes after every run. Sums are kept per run first: long groups lose no bits. */
+enum { HQQ_TILE_RUN = 512 };
+#define HQQ_TILE_PASS(tile, body, each_run)                                                    \
+    for (int64_t at_ = 0, G_ = (tile)->job->layout.G, n_; at_ < G_; at_ += n_) {               \
+        const float *values_ = hqq_tile_at(tile, at_);                                         \
+        n_ = G_ - at_ < HQQ_TILE_RUN ? G_ - at_ : HQQ_TILE_RUN;                                \
+        for (int64_t i_ = 0; i_ < n_; i_++) {                                                  \
+            hqq_lane w = hqq_vec_load(values_ + i_ * HQQ_LANES);                               \
+            body;                                                                              \
+        }                                                                                      \
+        each_run;                                                                              \
+    }
+
+static inline void hqq_tile_range(hqq_tile *t, hqq_lane *smallest, hqq_lane *largest)
+{
+    hqq_lane low = hqq_lane_set(INFINITY), high = hqq_lane_set(-INFINITY);
+    HQQ_TILE_PASS(t, low = hqq_lane_min(low, w); high = hqq_lane_max(high, w), (void)0)
+    *smallest = low;
+    *largest = high;
+}
+
+static inline void hqq_tile_store_meta(const hqq_tile *t, const hqq_stored *s)
+{
+    const hqq_quantize_job *job = t->job;
+    hqq_vec_store_dtype_part(job->scale, job->meta_dtype, t->first, s->scale, t->live);
+    hqq_vec_store_dtype_part(job->zero, job->meta_dtype, t->first, s->zero, t->live);
+}
+
+/* out[0:n] |= codes narrowed to bytes, or = for the first slot of the words. */
+static inline void hqq_put_bytes(uint8_t *out, hqq_uvec codes, int n, int first_slot)
+{
+#if defined(__AVX512F__)
+    __mmask16 mask = (__mmask16)_bzhi_u32(0xffff, (unsigned)n);
+    __m128i bytes = _mm512_cvtepi32_epi8((__m512i)codes);
+    if (!first_slot) bytes = _mm_or_si128(bytes, _mm_maskz_loadu_epi8(mask, out));
+    _mm_mask_storeu_epi8(out, mask, bytes);
+#else
+    typedef uint8_t lane_bytes __attribute__((vector_size(HQQ_LANES)));
+    lane_bytes bytes = __builtin_convertvector(codes, lane_bytes), old = {0};
+    if (n == HQQ_LANES) {
+        if (!first_slot) memcpy(&old, out, sizeof old);
+        bytes |= old;
+        memcpy(out, &bytes, sizeof bytes);
+    } else {
+        for (int i = 0; i < n; i++) out[i] = bytes[i] | (first_slot ? 0 : out[i]);
+    }
+#endif
+}
+
+/* The same for 32-bit words. */
+static inline void hqq_put_words(uint32_t *out, hqq_uvec codes, int n, int first_slot)
+{
+    hqq_uvec old = {0};
+    if (n == HQQ_LANES) {
+        if (!first_slot) memcpy(&old, out, sizeof old);
+        codes |= old;
+        memcpy(out, &codes, sizeof codes);
+    } else {
+        for (int i = 0; i < n; i++) out[i] = codes[i] | (first_slot ? 0 : out[i]);
+    }
+}
+
+/* Puts n codes, already shifted to their slot, into the words from `word`. */
+static inline void hqq_put_codes(const hqq_quantize_job *job, int64_t word, hqq_uvec codes, int n,
+                                 int first_slot)
+{
+    if (job->layout.word_bytes == 4)
+        hqq_put_words((uint32_t *)job->packed + word, codes, n, first_slot);
+    else
+        hqq_put_bytes((uint8_t *)job->packed + word, codes, n, first_slot);
+}
+
+/* Stores the codes nearest to value * slope + offset. */
+static inline void hqq_tile_store_codes(hqq_tile *t, hqq_fit fit, float levels)
+{
+    const hqq_quantize_job *job = t->job;
+    const hqq_layout *l = &job->layout;
+    if (l->axis == 1) {
+        int shift = hqq_slot_shift(l->nbits, t->slot);
+        for (int64_t i = 0; i < l->G; i += HQQ_LANES) {
+            int steps = (int)(l->G - i < HQQ_LANES ? l->G - i : HQQ_LANES);
+            const float *values = hqq_tile_at(t, i);
+            hqq_lane rows[HQQ_LANES];
+            for (int step = 0; step < HQQ_LANES; step++) {
+                hqq_lane w = hqq_vec_load(values + (step < steps ? step : 0) * HQQ_LANES);
+                hqq_lane q = hqq_nearest_code(w * fit.slope + fit.offset, levels);
+                rows[step] = (hqq_lane)(__builtin_convertvector(q, hqq_ivec) << shift);
+            }
+            hqq_lanes_transpose(rows);
+            for (int lane = 0; lane < t->live; lane++)
+                hqq_put_codes(job, (t->band + lane) * l->G + i, (hqq_uvec)rows[lane], steps,
+                              t->slot == 0);
+        }
+    } else {
+        int64_t rows = l->words / l->groups;
+        for (int64_t i = 0, row = 0, slot = 0; i < l->G; i++) {
+            hqq_lane w = hqq_vec_load(hqq_tile_at(t, i));
+            hqq_lane q = hqq_nearest_code(w * fit.slope + fit.offset, levels);
+            hqq_uvec codes = (hqq_uvec)__builtin_convertvector(q, hqq_ivec)
+                             << hqq_slot_shift(l->nbits, (int)slot);
+            hqq_put_codes(job, row * l->groups + t->first, codes, t->live, slot == 0);
+            if (++row == rows) {
+                row = 0;
+                slot++;
+            }
+        }
+    }
+}
+
+/* Calls solve(&tile, data) for the tiles of bands [begin, end). */
+static inline void hqq_for_each_tile(const hqq_quantize_job *job, int64_t begin, int64_t end,
+                                     void *scratch, void (*solve)(hqq_tile *, void *),
+                                     void *data)
+{
+    const hqq_layout *l = &job->layout;
+    int slots = l->axis == 1 ? l->per : 1;
+    for (int64_t band = begin; band < end; band += HQQ_LANES)
+        for (int slot = 0; slot < slots; slot++) {
+            int64_t first = band + slot * job->bands;
+            int64_t live = end - band < HQQ_LANES ? end - band : HQQ_LANES;
+            if (live > l->groups - first) live = l->groups - first;
+            if (live <= 0) break; /* the tail of the last slots stays zero */
+            hqq_tile tile = {.job = job, .first = first, .live = (int)live, .slot = slot,
+                             .band = band, .values = scratch};
+            solve(&tile, data);
+        }
+}
+
+#endif

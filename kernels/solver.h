@@ -1,0 +1,334 @@
+/*
+ * The quantizers' steps on one group, shared by the CPU (a lane is a vector: many groups side by
+ * side) and CUDA (a lane is a float). Loops, sums over threads and memory belong to the includer.
+ *
+ *     w = (q - zero) * scale,     q in 0 .. levels,     levels = 2^bits - 1
+ *
+ * Before this file the includer defines, for a lane and for masks of its comparisons:
+ *     hqq_lane, hqq_lane_mask          + - * / and < <= == work on lanes, & | on masks
+ *     hqq_lane hqq_lane_set(float)
+ *     hqq_lane hqq_lane_min(a, b), hqq_lane_max(a, b)    b where a is NaN
+ *     hqq_lane hqq_lane_abs(a)
+ *     hqq_lane hqq_lane_select(mask, a, b)               mask ? a : b
+ *     int      hqq_lane_any(mask)
+ *     hqq_lane hqq_lane_round_to(a, hqq_dtype)           through a storage type and back
+ * and compiles without contraction (-ffp-contract=off, nvcc -fmad=false): hqq's arithmetic has
+ * no fused multiply-add, and so every processor computes the same bits.
+ */
+#ifndef HQQ_KERNELS_SOLVER_H
+#define HQQ_KERNELS_SOLVER_H
+
+#include "dtype.h"
+
+/* Half to even, for |t| <= 2^22: adding 1.5 * 2^23 leaves no bits behind the point. */
+HQQ_INLINE hqq_lane hqq_rint_small(hqq_lane t)
+{
+    const float magic = 12582912.0f;
+    return (t + magic) - magic;
+}
+
+HQQ_INLINE hqq_lane hqq_rint(hqq_lane t)
+{
+    return hqq_lane_select(hqq_lane_abs(t) <= 4194304.0f, hqq_rint_small(t), t);
+}
+
+/* The code nearest to position t; clipping first gives the same as clipping last. */
+HQQ_INLINE hqq_lane hqq_nearest_code(hqq_lane t, float levels)
+{
+    t = hqq_lane_max(t, hqq_lane_set(0.0f));
+    return hqq_rint_small(hqq_lane_min(t, hqq_lane_set(levels)));
+}
+
+/* ---- storage ---------------------------------------------------------------------------- */
+
+/* The positive numbers that a scale may be stored as. Below `smallest` fp32 and bf16 leave the
+ * normal range, which some processors flush to zero; fp16 goes down to its subnormals, which
+ * all of them widen to normal fp32. */
+HQQ_INLINE float hqq_largest_scale(hqq_dtype dtype)
+{
+    return dtype == HQQ_F16 ? 65504.0f : dtype == HQQ_BF16 ? 0x1.fep127f : 0x1.fffffep127f;
+}
+
+HQQ_INLINE float hqq_smallest_scale(hqq_dtype dtype)
+{
+    return dtype == HQQ_F16 ? 0x1p-24f : 0x1p-126f;
+}
+
+/* A group as stored: values of the storage type, held in fp32. */
+typedef struct hqq_stored {
+    hqq_lane scale, zero;
+} hqq_stored;
+
+/* A group all of whose elements are near m: one code stands for m exactly, up to the rounding
+ * of the storage type. |m| itself is the scale where it can be, and zero 0 or 1; for a tiny m
+ * the scale is 1e-4 and zero carries m. */
+HQQ_INLINE hqq_stored hqq_store_flat(hqq_lane m, hqq_dtype dtype)
+{
+    hqq_lane size = hqq_lane_min(hqq_lane_abs(m), hqq_lane_set(hqq_largest_scale(dtype)));
+    hqq_lane_mask tiny = size < (dtype == HQQ_F16 ? 0x1p-14f : 0x1p-126f);
+    hqq_stored s;
+    s.scale = hqq_lane_round_to(hqq_lane_select(tiny, hqq_lane_set(1e-4f), size), dtype);
+    s.zero = hqq_lane_select(hqq_lane_set(0.0f) < m, hqq_lane_set(0.0f), hqq_lane_set(1.0f));
+    s.zero = hqq_lane_select(tiny, hqq_lane_round_to(hqq_lane_set(0.0f) - m / s.scale, dtype),
+                             s.zero);
+    return s;
+}
+
+/* Rounds scale and zero to the storage type. Whatever they are, NaN included, the result is
+ * finite and scale above 0: a scale outside the type's range is clamped and zero moved so that
+ * `middle` (of the group's range) keeps its place; where rounding zero would shift the codes by
+ * more than half their number, or overflow, the group is stored flat at `middle`. */
+HQQ_INLINE hqq_stored hqq_store_group(hqq_lane scale, hqq_lane zero, hqq_lane_mask flat,
+                                      hqq_lane middle, float levels, hqq_dtype dtype)
+{
+    hqq_lane clamped = hqq_lane_max(scale, hqq_lane_set(hqq_smallest_scale(dtype)));
+    clamped = hqq_lane_min(clamped, hqq_lane_set(hqq_largest_scale(dtype)));
+    zero = hqq_lane_select(clamped == scale, zero, levels * 0.5f - middle / clamped);
+    hqq_stored s;
+    s.scale = hqq_lane_round_to(clamped, dtype);
+    s.zero = hqq_lane_round_to(zero, dtype);
+    hqq_lane_mask near = hqq_lane_abs(s.zero - zero) <= levels * 0.5f; /* false for NaN */
+    hqq_lane_mask keep = near & (flat == 0);
+    if (hqq_lane_any(keep == 0)) {
+        hqq_stored f = hqq_store_flat(middle, dtype);
+        s.scale = hqq_lane_select(keep, s.scale, f.scale);
+        s.zero = hqq_lane_select(keep, s.zero, f.zero);
+    }
+    return s;
+}
+
+/* ---- default solver: range search, then least squares ----------------------------------- */
+
+/* Positions under the full range of a group: u = (w * factor - low) * inverse is in
+ * [0, levels]. All that follows is done on u, so that neither the size of the weights nor their
+ * offset from zero matters, and the candidates of the range search are plain constants. */
+typedef struct hqq_units {
+    hqq_lane factor;  /* 1, or a power of two that brings the group into fp32's middle */
+    hqq_lane low;     /* smallest * factor */
+    hqq_lane step;    /* (largest - smallest) * factor / levels; 1 for a flat group */
+    hqq_lane inverse; /* 1 / step; 0 for a flat group: u is 0 */
+    hqq_lane middle;  /* of the range */
+    hqq_lane_mask flat;
+} hqq_units;
+
+/* A group is flat if its range is lost beside its offset: zero would be above 2^22, where fp32
+ * does not resolve half a code. */
+HQQ_INLINE hqq_units hqq_units_of(hqq_lane smallest, hqq_lane largest, float levels)
+{
+    hqq_units u;
+    hqq_lane size = hqq_lane_max(hqq_lane_abs(smallest), hqq_lane_abs(largest));
+    u.factor = hqq_lane_select(hqq_lane_set(0x1p60f) < size, hqq_lane_set(0x1p-64f),
+                               hqq_lane_set(1.0f));
+    u.factor = hqq_lane_select(size < 0x1p-60f, hqq_lane_set(0x1p84f), u.factor);
+    u.low = smallest * u.factor;
+    hqq_lane range = largest * u.factor - u.low;
+    u.flat = range <= size * u.factor * (levels * 0x1p-22f);
+    u.step = hqq_lane_select(u.flat, hqq_lane_set(1.0f), range / levels);
+    u.inverse = hqq_lane_select(u.flat, hqq_lane_set(0.0f), 1.0f / u.step);
+    u.middle = smallest * 0.5f + largest * 0.5f;
+    return u;
+}
+
+HQQ_INLINE hqq_lane hqq_to_units(const hqq_units *u, hqq_lane w)
+{
+    return (w * u->factor - u->low) * u->inverse;
+}
+
+/* Codes are the nearest ones to u * slope + offset. */
+typedef struct hqq_fit {
+    hqq_lane slope, offset;
+} hqq_fit;
+
+/* The recipe: 8, 4 and 2 bits search the range and do 4 rounds of least squares; 3 and 1 bit
+ * start from the full range and do 8. */
+HQQ_INLINE int hqq_searches_range(int nbits) { return nbits != 3 && nbits != 1; }
+HQQ_INLINE int hqq_least_squares_rounds(int nbits) { return hqq_searches_range(nbits) ? 4 : 8; }
+
+/* Candidate (i, j) of the range search: the lower end moved up by i and the upper one down by j
+ * times 0.15 of a step, so t = (u - low) * slope. The same for every group. */
+enum { HQQ_SEARCH = 4 };
+
+typedef struct hqq_candidate {
+    float low, slope;
+    float weight; /* of the sum of |t - q|^3, to give the error of w */
+} hqq_candidate;
+
+HQQ_INLINE hqq_candidate hqq_candidate_at(int i, int j, float levels)
+{
+    hqq_candidate c;
+    float shrunk = 1.0f - 0.15f * (float)(i + j) / levels;
+    c.low = 0.15f * (float)i;
+    c.slope = 1.0f / shrunk;
+    c.weight = shrunk * shrunk * shrunk;
+    return c;
+}
+
+HQQ_INLINE hqq_lane hqq_cubed_error(hqq_lane t, float levels)
+{
+    hqq_lane e = t - hqq_nearest_code(t, levels);
+    return e * e * hqq_lane_abs(e);
+}
+
+/* What least squares needs of a group: with v = q - levels/2 and the residual r = t - q. Both
+ * are small and centred, so that the sums lose nothing to cancellation. */
+typedef struct hqq_moments {
+    hqq_lane v, r, vv, vr;
+} hqq_moments;
+
+HQQ_INLINE hqq_moments hqq_moments_zero(void)
+{
+    hqq_lane zero = hqq_lane_set(0.0f);
+    hqq_moments m = {zero, zero, zero, zero};
+    return m;
+}
+
+HQQ_INLINE void hqq_moments_add(hqq_moments *m, hqq_lane t, float levels)
+{
+    hqq_lane q = hqq_nearest_code(t, levels);
+    hqq_lane v = q - levels * 0.5f, r = t - q;
+    m->v = m->v + v;
+    m->r = m->r + r;
+    m->vv = m->vv + v * v;
+    m->vr = m->vr + v * r;
+}
+
+HQQ_INLINE void hqq_moments_join(hqq_moments *total, const hqq_moments *part)
+{
+    total->v = total->v + part->v;
+    total->r = total->r + part->r;
+    total->vv = total->vv + part->vv;
+    total->vr = total->vr + part->vr;
+}
+
+/* The least-squares line t = q + a v + b through n elements becomes the new fit, unless the
+ * codes hardly vary. */
+HQQ_INLINE hqq_fit hqq_refit(hqq_fit fit, const hqq_moments *m, float n, float levels)
+{
+    hqq_lane variance = m->vv * n - m->v * m->v;
+    hqq_lane a = (m->vr * n - m->v * m->r) / variance;
+    hqq_lane b = (m->r - a * m->v) / n;
+    hqq_lane_mask good = (hqq_lane_set(1e-6f * n * n) < variance) & (hqq_lane_set(-0.999f) < a);
+    hqq_lane slope = 1.0f / (a + 1.0f);
+    hqq_fit next;
+    next.slope = hqq_lane_select(good, fit.slope * slope, fit.slope);
+    next.offset = hqq_lane_select(good, (fit.offset + a * (levels * 0.5f) - b) * slope,
+                                  fit.offset);
+    return next;
+}
+
+/* The stored scale and zero of a fit. */
+HQQ_INLINE hqq_stored hqq_store_fit(const hqq_fit *fit, const hqq_units *u, float levels,
+                                    hqq_dtype dtype)
+{
+    hqq_lane scale = u->step / fit->slope; /* times factor */
+    hqq_lane zero = fit->offset - u->low / scale;
+    return hqq_store_group(scale / u->factor, zero, u->flat, u->middle, levels, dtype);
+}
+
+/* The fit that chooses the nearest codes of a stored scale and zero. */
+HQQ_INLINE hqq_fit hqq_fit_of(const hqq_stored *s, const hqq_units *u)
+{
+    hqq_lane scale = s->scale * u->factor;
+    hqq_fit fit;
+    fit.slope = u->step / scale;
+    fit.offset = u->low / scale + s->zero;
+    return fit;
+}
+
+/* ---- hqq's own solver ------------------------------------------------------------------- */
+
+/* hqq works with the inverse of the scale: q = rint(w * multiplier + zero), w = (q - zero) /
+ * multiplier; the scale is inverted at the end. Its order of operations is kept throughout. */
+typedef struct hqq_half_quadratic {
+    hqq_lane multiplier, zero;
+} hqq_half_quadratic;
+
+HQQ_INLINE hqq_half_quadratic hqq_half_quadratic_start(hqq_lane smallest, hqq_lane largest,
+                                                       float levels, int round_zero)
+{
+    hqq_half_quadratic h;
+    hqq_lane range = largest - smallest;
+    h.multiplier = (1.0f / range) * levels; /* torch divides a number by a tensor like this */
+    h.multiplier = hqq_lane_select(hqq_lane_abs(range) <= 1e-4f, hqq_lane_set(1.0f),
+                                   h.multiplier);
+    h.multiplier = hqq_lane_min(h.multiplier, hqq_lane_set(2e4f));
+    h.zero = (hqq_lane_set(0.0f) - smallest) * h.multiplier;
+    if (round_zero) h.zero = hqq_rint(h.zero);
+    return h;
+}
+
+/* sign(e) * max(|e| - |e|^(p-1) / beta, 0), given power = |e|^(p-1) (p = 1: given 1). */
+HQQ_INLINE hqq_lane hqq_shrink(hqq_lane e, hqq_lane power, float inverse_beta)
+{
+    hqq_lane size = hqq_lane_abs(e) - power * inverse_beta;
+    size = hqq_lane_max(size, hqq_lane_set(0.0f));
+    return hqq_lane_select(e < 0.0f, hqq_lane_set(0.0f) - size, size);
+}
+
+/* x^y for positive normal x, correct to the last bit but for rare halves: log2 by its series in
+ * (m - 1) / (m + 1), exp2 by Taylor's, each to 1e-11, in double, free of tables and branches. */
+HQQ_INLINE float hqq_power(float x, float y)
+{
+    uint32_t bits = hqq_float_to_bits(x);
+    int32_t exponent = (int32_t)(bits - 0x3f3504f3u) >> 23; /* mantissa m in [sqrt 1/2, sqrt 2) */
+    double m = (double)hqq_bits_to_float(bits - ((uint32_t)exponent << 23));
+    double s = (m - 1.0) / (m + 1.0), s2 = s * s;
+    double series = 1.0 / 15;
+    series = series * s2 + 1.0 / 13;
+    series = series * s2 + 1.0 / 11;
+    series = series * s2 + 1.0 / 9;
+    series = series * s2 + 1.0 / 7;
+    series = series * s2 + 1.0 / 5;
+    series = series * s2 + 1.0 / 3;
+    series = series * s2 + 1.0;
+    double log2 = (double)exponent + 2.8853900817779268 * s * series; /* 2 / ln 2 */
+    double product = log2 * (double)y;
+    float rounded = ((float)product + 12582912.0f) - 12582912.0f;
+    double f = (product - (double)rounded) * 0.69314718055994531;
+    double power = 1.0 / 3628800;
+    power = power * f + 1.0 / 362880;
+    power = power * f + 1.0 / 40320;
+    power = power * f + 1.0 / 5040;
+    power = power * f + 1.0 / 720;
+    power = power * f + 1.0 / 120;
+    power = power * f + 1.0 / 24;
+    power = power * f + 1.0 / 6;
+    power = power * f + 0.5;
+    power = power * f + 1.0;
+    power = power * f + 1.0;
+    rounded = rounded < -126.0f ? -126.0f : rounded;
+    rounded = rounded > 127.0f ? 127.0f : rounded;
+    return (float)power * hqq_bits_to_float((uint32_t)((int32_t)rounded + 127) << 23);
+}
+
+/* Up to this |e| the shrunk error is 0 for sure: |e|^(2-p) * beta < 1, less a little for the
+ * rounding of pow. */
+HQQ_INLINE float hqq_shrink_threshold(float lp_norm, float inverse_beta)
+{
+    return 0.999f * powf(inverse_beta, 1.0f / (2.0f - lp_norm));
+}
+
+/* What hqq stores; where that is not finite or its scale 0 (which hqq lets pass), what
+ * hqq_store_group makes of it. *h becomes what the codes are to be chosen with: as in hqq the
+ * unrounded values, but for those groups the stored ones. */
+HQQ_INLINE hqq_stored hqq_store_half_quadratic(hqq_half_quadratic *h, hqq_lane middle,
+                                               float levels, hqq_dtype dtype)
+{
+    hqq_lane scale = 1.0f / h->multiplier;
+    hqq_stored s;
+    s.scale = hqq_lane_round_to(scale, dtype);
+    s.zero = hqq_lane_round_to(h->zero, dtype);
+    float largest = hqq_largest_scale(dtype);
+    hqq_lane_mask good = (hqq_lane_set(0.0f) < s.scale) & (s.scale <= largest) &
+                         (hqq_lane_abs(s.zero) <= largest);
+    if (hqq_lane_any(good == 0)) {
+        hqq_stored g = hqq_store_group(scale, h->zero, good & (good == 0), middle, levels, dtype);
+        s.scale = hqq_lane_select(good, s.scale, g.scale);
+        s.zero = hqq_lane_select(good, s.zero, g.zero);
+        h->multiplier = hqq_lane_select(good, h->multiplier, 1.0f / s.scale);
+        h->zero = hqq_lane_select(good, h->zero, s.zero);
+    }
+    return s;
+}
+
+#endif
