@@ -1,0 +1,111 @@
+"""Differentiable products with a frozen HQQ weight, with and without a LoRA adapter.
+
+Gradients flow to ``x``, ``bias``, ``A`` and ``B``, and are computed only where they are
+needed; the quantized weight is frozen. Both functions work under autocast (``x`` is cast,
+``A`` and ``B`` stay as they are), torch.compile, torch.utils.checkpoint, and torch.func's
+``grad`` and ``vmap``. Gradients cannot be differentiated again.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from ..ops import PackedWeight
+from .functions import Linear, LoRALinear, TransformableLinear, TransformableLoRALinear
+
+__all__ = ["linear", "lora_linear"]
+
+
+def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
+    """``y [..., N] = x [..., K] W^T + bias``.
+
+    x: float32, bfloat16 or float16, any leading dimensions and strides.
+    bias: [N], float32 or x's dtype, or None.
+
+    Returns y in x's dtype. Raises ValueError if scale or zero requires a gradient, and
+    RuntimeError, with the values, where shapes or dtypes do not fit.
+    """
+    _check_frozen(weight)
+    if torch.is_autocast_enabled(x.device.type):
+        x, bias = _autocast(x, bias)
+    arguments = (x, *weight[:3], bias, *weight[3:])
+    y: Tensor
+    if _transforms_active():
+        y = TransformableLinear.apply(*arguments)  # type: ignore[no-untyped-call]
+    elif torch.is_grad_enabled() and (
+        x.requires_grad or (bias is not None and bias.requires_grad)
+    ):
+        y = Linear.apply(*arguments)  # type: ignore[no-untyped-call]
+    else:
+        y = torch.ops.hqqlora.linear(*arguments)
+    return y
+
+
+def lora_linear(
+    x: Tensor,
+    weight: PackedWeight,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    dropout: float = 0.0,
+) -> Tensor:
+    """``y [..., N] = x W^T + bias + scaling * (drop(x) A^T) B^T``.
+
+    x: [..., K], float32, bfloat16 or float16, any leading dimensions and strides.
+    bias: [N], float32 or x's dtype, or None.
+    A, B: [R, K] and [N, R], both float32 or both x's dtype; R up to 256.
+    dropout: the probability, in [0, 1), that an element of x does not reach A. No mask is
+        stored: a seed drawn from torch's default generator stands for it, so that
+        torch.manual_seed and torch.utils.checkpoint reproduce it.
+
+    Returns y in x's dtype; dA and dB come in the dtype of A. Raises ValueError if scale or
+    zero requires a gradient, and RuntimeError, with the values, where shapes, dtypes or
+    numbers do not fit.
+    """
+    _check_frozen(weight)
+    if torch.is_autocast_enabled(x.device.type):
+        x, bias = _autocast(x, bias)
+        if A.dtype != torch.float32 and A.dtype != x.dtype:
+            A, B = A.float(), B.float()
+    seed = torch.randint(2**63 - 1, (1,), device="cpu") if dropout > 0 else None
+    arguments = (x, *weight[:3], bias, A, B, seed, scaling, dropout, *weight[3:])
+    y: Tensor
+    if _transforms_active():
+        y, _ = TransformableLoRALinear.apply(*arguments)  # type: ignore[no-untyped-call]
+    elif torch.is_grad_enabled() and (
+        x.requires_grad
+        or A.requires_grad
+        or B.requires_grad
+        or (bias is not None and bias.requires_grad)
+    ):
+        y = LoRALinear.apply(*arguments)  # type: ignore[no-untyped-call]
+    else:
+        y, _ = torch.ops.hqqlora.lora_linear(*arguments)
+    return y
+
+
+def _check_frozen(weight: PackedWeight) -> None:
+    if weight.scale.requires_grad or weight.zero.requires_grad:
+        raise ValueError(
+            "the scale and zero of a quantized weight are frozen, but one of them requires a "
+            "gradient: call requires_grad_(False) on it"
+        )
+
+
+def _autocast(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """What torch.autocast does to the inputs of a linear layer. A float32 bias may stay: the
+    kernels add it before they round."""
+    dtype = torch.get_autocast_dtype(x.device.type)
+    if x.dtype != torch.float64:
+        x = x.to(dtype)
+    if bias is not None and bias.dtype not in (torch.float32, x.dtype):
+        bias = bias.to(x.dtype)
+    return x, bias
+
+
+def _transforms_active() -> bool:
+    """Whether torch.func, or forward-mode differentiation, is at work."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0

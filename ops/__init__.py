@@ -1,0 +1,37 @@
+"""The operations on frozen HQQ weights, as ``torch.ops.hqqlora``.
+
+Importing this module loads the native library and makes the ops known to torch.compile:
+
+======================== ==================================================================
+``quantize``             weight [N,K] -> W_q, scale, zero
+``dequantize``           W_q, scale, zero -> W [N,K]
+``linear``               x [...,K] -> y [...,N] = x W^T + bias
+``linear_dgrad``         dy [...,N] -> dx [...,K] = dy W
+``lora_linear``          x -> y = x W^T + bias + scaling * (drop(x) A^T) B^T, and drop(x) A^T
+``lora_linear_backward`` dy -> dx, dA, dB
+======================== ==================================================================
+
+with N = out_features, K = in_features, A [R,K] and B [N,R]. The ops compute and do not
+differentiate: results of tensors that require gradients carry none. `hqqlora.autograd` holds
+the differentiable functions. Wrong arguments raise RuntimeError with the values.
+
+The environment variables ``HQQLORA_ISA`` (portable, avx2, avx512, avx512_bf16) and
+``HQQLORA_KERNEL`` (reference, direct, blocked), read once as the library loads, cap the
+instruction set and force a kernel.
+"""
+
+from typing import Any
+
+import torch
+
+from . import batching, fakes, library
+from .weight import PackedWeight, Solver, meta_shape, packed_shape
+
+__all__ = ["PackedWeight", "Solver", "meta_shape", "packed_shape"]
+
+library.load()
+_namespace: Any = torch.ops.hqqlora
+if not getattr(_namespace, "registered_in_python", False):
+    fakes.register()
+    batching.register()
+    _namespace.registered_in_python = True  # for this module under a second name

@@ -1,0 +1,317 @@
+/*
+ * From torch tensors to the C library's descriptors: every check of an op's arguments and
+ * every error text. Header-only and free of any device, so that a CPU and a CUDA half share
+ * it. ops/fakes.py makes the same checks with the same words for tensors without data.
+ *
+ * Shapes are written as in hqqlora.h: x [..., K], dy and y [..., N], A [R,K], B [N,R].
+ */
+#ifndef HQQLORA_OPS_ARGUMENTS_H
+#define HQQLORA_OPS_ARGUMENTS_H
+
+#include <cmath>
+#include <cstdint>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include "hqqlora.h"
+
+namespace hqqlora
+{
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+constexpr int64_t kMaxRank = 256;
+
+template <class... Args> std::string message(const Args &...args)
+{
+    std::ostringstream text;
+    text << "hqqlora: ";
+    (text << ... << args);
+    return text.str();
+}
+
+/* STD_TORCH_CHECK without its prefix of function, file and line: these messages are for the
+ * user of the op, not for its author. */
+#define HQQ_CHECK(condition, ...)                                                       \
+    do {                                                                                \
+        if (C10_UNLIKELY(!(condition))) throw std::runtime_error(message(__VA_ARGS__)); \
+    } while (0)
+
+/* ---- what messages show ------------------------------------------------------------ */
+
+/* A list as Python writes it: [2, 3]. */
+inline std::string list(const int64_t *values, int64_t count)
+{
+    std::ostringstream text;
+    text << '[';
+    for (int64_t i = 0; i < count; i++) text << (i ? ", " : "") << values[i];
+    text << ']';
+    return text.str();
+}
+
+inline std::string shape_of(const Tensor &t)
+{
+    return list(t.sizes().data(), t.dim());
+}
+
+inline std::string strides_of(const Tensor &t)
+{
+    return list(t.strides().data(), t.dim());
+}
+
+/* Python's name of a dtype, without "torch.". */
+inline const char *name_of(ScalarType dtype)
+{
+    switch (dtype) {
+    case ScalarType::Float: return "float32";
+    case ScalarType::Half: return "float16";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Double: return "float64";
+    case ScalarType::Byte: return "uint8";
+    case ScalarType::Char: return "int8";
+    case ScalarType::Short: return "int16";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Long: return "int64";
+    case ScalarType::Bool: return "bool";
+    default: return torch::headeronly::toString(dtype);
+    }
+}
+
+/* ---- one tensor -------------------------------------------------------------------- */
+
+inline bool is_floating(ScalarType dtype)
+{
+    return dtype == ScalarType::Float || dtype == ScalarType::Half ||
+           dtype == ScalarType::BFloat16;
+}
+
+inline hqq_dtype dtype_of(const char *name, ScalarType dtype)
+{
+    HQQ_CHECK(is_floating(dtype), name, " must be float32, float16 or bfloat16, got ",
+              name_of(dtype));
+    return dtype == ScalarType::Float  ? HQQ_F32
+           : dtype == ScalarType::Half ? HQQ_F16
+                                       : HQQ_BF16;
+}
+
+inline hqq_dtype dtype_of(const char *name, const Tensor &t)
+{
+    return dtype_of(name, t.scalar_type());
+}
+
+inline bool has_shape(const Tensor &t, std::initializer_list<int64_t> shape)
+{
+    if (t.dim() != static_cast<int64_t>(shape.size())) return false;
+    int64_t i = 0;
+    for (int64_t size : shape)
+        if (t.size(i++) != size) return false;
+    return true;
+}
+
+/* All tensors of a call must be where the kernel runs (the seed apart). `device_type` and
+ * `device_name` are those of the half that asks: cpu, or cuda. */
+struct Device {
+    int32_t type;
+    const char *name;
+};
+
+inline void check_device(const char *name, const Tensor &t, const Device &device)
+{
+    int32_t type = 0;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &type));
+    HQQ_CHECK(type == device.type, name, " must be on ", device.name,
+              ", got a tensor on another device (type ", type, ")");
+}
+
+/* ---- x and dy: rows ---------------------------------------------------------------- */
+
+/* M: the product of all dimensions but the last. */
+inline int64_t rows_of(const Tensor &t)
+{
+    int64_t rows = 1;
+    for (int64_t i = 0; i + 1 < t.dim(); i++) rows *= t.size(i);
+    return rows;
+}
+
+/* The row stride with which t [..., width] is read as [M, width], or -1 where its strides
+ * allow no such view: elements of a row adjacent, rows apart by one stride of at least a
+ * row. Broadcast rows (stride 0) do not qualify: the kernels expect distinct rows. */
+inline int64_t row_stride(const Tensor &t)
+{
+    const int64_t *sizes = t.sizes().data(), *strides = t.strides().data();
+    int64_t last = t.dim() - 1, width = sizes[last];
+    if (width > 1 && strides[last] != 1) return -1;
+    int64_t stride = width, expected = -1;
+    for (int64_t i = last - 1; i >= 0; i--) {
+        if (sizes[i] == 0) return width;
+        if (sizes[i] == 1) continue;
+        if (expected < 0)
+            stride = strides[i];
+        else if (strides[i] != expected)
+            return -1;
+        expected = strides[i] * sizes[i];
+    }
+    return stride < width ? -1 : stride;
+}
+
+/* Checks x [..., width] and its dtype; width_name says which argument gave width. */
+inline hqq_dtype check_rows(const char *name, const Tensor &t, int64_t width,
+                            const char *width_name, const Device &device)
+{
+    check_device(name, t, device);
+    hqq_dtype dtype = dtype_of(name, t);
+    HQQ_CHECK(t.dim() >= 1 && t.size(t.dim() - 1) == width, name,
+              " must have a last dimension of ", width_name, " = ", width, ", got shape ",
+              shape_of(t));
+    return dtype;
+}
+
+/* ---- the frozen weight ------------------------------------------------------------- */
+
+/* N, K, G, nbits and axis; the rest is left empty. */
+inline hqq_weight check_format(int64_t out_features, int64_t in_features, int64_t nbits,
+                               int64_t group_size, int64_t axis)
+{
+    HQQ_CHECK(nbits == 8 || (nbits >= 1 && nbits <= 4), "nbits must be 8, 4, 3, 2 or 1, got ",
+              nbits);
+    HQQ_CHECK(axis == 0 || axis == 1, "axis must be 0 or 1, got ", axis);
+    HQQ_CHECK(out_features >= 0 && in_features >= 0,
+              "out_features and in_features must not be negative, got ", out_features, " and ",
+              in_features);
+    int64_t elements = 0;
+    HQQ_CHECK(!__builtin_mul_overflow(out_features, in_features, &elements),
+              "out_features * in_features = ", out_features, " * ", in_features,
+              " does not fit in 64 bits");
+    HQQ_CHECK(group_size > 0, "group_size must be positive, got ", group_size);
+    HQQ_CHECK(elements % group_size == 0, "group_size ", group_size,
+              " does not divide out_features * in_features = ", out_features, " * ",
+              in_features);
+    hqq_weight weight = {};
+    weight.out_features = out_features;
+    weight.in_features = in_features;
+    weight.group_size = group_size;
+    weight.nbits = static_cast<int32_t>(nbits);
+    weight.axis = static_cast<int32_t>(axis);
+    return weight;
+}
+
+struct PackedSizes {
+    int64_t words, groups;
+    ScalarType word_dtype;
+};
+
+inline PackedSizes packed_sizes(const hqq_weight &weight)
+{
+    PackedSizes sizes = {};
+    hqq_status status = hqq_layout_of(&sizes.words, nullptr, &sizes.groups, &weight);
+    HQQ_CHECK(status == HQQ_OK, hqq_last_error());
+    sizes.word_dtype = weight.nbits == 3 ? ScalarType::Int : ScalarType::Byte;
+    return sizes;
+}
+
+inline void check_contiguous(const char *name, const Tensor &t)
+{
+    HQQ_CHECK(t.is_contiguous(), name, " must be contiguous, got shape ", shape_of(t),
+              " and strides ", strides_of(t));
+}
+
+inline void check_meta(const char *name, const Tensor &t, int64_t groups, const Device &device)
+{
+    check_device(name, t, device);
+    HQQ_CHECK(t.numel() == groups, name, " must have one element for each of the ", groups,
+              " groups, got shape ", shape_of(t));
+    check_contiguous(name, t);
+}
+
+/* The descriptor of a packed weight. It borrows the tensors' memory. */
+inline hqq_weight check_weight(const Tensor &W_q, const Tensor &scale, const Tensor &zero,
+                               int64_t out_features, int64_t in_features, int64_t nbits,
+                               int64_t group_size, int64_t axis, const Device &device)
+{
+    hqq_weight weight = check_format(out_features, in_features, nbits, group_size, axis);
+    PackedSizes sizes = packed_sizes(weight);
+    check_device("W_q", W_q, device);
+    HQQ_CHECK(W_q.scalar_type() == sizes.word_dtype, "W_q must be ", name_of(sizes.word_dtype),
+              " for nbits = ", nbits, ", got ", name_of(W_q.scalar_type()));
+    HQQ_CHECK(W_q.numel() == sizes.words, "W_q must have ", sizes.words,
+              " elements for out_features = ", out_features, ", in_features = ", in_features,
+              ", nbits = ", nbits, ", group_size = ", group_size, ", axis = ", axis,
+              ", got shape ", shape_of(W_q));
+    check_contiguous("W_q", W_q);
+    weight.meta_dtype = dtype_of("scale", scale);
+    HQQ_CHECK(zero.scalar_type() == scale.scalar_type(), "zero must have the dtype of scale, ",
+              name_of(scale.scalar_type()), ", got ", name_of(zero.scalar_type()));
+    check_meta("scale", scale, sizes.groups, device);
+    check_meta("zero", zero, sizes.groups, device);
+    weight.packed = W_q.const_data_ptr();
+    weight.scale = scale.const_data_ptr();
+    weight.zero = zero.const_data_ptr();
+    return weight;
+}
+
+/* ---- bias and adapter -------------------------------------------------------------- */
+
+/* bias [N], in x's dtype or fp32. Returns its dtype (fp32 where there is none). */
+inline hqq_dtype check_bias(const OptionalTensor &bias, int64_t out_features,
+                            ScalarType x_dtype, const Device &device)
+{
+    if (!bias) return HQQ_F32;
+    check_device("bias", *bias, device);
+    ScalarType dtype = bias->scalar_type();
+    HQQ_CHECK(dtype == x_dtype || dtype == ScalarType::Float, "bias must be float32 or ",
+              name_of(x_dtype), " as x, got ", name_of(dtype));
+    HQQ_CHECK(has_shape(*bias, {out_features}), "bias must have shape [", out_features,
+              "], got ", shape_of(*bias));
+    return dtype_of("bias", dtype);
+}
+
+/* The descriptor of an adapter but for its pointers, which the caller sets once A and B are
+ * contiguous. x_name is "x" or "dy", whichever gave x_dtype. */
+inline hqq_lora check_adapter(const Tensor &A, const Tensor &B, const hqq_weight &weight,
+                              const OptionalTensor &seed, double scaling, double dropout,
+                              const char *x_name, ScalarType x_dtype, const Device &device)
+{
+    check_device("A", A, device);
+    check_device("B", B, device);
+    ScalarType dtype = A.scalar_type();
+    HQQ_CHECK(dtype == x_dtype || dtype == ScalarType::Float, "A must be float32 or ",
+              name_of(x_dtype), " as ", x_name, ", got ", name_of(dtype));
+    HQQ_CHECK(B.scalar_type() == dtype, "B must have the dtype of A, ", name_of(dtype),
+              ", got ", name_of(B.scalar_type()));
+    HQQ_CHECK(A.dim() == 2 && A.size(1) == weight.in_features,
+              "A must have shape [R, in_features = ", weight.in_features, "], got ",
+              shape_of(A));
+    int64_t rank = A.size(0);
+    HQQ_CHECK(rank <= kMaxRank, "the rank of A must be at most ", kMaxRank, ", got ", rank);
+    HQQ_CHECK(has_shape(B, {weight.out_features, rank}), "B must have shape [",
+              weight.out_features, ", ", rank, "], got ", shape_of(B));
+    HQQ_CHECK(std::isfinite(scaling), "scaling must be finite, got ", scaling);
+    HQQ_CHECK(dropout >= 0 && dropout < 1, "dropout must be at least 0 and below 1, got ",
+              dropout);
+    hqq_lora lora = {};
+    lora.rank = rank;
+    lora.dtype = dtype_of("A", dtype);
+    lora.scaling = static_cast<float>(scaling);
+    lora.dropout = static_cast<float>(dropout);
+    if (dropout > 0) {
+        HQQ_CHECK(seed.has_value(), "dropout = ", dropout, " needs a seed");
+        HQQ_CHECK(seed->is_cpu() && seed->scalar_type() == ScalarType::Long &&
+                      seed->numel() == 1,
+                  "seed must be an int64 tensor of one element on cpu, got ",
+                  name_of(seed->scalar_type()), " of shape ", shape_of(*seed));
+        lora.seed = static_cast<uint64_t>(*seed->const_data_ptr<int64_t>());
+    }
+    return lora;
+}
+
+} // namespace hqqlora
+
+#endif

@@ -1,0 +1,261 @@
+"""The checks of the ops' arguments for tensors without data.
+
+They are those of the native side (arguments.h), with the same words, so that a mistake is
+reported while tracing as it is when running. Sizes may be symbolic. Each raises RuntimeError.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .weight import SLOTS_PER_WORD, meta_shape, packed_shape
+
+FLOATING = (torch.float32, torch.float16, torch.bfloat16)
+MAX_RANK = 256
+INT64_MAX = 2**63 - 1
+
+
+def check(condition: bool | torch.SymBool, message: Callable[[], str]) -> None:
+    """RuntimeError with the message unless the condition, maybe symbolic, holds."""
+    torch._check(  # type: ignore[no-untyped-call]
+        condition, lambda: "hqqlora: " + message()
+    )
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """Python's name of a dtype, without "torch."."""
+    return str(dtype).removeprefix("torch.")
+
+
+def shape_of(tensor: Tensor) -> str:
+    """The shape as a message shows it."""
+    return str(list(tensor.shape))
+
+
+def check_device(name: str, tensor: Tensor, device: torch.device) -> None:
+    """All tensors of a call must be where x is (the seed apart)."""
+    check(
+        tensor.device == device,
+        lambda: f"{name} must be on {device}, got a tensor on {tensor.device}",
+    )
+
+
+def check_floating(name: str, dtype: torch.dtype) -> None:
+    """The three dtypes that the kernels know."""
+    check(
+        dtype in FLOATING,
+        lambda: f"{name} must be float32, float16 or bfloat16, got {name_of(dtype)}",
+    )
+
+
+def check_contiguous(name: str, tensor: Tensor) -> None:
+    """Packed weights are read as they lie."""
+    check(
+        tensor.is_contiguous(),
+        lambda: (
+            f"{name} must be contiguous, got shape {shape_of(tensor)} and strides "
+            f"{list(tensor.stride())}"
+        ),
+    )
+
+
+def check_rows(name: str, tensor: Tensor, width: int, width_name: str) -> None:
+    """x or dy: [..., width]."""
+    check_floating(name, tensor.dtype)
+    check(
+        tensor.dim() >= 1 and tensor.shape[-1] == width,
+        lambda: (
+            f"{name} must have a last dimension of {width_name} = {width}, got shape "
+            f"{shape_of(tensor)}"
+        ),
+    )
+
+
+def check_format(
+    out_features: int, in_features: int, nbits: int, group_size: int, axis: int
+) -> None:
+    """Numbers that describe a weight: see `PackedWeight`."""
+    check(nbits in SLOTS_PER_WORD, lambda: f"nbits must be 8, 4, 3, 2 or 1, got {nbits}")
+    check(axis in (0, 1), lambda: f"axis must be 0 or 1, got {axis}")
+    check(
+        out_features >= 0 and in_features >= 0,
+        lambda: (
+            f"out_features and in_features must not be negative, got {out_features} and "
+            f"{in_features}"
+        ),
+    )
+    check(
+        out_features * in_features <= INT64_MAX,
+        lambda: (
+            f"out_features * in_features = {out_features} * {in_features} does not fit in 64 "
+            f"bits"
+        ),
+    )
+    check(group_size > 0, lambda: f"group_size must be positive, got {group_size}")
+    check(
+        out_features * in_features % group_size == 0,
+        lambda: (
+            f"group_size {group_size} does not divide out_features * in_features = "
+            f"{out_features} * {in_features}"
+        ),
+    )
+
+
+def check_weight(
+    W_q: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    out_features: int,
+    in_features: int,
+    nbits: int,
+    group_size: int,
+    axis: int,
+    device: torch.device,
+) -> None:
+    """A packed weight on one device: see `PackedWeight`."""
+    check_format(out_features, in_features, nbits, group_size, axis)
+    words = math.prod(packed_shape(out_features, in_features, nbits, group_size, axis))
+    groups = math.prod(meta_shape(out_features, in_features, group_size, axis))
+    word_dtype = torch.int32 if nbits == 3 else torch.uint8
+    check_device("W_q", W_q, device)
+    check(
+        W_q.dtype == word_dtype,
+        lambda: (
+            f"W_q must be {name_of(word_dtype)} for nbits = {nbits}, got {name_of(W_q.dtype)}"
+        ),
+    )
+    check(
+        W_q.numel() == words,
+        lambda: (
+            f"W_q must have {words} elements for out_features = {out_features}, in_features = "
+            f"{in_features}, nbits = {nbits}, group_size = {group_size}, axis = {axis}, got "
+            f"shape {shape_of(W_q)}"
+        ),
+    )
+    check_contiguous("W_q", W_q)
+    check_floating("scale", scale.dtype)
+    check(
+        zero.dtype == scale.dtype,
+        lambda: (
+            f"zero must have the dtype of scale, {name_of(scale.dtype)}, got "
+            f"{name_of(zero.dtype)}"
+        ),
+    )
+    for name, meta in (("scale", scale), ("zero", zero)):
+        check_device(name, meta, device)
+        check(
+            meta.numel() == groups,
+            lambda name=name, meta=meta: (  # type: ignore[misc]
+                f"{name} must have one element for each of the {groups} groups, got shape "
+                f"{shape_of(meta)}"
+            ),
+        )
+        check_contiguous(name, meta)
+
+
+def check_bias(bias: Tensor | None, out_features: int, x: Tensor) -> None:
+    """bias [N], float32 or x's dtype."""
+    if bias is None:
+        return
+    check_device("bias", bias, x.device)
+    check(
+        bias.dtype in (torch.float32, x.dtype),
+        lambda: f"bias must be float32 or {name_of(x.dtype)} as x, got {name_of(bias.dtype)}",
+    )
+    check(
+        bias.dim() == 1 and bias.shape[0] == out_features,
+        lambda: f"bias must have shape [{out_features}], got {shape_of(bias)}",
+    )
+
+
+def check_adapter(
+    A: Tensor,
+    B: Tensor,
+    out_features: int,
+    in_features: int,
+    seed: Tensor | None,
+    scaling: float,
+    dropout: float,
+    x_name: str,
+    x: Tensor,
+) -> None:
+    """A [R,K] and B [N,R], both float32 or both x's dtype; the seed where there is dropout."""
+    check_device("A", A, x.device)
+    check_device("B", B, x.device)
+    check(
+        A.dtype in (torch.float32, x.dtype),
+        lambda: f"A must be float32 or {name_of(x.dtype)} as {x_name}, got {name_of(A.dtype)}",
+    )
+    check(
+        B.dtype == A.dtype,
+        lambda: f"B must have the dtype of A, {name_of(A.dtype)}, got {name_of(B.dtype)}",
+    )
+    check(
+        A.dim() == 2 and A.shape[1] == in_features,
+        lambda: f"A must have shape [R, in_features = {in_features}], got {shape_of(A)}",
+    )
+    rank = A.shape[0]
+    check(rank <= MAX_RANK, lambda: f"the rank of A must be at most {MAX_RANK}, got {rank}")
+    check(
+        B.dim() == 2 and B.shape[0] == out_features and B.shape[1] == rank,
+        lambda: f"B must have shape [{out_features}, {rank}], got {shape_of(B)}",
+    )
+    check(math.isfinite(scaling), lambda: f"scaling must be finite, got {scaling:g}")
+    check(
+        0 <= dropout < 1,
+        lambda: f"dropout must be at least 0 and below 1, got {dropout:g}",
+    )
+    if dropout > 0:
+        check(seed is not None, lambda: f"dropout = {dropout:g} needs a seed")
+        assert seed is not None
+        check(
+            seed.device.type in ("cpu", "meta")
+            and seed.dtype == torch.int64
+            and seed.numel() == 1,
+            lambda: (
+                f"seed must be an int64 tensor of one element on cpu, got "
+                f"{name_of(seed.dtype)} of shape {shape_of(seed)}"
+            ),
+        )
+
+
+def rows_of(tensor: Tensor) -> int:
+    """M: the product of all dimensions but the last."""
+    return math.prod(tensor.shape[:-1])
+
+
+def check_saved(
+    dy: Tensor,
+    x: Tensor | None,
+    xa: Tensor | None,
+    in_features: int,
+    rank: int,
+    needs_dA: bool,
+    needs_dB: bool,
+) -> None:
+    """The forward's x and xa, as far as the wanted gradients need them."""
+    check(not needs_dA or x is not None, lambda: "dA needs x")
+    check(not needs_dB or x is not None or xa is not None, lambda: "dB needs xa or x")
+    rows = rows_of(dy)
+    if x is not None:
+        check_device("x", x, dy.device)
+        check_rows("x", x, in_features, "in_features")
+        check(
+            x.dtype == dy.dtype,
+            lambda: f"x must have the dtype of dy, {name_of(dy.dtype)}, got {name_of(x.dtype)}",
+        )
+        check(
+            rows_of(x) == rows,
+            lambda: f"x must have as many rows as dy, {rows}, got shape {shape_of(x)}",
+        )
+    if xa is not None:
+        check_device("xa", xa, dy.device)
+        check(xa.dtype == torch.float32, lambda: f"xa must be float32, got {name_of(xa.dtype)}")
+        check(
+            xa.dim() == 2 and xa.shape[0] == rows and xa.shape[1] == rank,
+            lambda: f"xa must have shape [{rows}, {rank}], got {shape_of(xa)}",
+        )

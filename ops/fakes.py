@@ -1,0 +1,185 @@
+"""What the ops return for tensors without data: for torch.compile and meta tensors."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .checks import (
+    check,
+    check_adapter,
+    check_bias,
+    check_floating,
+    check_format,
+    check_rows,
+    check_saved,
+    check_weight,
+    rows_of,
+    shape_of,
+)
+from .weight import meta_shape, packed_shape
+
+
+def quantize(
+    weight: Tensor,
+    nbits: int,
+    group_size: int,
+    axis: int,
+    meta_dtype: torch.dtype,
+    solver: int = 0,
+    iters: int = 20,
+    early_stop: bool = True,
+    round_zero: bool = False,
+    lp_norm: float = 0.7,
+    beta: float = 10.0,
+    kappa: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """weight [N,K] -> W_q, scale, zero."""
+    check_floating("weight", weight.dtype)
+    check(
+        weight.dim() == 2,
+        lambda: f"weight must have shape [out_features, in_features], got {shape_of(weight)}",
+    )
+    out_features, in_features = weight.shape
+    check_format(out_features, in_features, nbits, group_size, axis)
+    check_floating("meta_dtype", meta_dtype)
+    check(
+        0 <= solver <= 2,
+        lambda: f"solver must be 0 (default), 1 (reference) or 2 (minmax), got {solver}",
+    )
+    check(0 <= iters <= 2**31 - 1, lambda: f"iters must be 0 to 2147483647, got {iters}")
+    packed = packed_shape(out_features, in_features, nbits, group_size, axis)
+    meta = meta_shape(out_features, in_features, group_size, axis)
+    return (
+        weight.new_empty(packed, dtype=torch.int32 if nbits == 3 else torch.uint8),
+        weight.new_empty(meta, dtype=meta_dtype),
+        weight.new_empty(meta, dtype=meta_dtype),
+    )
+
+
+def dequantize(
+    W_q: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    out_features: int,
+    in_features: int,
+    nbits: int,
+    group_size: int,
+    axis: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """W [N,K] in dtype."""
+    check_weight(
+        W_q, scale, zero, out_features, in_features, nbits, group_size, axis, W_q.device
+    )
+    check_floating("dtype", dtype)
+    return W_q.new_empty((out_features, in_features), dtype=dtype)
+
+
+def linear(
+    x: Tensor,
+    W_q: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    in_features: int,
+    nbits: int,
+    group_size: int,
+    axis: int,
+) -> Tensor:
+    """y [...,N]."""
+    check_weight(W_q, scale, zero, out_features, in_features, nbits, group_size, axis, x.device)
+    check_rows("x", x, in_features, "in_features")
+    check_bias(bias, out_features, x)
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+def linear_dgrad(
+    dy: Tensor,
+    W_q: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    out_features: int,
+    in_features: int,
+    nbits: int,
+    group_size: int,
+    axis: int,
+) -> Tensor:
+    """dx [...,K]."""
+    check_weight(
+        W_q, scale, zero, out_features, in_features, nbits, group_size, axis, dy.device
+    )
+    check_rows("dy", dy, out_features, "out_features")
+    return dy.new_empty((*dy.shape[:-1], in_features))
+
+
+def lora_linear(
+    x: Tensor,
+    W_q: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    seed: Tensor | None,
+    scaling: float,
+    dropout: float,
+    out_features: int,
+    in_features: int,
+    nbits: int,
+    group_size: int,
+    axis: int,
+) -> tuple[Tensor, Tensor]:
+    """y [...,N] and xa [M,R]."""
+    check_weight(W_q, scale, zero, out_features, in_features, nbits, group_size, axis, x.device)
+    check_rows("x", x, in_features, "in_features")
+    check_bias(bias, out_features, x)
+    check_adapter(A, B, out_features, in_features, seed, scaling, dropout, "x", x)
+    return (
+        x.new_empty((*x.shape[:-1], out_features)),
+        x.new_empty((rows_of(x), A.shape[0]), dtype=torch.float32),
+    )
+
+
+def lora_linear_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    xa: Tensor | None,
+    W_q: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    A: Tensor,
+    B: Tensor,
+    seed: Tensor | None,
+    scaling: float,
+    dropout: float,
+    out_features: int,
+    in_features: int,
+    nbits: int,
+    group_size: int,
+    axis: int,
+    needs_dx: bool,
+    needs_dA: bool,
+    needs_dB: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx [...,K], dA [R,K], dB [N,R]; [0] for those that are not needed."""
+    check_weight(
+        W_q, scale, zero, out_features, in_features, nbits, group_size, axis, dy.device
+    )
+    check_rows("dy", dy, out_features, "out_features")
+    check_adapter(A, B, out_features, in_features, seed, scaling, dropout, "dy", dy)
+    check_saved(dy, x, xa, in_features, A.shape[0], needs_dA, needs_dB)
+    dx = dy.new_empty((*dy.shape[:-1], in_features) if needs_dx else (0,))
+    dA = A.new_empty(A.shape if needs_dA else (0,))
+    dB = A.new_empty((out_features, A.shape[0]) if needs_dB else (0,))
+    return dx, dA, dB
+
+
+FAKES = (quantize, dequantize, linear, linear_dgrad, lora_linear, lora_linear_backward)
+
+
+def register() -> None:
+    """Attach the fakes to the ops."""
+    for fake in FAKES:
+        torch.library.register_fake(f"hqqlora::{fake.__name__}", fake)

@@ -1,0 +1,83 @@
+/* Quantizing a weight, and getting it back, on the CPU. */
+#include <tuple>
+
+#include <torch/csrc/stable/library.h>
+
+#include "torch_context.h"
+
+namespace hqqlora
+{
+namespace
+{
+
+/* hqq's two-dimensional shapes: a line of words or of groups along each axis. */
+std::vector<int64_t> packed_shape(const hqq_weight &weight, const PackedSizes &sizes)
+{
+    int64_t columns = weight.axis == 1 ? weight.group_size : sizes.groups;
+    return {columns ? sizes.words / columns : 0, columns};
+}
+
+std::vector<int64_t> meta_shape(const hqq_weight &weight, const PackedSizes &sizes)
+{
+    return weight.axis == 1 ? std::vector<int64_t>{sizes.groups, 1}
+                            : std::vector<int64_t>{1, sizes.groups};
+}
+
+std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor &W, int64_t nbits, int64_t group_size,
+                                            int64_t axis, ScalarType meta_dtype, int64_t solver,
+                                            int64_t iters, bool early_stop, bool round_zero,
+                                            double lp_norm, double beta, double kappa)
+{
+    check_device("weight", W, cpu_device());
+    hqq_dtype dtype = dtype_of("weight", W);
+    HQQ_CHECK(W.dim() == 2, "weight must have shape [out_features, in_features], got ",
+              shape_of(W));
+    hqq_weight weight = check_format(W.size(0), W.size(1), nbits, group_size, axis);
+    weight.meta_dtype = dtype_of("meta_dtype", meta_dtype);
+    HQQ_CHECK(solver >= HQQ_SOLVER_DEFAULT && solver <= HQQ_SOLVER_MINMAX,
+              "solver must be 0 (default), 1 (reference) or 2 (minmax), got ", solver);
+    HQQ_CHECK(iters >= 0 && iters <= INT32_MAX, "iters must be 0 to 2147483647, got ", iters);
+    hqq_quantize_options options = hqq_quantize_defaults();
+    options.solver = static_cast<hqq_solver>(solver);
+    options.iters = static_cast<int32_t>(iters);
+    options.early_stop = early_stop;
+    options.round_zero = round_zero;
+    options.lp_norm = static_cast<float>(lp_norm);
+    options.beta = static_cast<float>(beta);
+    options.kappa = static_cast<float>(kappa);
+
+    PackedSizes sizes = packed_sizes(weight);
+    Tensor source = as_contiguous(W);
+    Tensor W_q = empty(packed_shape(weight, sizes), sizes.word_dtype);
+    Tensor scale = empty(meta_shape(weight, sizes), meta_dtype);
+    Tensor zero = empty(meta_shape(weight, sizes), meta_dtype);
+    TorchContext context;
+    context.check(hqq_quantize(W_q.mutable_data_ptr(), scale.mutable_data_ptr(),
+                               zero.mutable_data_ptr(), source.const_data_ptr(), dtype, &weight,
+                               &options, context));
+    return {W_q, scale, zero};
+}
+
+Tensor dequantize(const Tensor &W_q, const Tensor &scale, const Tensor &zero,
+                  int64_t out_features, int64_t in_features, int64_t nbits, int64_t group_size,
+                  int64_t axis, ScalarType dtype)
+{
+    hqq_weight weight = check_weight(W_q, scale, zero, out_features, in_features, nbits,
+                                     group_size, axis, cpu_device());
+    hqq_dtype out_dtype = dtype_of("dtype", dtype);
+    Tensor W = empty({out_features, in_features}, dtype);
+    TorchContext context;
+    context.check(hqq_dequantize(W.mutable_data_ptr(), in_features, out_dtype, &weight, 0,
+                                 out_features, 0, in_features, context));
+    return W;
+}
+
+} // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(hqqlora, CPU, m)
+{
+    m.impl("quantize", TORCH_BOX(&quantize));
+    m.impl("dequantize", TORCH_BOX(&dequantize));
+}
+
+} // namespace hqqlora

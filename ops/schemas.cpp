@@ -1,0 +1,27 @@
+/* The ops as torch sees them. Their meaning is in hqqlora.h, the checks of their arguments
+ * in arguments.h; each device's implementations register themselves.
+ *
+ * All ops are functional, and none carries an autograd formula: gradients come from
+ * hqqlora.autograd, which calls these. Adding `int` arguments: the C++ side takes int64_t for
+ * `int` and double for `float`, as TORCH_BOX does not check the types. */
+#include <torch/csrc/stable/library.h>
+
+#define WEIGHT  "Tensor W_q, Tensor scale, Tensor zero"
+#define FORMAT  "int out_features, int in_features, int nbits, int group_size, int axis"
+#define ADAPTER "Tensor A, Tensor B, Tensor? seed, float scaling, float dropout"
+
+STABLE_TORCH_LIBRARY(hqqlora, m)
+{
+    m.def("quantize(Tensor weight, int nbits, int group_size, int axis, ScalarType meta_dtype, "
+          "int solver=0, int iters=20, bool early_stop=True, bool round_zero=False, "
+          "float lp_norm=0.7, float beta=10.0, float kappa=1.0) "
+          "-> (Tensor W_q, Tensor scale, Tensor zero)");
+    m.def("dequantize(" WEIGHT ", " FORMAT ", ScalarType dtype) -> Tensor");
+    m.def("linear(Tensor x, " WEIGHT ", Tensor? bias, " FORMAT ") -> Tensor");
+    m.def("linear_dgrad(Tensor dy, " WEIGHT ", " FORMAT ") -> Tensor");
+    m.def("lora_linear(Tensor x, " WEIGHT ", Tensor? bias, " ADAPTER ", " FORMAT ") "
+          "-> (Tensor y, Tensor xa)");
+    m.def("lora_linear_backward(Tensor dy, Tensor? x, Tensor? xa, " WEIGHT ", " ADAPTER
+          ", " FORMAT ", bool needs_dx, bool needs_dA, bool needs_dB) "
+          "-> (Tensor dx, Tensor dA, Tensor dB)");
+}

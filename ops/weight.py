@@ -1,0 +1,90 @@
+"""A frozen HQQ weight as a value: what it is made of and the shapes of its parts."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import NamedTuple
+
+from torch import Tensor
+
+__all__ = ["PackedWeight", "Solver", "meta_shape", "packed_shape"]
+
+# Codes in a word: a byte, or an int32 with ten codes for 3 bits.
+SLOTS_PER_WORD = {8: 1, 4: 2, 3: 10, 2: 4, 1: 8}
+
+
+class Solver(IntEnum):
+    """How `torch.ops.hqqlora.quantize` finds codes, scales and zeros."""
+
+    DEFAULT = 0
+    """Range search, then least squares on scale and zero."""
+    REFERENCE = 1
+    """What hqq 0.2.8 computes on a CPU, step by step."""
+    MINMAX = 2
+    """The range of each group alone (hqq's ``optimize=False``)."""
+
+
+class PackedWeight(NamedTuple):
+    """A quantized weight ``W [out_features, in_features] = (q - zero) * scale``.
+
+    The order is that of the ops, which are called as::
+
+        torch.ops.hqqlora.linear(x, *weight[:3], bias, *weight[3:])
+    """
+
+    W_q: Tensor
+    """The packed codes: uint8, or int32 for 3 bits; shape `packed_shape`; contiguous."""
+    scale: Tensor
+    """float32, float16 or bfloat16; shape `meta_shape`; contiguous."""
+    zero: Tensor
+    """Like `scale`."""
+    out_features: int
+    in_features: int
+    nbits: int
+    """8, 4, 3, 2 or 1."""
+    group_size: int
+    """Elements that share a scale and a zero; divides out_features * in_features."""
+    axis: int
+    """1: a group runs along a row of W; 0: down a column."""
+
+
+def _groups(out_features: int, in_features: int, group_size: int) -> int:
+    elements = out_features * in_features
+    if out_features < 0 or in_features < 0 or group_size <= 0 or elements % group_size:
+        raise ValueError(
+            f"group_size {group_size} does not divide out_features * in_features = "
+            f"{out_features} * {in_features}"
+        )
+    return elements // group_size
+
+
+def packed_shape(
+    out_features: int, in_features: int, nbits: int, group_size: int, axis: int
+) -> tuple[int, int]:
+    """The shape of ``W_q``: ``[ceil(N*K/G / per), G]`` for axis 1, ``[ceil(G / per),
+    N*K/G]`` for axis 0, with ``per`` codes in a word (8 / nbits, or 10 for 3 bits).
+
+    Raises ValueError where no such weight exists.
+    """
+    if nbits not in SLOTS_PER_WORD:
+        raise ValueError(f"nbits must be 8, 4, 3, 2 or 1, got {nbits}")
+    if axis not in (0, 1):
+        raise ValueError(f"axis must be 0 or 1, got {axis}")
+    groups = _groups(out_features, in_features, group_size)
+    rows, columns = (groups, group_size) if axis == 1 else (group_size, groups)
+    words = -(-rows // SLOTS_PER_WORD[nbits]) * columns
+    return (words // columns if columns else 0), columns
+
+
+def meta_shape(
+    out_features: int, in_features: int, group_size: int, axis: int
+) -> tuple[int, int]:
+    """The shape of ``scale`` and ``zero``: ``[N*K/G, 1]`` for axis 1, ``[1, N*K/G]`` for
+    axis 0.
+
+    Raises ValueError where no such weight exists.
+    """
+    if axis not in (0, 1):
+        raise ValueError(f"axis must be 0 or 1, got {axis}")
+    groups = _groups(out_features, in_features, group_size)
+    return (groups, 1) if axis == 1 else (1, groups)
