@@ -1,0 +1,426 @@
+"""HQQLinear: a linear layer whose frozen weight is stored in 8 to 1 bits, in hqq's format."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hqqlora.autograd import linear
+from hqqlora.config import QuantSettings
+from hqqlora.ops import PackedWeight
+from hqqlora.quantizing import quantize_weight
+from hqqlora.state_encoding import (
+    META_DTYPES,
+    METADATA_KEYS,
+    OLD_KEYS,
+    TENSOR_KEYS,
+    LayerMetadata,
+    decode_layer,
+    fit_tensors,
+    word_dtype,
+)
+
+NO_WEIGHT = "this HQQLinear has no weight yet: load a state_dict into it"
+
+
+class HQQLinear(nn.Linear):
+    """``y = x W^T + bias`` with ``W = (W_q - zero) * scale``, all of it frozen.
+
+    An ordinary module: `W_q` (uint8; int32 for 3 bits), `scale`, `zero` and `bias` are
+    parameters that need no gradient, so ``.to``, ``.half``, deepcopy, pickle and state_dict do
+    what they do for any module. The gradient flows through to x alone.
+
+    x may be float32, bfloat16 or float16, whatever `compute_dtype` is; y has x's dtype, and a
+    bias of another dtype is converted on the way. Sums are kept in float32 and rounded once.
+
+    Its state_dict has hqq's nineteen keys, so that hqq, vLLM and others read it. Loading takes
+    hqq's encoded and raw forms; the checkpoint decides bits, group size and axis, the layer
+    (once it has a weight) keeps its shape and dtypes. With `state_dict_metadata` False only
+    `W_q`, `scale`, `zero` and `bias` are written, for loaders that keep the rest themselves.
+    """
+
+    W_q: nn.Parameter
+    scale: nn.Parameter
+    zero: nn.Parameter
+
+    def __init__(
+        self,
+        linear_layer: nn.Linear | None,
+        quant_config: Mapping[str, Any] | None,
+        del_orig: bool = True,
+        compute_dtype: torch.dtype | None = None,
+        device: torch.device | str | int | None = None,
+        initialize: bool = True,
+        *,
+        meta_dtype: torch.dtype | None = None,
+    ) -> None:
+        """Quantizes a dense layer.
+
+        Args:
+            linear_layer: the layer to quantize; None: an uninitialised layer, to be loaded.
+            quant_config: as ``BaseQuantizeConfig`` gives it; may be None without a layer.
+            del_orig: set the dense layer's parameters to None, to free them.
+            compute_dtype: what `dequantize` gives and the bias is stored in. None: float16,
+                as in hqq; in an uninitialised layer, what the checkpoint says.
+            device: where to quantize and live. None: the dense weight's device.
+            initialize: False: do not quantize, only make tensors of the right shapes (with a
+                layer) for a checkpoint to fill.
+            meta_dtype: of scale and zero. None: compute_dtype.
+
+        Raises:
+            ValueError: the group size does not fit, the weight is not finite (names the
+                element), or the configuration is not supported.
+            TypeError: linear_layer is not an nn.Linear, or a dtype is not float32, float16 or
+                bfloat16.
+        """
+        nn.Module.__init__(self)
+        for name, dtype in (("compute_dtype", compute_dtype), ("meta_dtype", meta_dtype)):
+            if dtype is not None and dtype not in META_DTYPES:
+                raise TypeError(f"{name} must be float32, float16 or bfloat16, not {dtype}")
+        settings = None if quant_config is None else QuantSettings.parse(quant_config)
+        self._metadata: LayerMetadata | None = None
+        # What `packed` ends with: one attribute, as every forward reads it.
+        self._format: tuple[int, int, int, int, int] | None = None
+        self._wanted = (settings, compute_dtype, meta_dtype, device)
+        self.state_dict_metadata = True
+        self.encoded_state_dict = True
+        for name in TENSOR_KEYS:
+            self.register_parameter(name, None)
+        self.in_features = self.out_features = 0
+        if linear_layer is None:
+            return
+        if settings is None:
+            raise ValueError("a quant_config is needed to quantize a layer")
+        if not isinstance(linear_layer, nn.Linear) or isinstance(linear_layer, HQQLinear):
+            raise TypeError(
+                f"linear_layer must be a dense nn.Linear, not {type(linear_layer).__name__}"
+            )
+        weight = linear_layer.weight
+        if weight is None:
+            raise TypeError("linear_layer has no weight: it has been quantized and freed")
+        self.train(linear_layer.training)
+        self._allocate(
+            LayerMetadata(
+                settings, weight.size(0), weight.size(1), compute_dtype or torch.float16
+            ),
+            meta_dtype or compute_dtype or torch.float16,
+            weight.device if device is None else torch.device(device),
+            bias=linear_layer.bias is not None,
+        )
+        if not initialize:
+            return
+        self.requantize(weight.detach())
+        if linear_layer.bias is not None:
+            self.bias.data.copy_(linear_layer.bias.detach())
+        if del_orig:
+            for name, _ in list(linear_layer.named_parameters(recurse=False)):
+                setattr(linear_layer, name, None)
+
+    @classmethod
+    def from_weights(
+        cls,
+        weight: Tensor,
+        bias: Tensor | None,
+        quant_config: Mapping[str, Any],
+        compute_dtype: torch.dtype | None = None,
+        device: torch.device | str | int | None = None,
+        del_orig: bool = True,
+        *,
+        meta_dtype: torch.dtype | None = None,
+    ) -> HQQLinear:
+        """Quantizes `weight` [out_features, in_features] with `bias` [out_features] or None."""
+        if weight.dim() != 2:
+            raise ValueError(
+                f"weight must be [out_features, in_features]: {list(weight.shape)}"
+            )
+        dense = nn.Linear(1, 1, bias=False, device="meta")
+        dense.out_features, dense.in_features = weight.shape
+        dense.weight = nn.Parameter(weight.detach(), requires_grad=False)
+        if bias is not None:
+            dense.bias = nn.Parameter(bias.detach(), requires_grad=False)
+        return cls(dense, quant_config, del_orig, compute_dtype, device, meta_dtype=meta_dtype)
+
+    # ---- what it is -----------------------------------------------------------------
+
+    def is_initialized(self) -> bool:
+        """Whether the layer has a weight."""
+        return self._metadata is not None
+
+    @property
+    def metadata(self) -> LayerMetadata:
+        """The checked description of the layer.
+
+        Raises:
+            RuntimeError: the layer has no weight yet.
+        """
+        if self._metadata is None:
+            raise RuntimeError(NO_WEIGHT)
+        return self._metadata
+
+    @property
+    def nbits(self) -> int:
+        """Bits of a code: 8, 4, 3, 2 or 1."""
+        return self.metadata.settings.nbits
+
+    @property
+    def group_size(self) -> int:
+        """Weights that share a scale and a zero."""
+        return self.metadata.group_size
+
+    @property
+    def axis(self) -> int:
+        """1: a group runs along a row; 0: down a column."""
+        return self.metadata.settings.axis
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """What `dequantize` gives; follows ``.to(dtype)``."""
+        return self.metadata.compute_dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weight is."""
+        return self.W_q.device
+
+    @property
+    def quant_config(self) -> dict[str, Any]:
+        """The configuration as hqq's dict, with the group size resolved."""
+        config = self.metadata.settings.to_config()
+        config["weight_quant_params"]["group_size"] = self.group_size
+        return config
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        """hqq's `meta`: scale, zero and the plain values that belong to them."""
+        values = self.metadata.values()
+        for key in ("offload_meta", "encoded_state_dict", "stores_quant_config"):
+            del values[key]
+        return {**values, "scale": self.scale, "zero": self.zero}
+
+    @property
+    def offload_meta(self) -> bool:
+        """False: scale and zero are where the codes are. hqq's layers have this attribute."""
+        return False
+
+    @property
+    def packed(self) -> PackedWeight:
+        """The weight as the operators take it."""
+        if self._format is None:
+            raise RuntimeError(NO_WEIGHT)
+        return PackedWeight(self.W_q, self.scale, self.zero, *self._format)
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """A placeholder of the dense weight's shape, dtype and device that takes no memory.
+
+        Model code reads those from a linear layer. Its elements are NaN, so that arithmetic
+        with it is wrong for all to see, and one element in memory, so that writing raises.
+        The numbers are in `dequantize`.
+        """
+        m = self.metadata
+        nan = torch.full((), float("nan"), dtype=m.compute_dtype, device=self.W_q.device)
+        placeholder = nan.expand(m.out_features, m.in_features)
+        if not torch.compiler.is_compiling():
+            # Keeps transformers from initialising it.
+            placeholder._is_hf_initialized = True  # type: ignore[attr-defined]
+        return placeholder
+
+    def extra_repr(self) -> str:
+        """What `print(module)` says."""
+        if self._metadata is None:
+            return "uninitialized"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, nbits={self.nbits}, group_size={self.group_size}, "
+            f"axis={self.axis}, compute_dtype={self.compute_dtype}"
+        )
+
+    # ---- what it does ---------------------------------------------------------------
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y [..., out_features] in x's dtype for x [..., in_features]."""
+        return linear(x, self.packed, self.bias_for(x))
+
+    def bias_for(self, x: Tensor) -> Tensor | None:
+        """The bias in a dtype that goes with x: as it is, or else exactly, in float32."""
+        if self.bias is None or self.bias.dtype in (x.dtype, torch.float32):
+            return self.bias
+        return self.bias.float()
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The dense weight [out_features, in_features], computed in float32 and rounded once to
+        `dtype` (None: compute_dtype)."""
+        dense: Tensor = torch.ops.hqqlora.dequantize(*self.packed, dtype or self.compute_dtype)
+        return dense
+
+    @torch.no_grad()
+    def requantize(self, weight: Tensor) -> None:
+        """Replaces the weight by `weight` [out_features, in_features] (any of float32, float16,
+        bfloat16), quantized with this layer's configuration.
+
+        Raises:
+            ValueError: another shape, or an element is not finite; the layer is unchanged.
+        """
+        m = self.metadata
+        if tuple(weight.shape) != (m.out_features, m.in_features):
+            raise ValueError(
+                f"weight {list(weight.shape)} is not [{m.out_features}, {m.in_features}]"
+            )
+        W_q, scale, zero = quantize_weight(
+            weight.to(self.W_q.device), m.settings, self.scale.dtype
+        )
+        self.W_q.data, self.scale.data, self.zero.data = W_q, scale, zero
+
+    def reset_parameters(self) -> None:
+        """Raises RuntimeError: there is no initial value to go back to."""
+        raise RuntimeError("an HQQLinear has no initial state: quantize or load one")
+
+    # ---- moving and converting ------------------------------------------------------
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HQQLinear:
+        if self._metadata is None:
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            return self
+        # What fn does to a dtype is seen on an empty tensor, before anything is changed.
+        probe = torch.empty(0, dtype=self.compute_dtype, device=self.scale.device)
+        dtype = fn(probe).dtype
+        if dtype not in META_DTYPES:
+            raise TypeError(f"an HQQLinear can be float32, float16 or bfloat16, not {dtype}")
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._metadata = replace(self._metadata, compute_dtype=dtype)
+        return self
+
+    # ---- checkpoints ----------------------------------------------------------------
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._metadata is None or not self.state_dict_metadata:
+            return
+        destination[prefix + "W_q"] = self.stored("W_q", destination[prefix + "W_q"])
+        m = self._metadata
+        values = m.encoded() if self.encoded_state_dict else m.values()
+        if not self.encoded_state_dict:
+            del values["encoded_state_dict"]
+        destination.update((prefix + key, value) for key, value in values.items())
+
+    def stored(self, name: str, tensor: Tensor) -> Tensor:
+        """The parameter `name` as a state_dict has it: `W_q` as floats with view_as_float."""
+        if name != "W_q" or not self.metadata.settings.view_as_float:
+            return tensor
+        self.metadata.check_float_view()
+        return tensor.detach().view(self.compute_dtype)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        known = (*TENSOR_KEYS, *METADATA_KEYS, *OLD_KEYS)
+        own = {key: state_dict[prefix + key] for key in known if prefix + key in state_dict}
+        rest = {
+            key: value
+            for key, value in state_dict.items()
+            if not (key.startswith(prefix) and key[len(prefix) :] in known)
+        }
+        metadata = None
+        if any(key in own for key in ("W_q", "scale", "zero", "zero_scale", "meta")):
+            layer = prefix.rstrip(".") or "layer"
+            tensors, metadata = self._decode(own, layer)
+            if not self._adopt(metadata, tensors, layer, error_msgs):
+                return
+            rest.update((prefix + name, tensor) for name, tensor in tensors.items())
+        elif self._metadata is None:
+            missing_keys.append(prefix + "W_q")
+        super()._load_from_state_dict(
+            rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if metadata is not None and local_metadata.get("assign_to_params_buffers", False):
+            self._metadata = metadata  # the parameters are the checkpoint's own now
+
+    def _decode(
+        self, own: dict[str, Any], layer: str
+    ) -> tuple[dict[str, Tensor], LayerMetadata]:
+        held, wanted = self._metadata, self._wanted[0]
+        settings = held.settings if held is not None else wanted
+        state = decode_layer(own, layer, settings.solver if settings else "default")
+        metadata = state.metadata or held
+        if metadata is None:
+            raise ValueError(f"{layer}: neither the checkpoint nor the layer has metadata")
+        return fit_tensors(state, metadata, layer), metadata
+
+    def _adopt(
+        self,
+        metadata: LayerMetadata,
+        tensors: dict[str, Tensor],
+        layer: str,
+        error_msgs: list[str],
+    ) -> bool:
+        """Gives this layer the format of a checkpoint's; False, and a message, if the shape of
+        the weight is another."""
+        held = self._metadata
+        N, K = metadata.out_features, metadata.in_features
+        if held is None:
+            _, compute_dtype, meta_dtype, device = self._wanted
+            compute_dtype = compute_dtype or metadata.compute_dtype
+            meta_dtype = meta_dtype or tensors["scale"].dtype
+            place = tensors["W_q"].device if device is None else torch.device(device)
+            bias = "bias" in tensors
+        elif (held.out_features, held.in_features) == (N, K):
+            compute_dtype, meta_dtype = held.compute_dtype, self.scale.dtype
+            place, bias = self.W_q.device, self.bias is not None
+        else:
+            error_msgs.append(
+                f"size mismatch for {layer}: the checkpoint's weight is [{N}, {K}], "
+                f"this layer's [{held.out_features}, {held.in_features}]"
+            )
+            return False
+        self._allocate(replace(metadata, compute_dtype=compute_dtype), meta_dtype, place, bias)
+        return True
+
+    def _allocate(
+        self, metadata: LayerMetadata, meta_dtype: torch.dtype, device: torch.device, bias: bool
+    ) -> None:
+        """Sets the description, and makes those parameters anew that do not fit it."""
+        if metadata.settings.view_as_float:
+            metadata.check_float_view()
+        words = word_dtype(metadata.settings.nbits)
+        self._fit_parameter("W_q", metadata.packed_shape, words, device)
+        self._fit_parameter("scale", metadata.meta_shape, meta_dtype, device)
+        self._fit_parameter("zero", metadata.meta_shape, meta_dtype, device)
+        if bias and self.bias is None:
+            shape = (metadata.out_features,)
+            self._fit_parameter("bias", shape, metadata.compute_dtype, device)
+        self._metadata = metadata
+        N, K = metadata.out_features, metadata.in_features
+        self.out_features, self.in_features = N, K
+        settings = metadata.settings
+        self._format = (N, K, settings.nbits, metadata.group_size, settings.axis)
+
+    def _fit_parameter(
+        self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    ) -> None:
+        held = self._parameters[name]
+        if held is None or tuple(held.shape) != shape or held.dtype != dtype:
+            tensor = torch.empty(shape, dtype=dtype, device=device)
+            self._parameters[name] = nn.Parameter(tensor, requires_grad=False)
+
+
+def _metadata_property(key: str) -> property:
+    return property(lambda layer: layer.metadata.values()[key], doc=f"hqq's `{key}`.")
+
+
+# torch.distributed.checkpoint looks up every key of a state_dict as an attribute.
+for _key in METADATA_KEYS:
+    if _key != "encoded_state_dict" and not hasattr(HQQLinear, _key):
+        setattr(HQQLinear, _key, _metadata_property(_key))

@@ -1,0 +1,305 @@
+"""LoRALinear: a trainable low-rank update on a frozen quantized layer."""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hqqlora.autograd import lora_linear
+from hqqlora.linear import HQQLinear
+
+MAX_RANK = 256
+# What merge() changes in the base.
+MERGED_KEYS = ("W_q", "scale", "zero", "bias")
+
+
+class LoRALinear(nn.Module):
+    """``y = x W^T + bias + scaling * (drop(x) A^T) B^T`` on a frozen `HQQLinear`.
+
+    Only `lora_A` [r, in_features], `lora_B` [out_features, r] and, if asked for, `lora_bias`
+    [out_features] are trained. Forward and backward are one fused operation each; the dropout
+    mask is regenerated, not stored, and applies in training only.
+
+    ``scaling`` is lora_alpha / r, or lora_alpha / sqrt(r) with `use_rslora`.
+    """
+
+    def __init__(
+        self,
+        base: HQQLinear,
+        r: int = 8,
+        lora_alpha: float = 16,
+        lora_dropout: float = 0.0,
+        *,
+        use_rslora: bool = False,
+        lora_bias: bool = False,
+        dtype: torch.dtype = torch.float32,
+        init_lora_weights: bool | str = True,
+    ) -> None:
+        """Adds an adapter to `base`, on its device.
+
+        Args:
+            base: the quantized layer; kept as `base_layer`.
+            r: the rank, 1 to 256.
+            lora_alpha: the numerator of the scaling.
+            lora_dropout: the probability, in [0, 1), that an element of x does not enter the
+                adapter, in training.
+            use_rslora: divide by sqrt(r) instead of r.
+            lora_bias: also train a bias behind B, scaled as the adapter is.
+            dtype: of the trained parameters.
+            init_lora_weights: as in PEFT. True: A uniform (Kaiming), B zero, so that the layer
+                starts as `base` is; "gaussian": A normal, B zero; False: both uniform.
+
+        Raises:
+            TypeError: base is not an HQQLinear, r not an integer, dtype not one of the three.
+            ValueError: a number is out of range.
+        """
+        super().__init__()
+        if not isinstance(base, HQQLinear):
+            raise TypeError(f"a LoRALinear needs an HQQLinear, not {type(base).__name__}")
+        if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            raise TypeError(f"dtype must be float32, float16 or bfloat16, not {dtype}")
+        self.r = _rank(r)
+        self.lora_alpha = _alpha(lora_alpha)
+        self.lora_dropout = _dropout(lora_dropout)
+        self.use_rslora = bool(use_rslora)
+        self.scaling = self.lora_alpha / (math.sqrt(self.r) if use_rslora else self.r)
+        self.base_layer = base.requires_grad_(False)
+        N, K = base.out_features, base.in_features
+        self.lora_A = nn.Parameter(torch.empty(self.r, K, dtype=dtype, device=base.device))
+        self.lora_B = nn.Parameter(torch.empty(N, self.r, dtype=dtype, device=base.device))
+        self.lora_bias: nn.Parameter | None = None
+        if lora_bias:
+            self.lora_bias = nn.Parameter(torch.empty(N, dtype=dtype, device=base.device))
+        # The base as it was before merge(). Buffers, so that they move along; not saved.
+        for name in MERGED_KEYS:
+            self.register_buffer(f"unmerged_{name}", None, persistent=False)
+        self.register_state_dict_post_hook(  # type: ignore[no-untyped-call]
+            _save_unmerged
+        )
+        self._enabled = True
+        self._merged = False
+        self.reset_lora_parameters(init_lora_weights)
+
+    @torch.no_grad()
+    def reset_lora_parameters(self, init_lora_weights: bool | str = True) -> None:
+        """Initialises A and B anew; see the constructor."""
+        if init_lora_weights not in (True, False, "gaussian"):
+            raise ValueError(
+                f"init_lora_weights={init_lora_weights!r} is not True, False or 'gaussian'"
+            )
+        if init_lora_weights == "gaussian":
+            nn.init.normal_(self.lora_A, std=1 / self.r)
+        else:
+            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        if init_lora_weights is False:
+            nn.init.kaiming_uniform_(self.lora_B, a=math.sqrt(5))
+        else:
+            nn.init.zeros_(self.lora_B)
+        if self.lora_bias is not None:
+            nn.init.zeros_(self.lora_bias)
+
+    # ---- what it is -----------------------------------------------------------------
+
+    @property
+    def in_features(self) -> int:
+        """K of the base."""
+        return self.base_layer.in_features
+
+    @property
+    def out_features(self) -> int:
+        """N of the base."""
+        return self.base_layer.out_features
+
+    @property
+    def weight(self) -> Tensor:
+        """The base's placeholder, for code that reads a layer's shape, dtype or device."""
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base's bias."""
+        return self.base_layer.bias
+
+    @property
+    def enabled(self) -> bool:
+        """Whether the adapter takes part."""
+        return self._enabled
+
+    @property
+    def merged(self) -> bool:
+        """Whether the adapter is in the base's weight."""
+        return self._merged
+
+    def extra_repr(self) -> str:
+        """What `print(module)` says."""
+        text = f"r={self.r}, lora_alpha={self.lora_alpha:g}, scaling={self.scaling:g}"
+        if self.lora_dropout > 0:
+            text += f", lora_dropout={self.lora_dropout:g}"
+        return text + (", merged" if self._merged else "") + ("" if self._enabled else ", off")
+
+    # ---- what it does ---------------------------------------------------------------
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y [..., out_features] in x's dtype for x [..., in_features]."""
+        base = self.base_layer
+        if self._merged or not self._enabled:
+            y: Tensor = base(x)
+            return y
+        return lora_linear(
+            x,
+            base.packed,
+            base.bias_for(x) if self.lora_bias is None else self._total_bias(),
+            self._factor_for(x, self.lora_A),
+            self._factor_for(x, self.lora_B),
+            self.scaling,
+            self.lora_dropout if self.training else 0.0,
+        )
+
+    @staticmethod
+    def _factor_for(x: Tensor, factor: Tensor) -> Tensor:
+        """A or B in a dtype the operator takes: float32, or x's own."""
+        return factor if factor.dtype in (x.dtype, torch.float32) else factor.float()
+
+    def enable(self) -> None:
+        """Lets the adapter take part (again)."""
+        self._enabled = True
+
+    def disable(self) -> None:
+        """Leaves the adapter out: the layer is its base.
+
+        Raises:
+            RuntimeError: the adapter is merged; unmerge it first.
+        """
+        if self._merged:
+            raise RuntimeError("a merged adapter cannot be disabled: call unmerge() first")
+        self._enabled = False
+
+    def delta_weight(self) -> Tensor:
+        """``scaling * B A`` [out_features, in_features], float32."""
+        return self.scaling * (self.lora_B.float() @ self.lora_A.float())
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Quantizes weight + adapter into the base, with the base's own configuration.
+
+        Rounding to few bits loses part of the adapter; `to_dense` loses nothing. The codes from
+        before are kept, so that `unmerge` brings them back bit for bit, and so that this
+        layer's state_dict is the same, merged or not; loading one unmerges.
+
+        Raises:
+            RuntimeError: the adapter is already merged, or disabled.
+            ValueError: the adapter is not finite; nothing is changed.
+        """
+        if self._merged or not self._enabled:
+            raise RuntimeError(f"the adapter is {'merged already' if self._merged else 'off'}")
+        base = self.base_layer
+        before = {name: base._parameters[name] for name in MERGED_KEYS}
+        merged = base.dequantize(torch.float32).add_(self.delta_weight())
+        for name, parameter in before.items():
+            setattr(self, f"unmerged_{name}", None if parameter is None else parameter.data)
+        try:
+            base.requantize(merged)
+        except BaseException:
+            self._forget_unmerged()
+            raise
+        if self.lora_bias is not None:
+            base.bias = nn.Parameter(self._total_bias().to(base.compute_dtype), False)
+        self._merged = True
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Brings the base back as it was before `merge`, bit for bit.
+
+        Raises:
+            RuntimeError: the adapter is not merged.
+        """
+        if not self._merged:
+            raise RuntimeError("the adapter is not merged")
+        base = self.base_layer
+        for name in MERGED_KEYS:
+            before = getattr(self, f"unmerged_{name}")
+            parameter = None if before is None else nn.Parameter(before, requires_grad=False)
+            base._parameters[name] = parameter
+        self._forget_unmerged()
+        self._merged = False
+
+    @torch.no_grad()
+    def to_dense(self, dtype: torch.dtype | None = None) -> nn.Linear:
+        """An nn.Linear with weight + adapter, added in float32 and rounded once to `dtype`
+        (None: the base's compute_dtype). Nothing is quantized."""
+        base = self.base_layer
+        dtype = dtype or base.compute_dtype
+        weight = base.dequantize(torch.float32)
+        bias: Tensor | None = base.bias
+        if self._enabled and not self._merged:
+            weight = weight.add_(self.delta_weight())
+            bias = bias if self.lora_bias is None else self._total_bias()
+        dense = nn.Linear(
+            base.in_features, base.out_features, bias=bias is not None, device="meta"
+        )
+        dense.weight = nn.Parameter(weight.to(dtype))
+        if bias is not None:
+            dense.bias = nn.Parameter(bias.to(dtype, copy=True))
+        return dense.train(self.training)
+
+    # ---- checkpoints ----------------------------------------------------------------
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        if self._merged:
+            self.unmerge()
+        super()._load_from_state_dict(*arguments)
+
+    # ---- parts ----------------------------------------------------------------------
+
+    def _total_bias(self) -> Tensor:
+        """bias + scaling * lora_bias, float32; differentiable."""
+        assert self.lora_bias is not None
+        own = self.scaling * self.lora_bias.float()
+        return own if self.base_layer.bias is None else self.base_layer.bias.float() + own
+
+    def _forget_unmerged(self) -> None:
+        for name in MERGED_KEYS:
+            setattr(self, f"unmerged_{name}", None)
+
+
+def _save_unmerged(
+    layer: LoRALinear, state: dict[str, Any], prefix: str, metadata: dict[str, Any]
+) -> None:
+    """A state_dict hook: puts the base from before `merge` in the place of the merged one,
+    which would be adapted twice after loading."""
+    if not layer.merged:
+        return
+    for name in MERGED_KEYS:
+        before = getattr(layer, f"unmerged_{name}")
+        if before is None:
+            state.pop(f"{prefix}base_layer.{name}", None)
+        else:
+            state[f"{prefix}base_layer.{name}"] = layer.base_layer.stored(name, before)
+
+
+def _rank(r: object) -> int:
+    if isinstance(r, bool):
+        raise TypeError(f"r must be an integer, not {r!r}")
+    try:
+        rank = operator.index(r)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"r must be an integer, not {r!r}") from None
+    if not 1 <= rank <= MAX_RANK:
+        raise ValueError(f"r={rank} is not between 1 and {MAX_RANK}")
+    return rank
+
+
+def _alpha(lora_alpha: float) -> float:
+    if not math.isfinite(lora_alpha):
+        raise ValueError(f"lora_alpha={lora_alpha} is not finite")
+    return lora_alpha
+
+
+def _dropout(lora_dropout: float) -> float:
+    if not 0.0 <= lora_dropout < 1.0:
+        raise ValueError(f"lora_dropout={lora_dropout} is not in [0, 1)")
+    return float(lora_dropout)

@@ -1,0 +1,316 @@
+"""Quantizing a model's linear layers in place, and putting adapters on them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from hqqlora.config import QuantSettings
+from hqqlora.linear import HQQLinear
+from hqqlora.lora import LoRALinear
+from hqqlora.module_names import (
+    ALL_LINEAR,
+    first_match,
+    is_target,
+    matches,
+    pattern_value,
+    unwrapped,
+)
+
+# Parts of a name that say a linear layer is somebody's adapter.
+_ADAPTER_PARTS = frozenset({"lora_A", "lora_B"})
+
+
+def quantize_model(
+    model: nn.Module,
+    config: Mapping[str, Any],
+    skip_modules: Sequence[str] = ("lm_head",),
+    compute_dtype: torch.dtype | None = None,
+    meta_dtype: torch.dtype | None = None,
+    progress: bool = True,
+) -> nn.Module:
+    """Replaces every nn.Linear of `model` by an `HQQLinear`, in place.
+
+    Layers go one after another, and each dense weight is freed before the next is touched, so
+    that memory never exceeds the model and one layer. Layers already quantized stay as they
+    are: a second call, or one after an interruption, does what is left.
+
+    Left dense: other classes than nn.Linear itself (Conv1D too), what `skip_modules` names,
+    and, with a warning, weights tied to another module, which two modules would no longer
+    share, and layers whose parent reads the weight itself.
+
+    Args:
+        model: on any device; its layers are quantized where they are.
+        config: one configuration (see `BaseQuantizeConfig`) for all layers, or a mapping from
+            name patterns to configurations. In a mapping the first pattern that matches a
+            layer's name decides; None leaves the layer dense, as does no match. A pattern
+            names a run of whole dot-separated parts, with the wildcards of file names:
+            ``{"layers.0": None, "mlp.*_proj": three_bits, "*": four_bits}``.
+        skip_modules: patterns of layers to leave dense, stronger than `config`.
+        compute_dtype: of the quantized layers; None: each dense weight's own.
+        meta_dtype: of scales and zeros; None: compute_dtype.
+        progress: show a progress bar on stderr.
+
+    Returns:
+        model.
+
+    Raises:
+        ValueError: nothing is there to quantize; or, before anything is changed, a group size
+            does not divide a weight, naming the layer; or a weight is not finite, naming layer
+            and element, when the layers before it are already quantized.
+        TypeError: model is itself an nn.Linear (use `HQQLinear`).
+    """
+    if type(model) is nn.Linear:
+        raise TypeError("model is itself an nn.Linear: use HQQLinear(model, config)")
+    plan = _plan(model, config, tuple(skip_modules))
+    for name in tqdm(list(plan), desc="quantizing", unit="layer", disable=not progress):
+        places, settings = plan.pop(name)
+        dense = model.get_submodule(name)
+        assert isinstance(dense, nn.Linear)
+        try:
+            quantized: nn.Module = HQQLinear(
+                dense,
+                settings.to_config(),
+                compute_dtype=compute_dtype or dense.weight.dtype,
+                meta_dtype=meta_dtype,
+            )
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{name}: {error}") from error
+        for place in places:
+            _replace(model, place, quantized)
+    return model
+
+
+def add_lora(
+    model: nn.Module,
+    r: int = 8,
+    lora_alpha: float = 16,
+    lora_dropout: float = 0.0,
+    target_modules: str | Sequence[str] = ALL_LINEAR,
+    *,
+    use_rslora: bool = False,
+    lora_bias: bool = False,
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
+    dtype: torch.dtype = torch.float32,
+    init_lora_weights: bool | str = True,
+) -> nn.Module:
+    """Puts a `LoRALinear` around quantized layers of `model`, in place, and freezes the rest.
+
+    Args:
+        model: with quantized layers (see `quantize_model`).
+        r, lora_alpha, lora_dropout, use_rslora, lora_bias, dtype, init_lora_weights: of each
+            `LoRALinear`.
+        target_modules: as in PEFT. "all-linear": every quantized layer but the model's output
+            layer; another string: a regular expression for whole names; a list: names or their
+            last parts, such as ["q_proj", "v_proj"].
+        rank_pattern, alpha_pattern: as in PEFT: other ranks or alphas for the layers whose
+            name, from the beginning or from a dot on, matches the regular expression.
+
+    Returns:
+        model.
+
+    Raises:
+        ValueError: no layer is meant, a layer has an adapter already, or a layer that is meant
+            is not quantized; nothing is changed.
+    """
+    names = _targets(model, target_modules)
+    adapters = []
+    for name in names:
+        base = model.get_submodule(name)
+        assert isinstance(base, HQQLinear)
+        adapter = LoRALinear(
+            base,
+            pattern_value(unwrapped(name), rank_pattern or {}, r),
+            pattern_value(unwrapped(name), alpha_pattern or {}, lora_alpha),
+            lora_dropout,
+            use_rslora=use_rslora,
+            lora_bias=lora_bias,
+            dtype=dtype,
+            init_lora_weights=init_lora_weights,
+        )
+        adapters.append(adapter.train(base.training))
+    insert_adapters(model, adapters)
+    return model
+
+
+def insert_adapters(model: nn.Module, adapters: Iterable[LoRALinear]) -> None:
+    """Puts each adapter in the place of its base, wherever that is in `model`, and leaves
+    nothing trainable but adapters."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    of_base = {id(adapter.base_layer): adapter for adapter in adapters}
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if id(module) in of_base:
+            _replace(model, name, of_base[id(module)])
+    for parameter in lora_parameters(model):
+        parameter.requires_grad_(True)
+
+
+def lora_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """The parameters to train: A, B and bias of every `LoRALinear` in `model`, each once."""
+    for _, adapter in lora_layers(model):
+        yield adapter.lora_A
+        yield adapter.lora_B
+        if adapter.lora_bias is not None:
+            yield adapter.lora_bias
+
+
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
+    """The names and layers of every `LoRALinear` in `model`."""
+    for name, module in model.named_modules():
+        if isinstance(module, LoRALinear):
+            yield name, module
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(parent), attribute, module)
+
+
+# ---- which layers to quantize ------------------------------------------------------------
+
+
+def _plan(
+    model: nn.Module, config: Mapping[str, Any], skip_modules: tuple[str, ...]
+) -> dict[str, tuple[list[str], QuantSettings]]:
+    """For each layer to quantize, under one of its names: all its names, and how. Holds no
+    reference to a module, so that none outlives its replacement."""
+    patterns = _parse_patterns(config)
+    used: set[str] = set()
+    plan: dict[int, tuple[list[str], QuantSettings]] = {}
+    warned: set[int] = set()
+    tied = _tied_weights(model)
+    for name, module in model.named_modules(remove_duplicate=False):
+        used.update(pattern for pattern in patterns if matches(name, pattern))
+        if type(module) is not nn.Linear or _ADAPTER_PARTS.intersection(name.split(".")):
+            continue
+        if id(module) in plan:
+            plan[id(module)][0].append(name)
+            continue
+        if first_match(name, skip_modules) is not None:
+            continue
+        pattern = first_match(name, patterns)
+        settings = None if pattern is None else patterns[pattern]
+        if settings is None or id(module) in warned:
+            continue
+        reason = _why_left_dense(model, name, module, tied)
+        if reason:
+            warnings.warn(f"{name} stays dense: {reason}", stacklevel=3)
+            warned.add(id(module))
+            continue
+        settings.group_size_for(module.out_features, module.in_features, name)
+        plan[id(module)] = ([name], settings)
+    for pattern in patterns.keys() - used:
+        warnings.warn(f"no module's name matches the pattern {pattern!r}", stacklevel=3)
+    _warn_of_experts(model)
+    if not plan and not any(isinstance(module, HQQLinear) for module in model.modules()):
+        raise ValueError(
+            f"no layer of {type(model).__name__} is to be quantized: none is an nn.Linear that "
+            f"the configuration means and skip_modules={list(skip_modules)} does not"
+        )
+    return {places[0]: (places, settings) for places, settings in plan.values()}
+
+
+def _parse_patterns(config: Mapping[str, Any]) -> dict[str, QuantSettings | None]:
+    if not isinstance(config, Mapping):
+        raise TypeError(f"config must be a configuration dict, not {type(config).__name__}")
+    per_pattern = bool(config) and all(
+        value is None or isinstance(value, Mapping) for value in config.values()
+    )
+    if not per_pattern or "weight_quant_params" in config:
+        return {"*": QuantSettings.parse(config)}
+    return {
+        pattern: None if value is None else QuantSettings.parse(value)
+        for pattern, value in config.items()
+    }
+
+
+def _tied_weights(model: nn.Module) -> dict[int, set[str]]:
+    """Where a tensor is used under more than one module: its address -> parameter names."""
+    names: dict[int, set[str]] = {}
+    modules: dict[int, set[int]] = {}
+    for prefix, module in model.named_modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            address = _address(parameter)
+            names.setdefault(address, set()).add(f"{prefix}.{key}" if prefix else key)
+            modules.setdefault(address, set()).add(id(module))
+    return {address: names[address] for address in names if len(modules[address]) > 1}
+
+
+def _address(parameter: torch.Tensor) -> int:
+    """Equal for parameters that share memory, also if they are two objects."""
+    if parameter.is_meta or parameter.numel() == 0:
+        return -id(parameter)
+    return parameter.data_ptr()
+
+
+def _why_left_dense(
+    model: nn.Module, name: str, module: nn.Linear, tied: Mapping[int, Iterable[str]]
+) -> str | None:
+    if (address := _address(module.weight)) in tied:
+        others = sorted(set(tied[address]) - {f"{name}.weight"})
+        return f"its weight is tied to {', '.join(others)}"
+    parent = model.get_submodule(name.rpartition(".")[0])
+    if isinstance(parent, nn.TransformerEncoderLayer):
+        return "nn.TransformerEncoderLayer reads the weight itself in inference"
+    return None
+
+
+def _warn_of_experts(model: nn.Module) -> None:
+    """Mixture-of-experts models keep most weights in 3-D parameters that no nn.Linear holds."""
+    experts = [
+        (name, parameter)
+        for name, parameter in model.named_parameters()
+        if parameter.dim() == 3 and "expert" in name
+    ]
+    if experts:
+        name, parameter = experts[0]
+        size = sum(parameter.numel() * parameter.element_size() for _, parameter in experts)
+        warnings.warn(
+            f"{len(experts)} expert parameters ({size / 2**20:.0f} MiB), such as {name} "
+            f"{list(parameter.shape)}, stay dense: only nn.Linear layers are quantized",
+            stacklevel=4,
+        )
+
+
+# ---- which layers get an adapter ---------------------------------------------------------
+
+
+def _targets(model: nn.Module, target_modules: str | Sequence[str]) -> list[str]:
+    if isinstance(target_modules, str) and target_modules.lower() == ALL_LINEAR:
+        return _all_linear(model)
+    names = []
+    for name, module in model.named_modules():
+        if not is_target(unwrapped(name), target_modules):
+            continue
+        if isinstance(module, LoRALinear):
+            raise ValueError(f"{name} has an adapter already")
+        if isinstance(module, HQQLinear):
+            names.append(name)
+        elif isinstance(module, nn.Linear):
+            raise ValueError(f"{name} is not quantized: only quantized layers take adapters")
+    if not names:
+        raise ValueError(f"target_modules={target_modules!r} means no quantized layer")
+    return names
+
+
+def _all_linear(model: nn.Module) -> list[str]:
+    find_output = getattr(model, "get_output_embeddings", None)
+    output = find_output() if callable(find_output) else None
+    names = []
+    for name, module in model.named_modules():
+        if isinstance(module, LoRALinear):
+            raise ValueError(f"{name} has an adapter already")
+        if isinstance(module, HQQLinear) and module is not output:
+            names.append(name)
+    if not names:
+        raise ValueError("no layer is quantized: call quantize_model first")
+    if names == [""]:
+        raise ValueError("model is itself an HQQLinear: use LoRALinear(model)")
+    return names

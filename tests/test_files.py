@@ -1,0 +1,189 @@
+"""Files are replaced as a whole, and what goes wrong is one OSError that names the file."""
+
+import errno
+import os
+import resource
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hqqlora.files import creating_folder, replacing_file, write_json, write_safetensors
+
+
+@contextmanager
+def disk_with_room_for(size: int) -> Iterator[None]:
+    """No file may grow beyond `size` bytes: writing fails midway, as on a full disk."""
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_contents_are_written(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"b": 1, "a": [None, True]})
+    text = (tmp_path / "a.json").read_text()
+    assert text == '{\n  "a": [\n    null,\n    true\n  ],\n  "b": 1\n}\n'
+    tensors = {"x": torch.arange(6).reshape(2, 3).T, "y": torch.ones(2, requires_grad=True)}
+    write_safetensors(tmp_path / "t.safetensors", tensors)
+    loaded = load_file(tmp_path / "t.safetensors")
+    assert loaded.keys() == tensors.keys()
+    assert all(torch.equal(loaded[name], tensors[name]) for name in tensors)
+    assert sorted(os.listdir(tmp_path)) == ["a.json", "t.safetensors"]
+
+
+def test_a_file_is_replaced_only_when_its_successor_is_complete(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+    with replacing_file(path) as temporary:
+        temporary.write_text("new")
+        assert path.read_text() == "old"
+        assert temporary.parent == tmp_path
+    assert path.read_text() == "new"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_a_failure_leaves_the_old_file_and_no_other(
+    tmp_path: Path, error: type[BaseException]
+) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def fail_halfway() -> None:
+        with replacing_file(path) as temporary:
+            temporary.write_text("half")
+            raise error
+
+    with pytest.raises(error):
+        fail_halfway()
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_permissions_are_those_of_the_umask_or_of_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "file.json"
+    before = os.umask(0o027)
+    try:
+        write_json(path, {})
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o640
+    path.chmod(0o604)
+    write_json(path, {})
+    assert path.stat().st_mode & 0o777 == 0o604
+
+
+def test_a_symbolic_link_stays_one(tmp_path: Path) -> None:
+    (tmp_path / "real.json").write_text("old")
+    (tmp_path / "link.json").symlink_to("real.json")
+    write_json(tmp_path / "link.json", {})
+    assert (tmp_path / "link.json").is_symlink()
+    assert (tmp_path / "real.json").read_text() == "{}\n"
+
+
+def test_a_full_disk_is_an_oserror_with_the_path(tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    path.write_bytes(b"old")
+    with disk_with_room_for(1000), pytest.raises(OSError, match="cannot write") as caught:
+        write_safetensors(path, {"x": torch.zeros(10_000)})
+    assert caught.value.filename == str(path)
+    assert caught.value.errno == errno.EFBIG
+    with disk_with_room_for(1000), pytest.raises(OSError, match="cannot write") as caught:
+        write_json(tmp_path / "c.json", {"x": "y" * 10_000})
+    assert caught.value.filename == str(tmp_path / "c.json")
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["weights.safetensors"]
+
+
+def test_a_full_disk_that_shows_only_as_data_is_flushed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        write_json(tmp_path / "c.json", {})
+    assert caught.value.errno == errno.ENOSPC
+    assert caught.value.filename == str(tmp_path / "c.json")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_place_that_cannot_be_written_is_an_oserror_with_the_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "none" / "c.json", tmp_path / "file" / "c.json"):
+        with pytest.raises(OSError, match="cannot write") as caught:
+            write_json(path, {})
+        assert caught.value.filename == str(path)
+
+    def read_only(*arguments: object) -> int:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(os, "open", read_only)
+    with pytest.raises(OSError, match="cannot write: Read-only file system") as caught:
+        write_json(tmp_path / "c.json", {})
+    assert caught.value.filename == str(tmp_path / "c.json")
+
+
+class TestCreatingFolder:
+    def test_a_new_folder_appears_with_all_its_files(self, tmp_path: Path) -> None:
+        path = tmp_path / "parent" / "folder"
+        with creating_folder(path) as place:
+            write_json(place / "a.json", {})
+            assert not path.exists()
+        assert os.listdir(path) == ["a.json"]
+        assert os.listdir(path.parent) == ["folder"]
+
+    def test_or_not_at_all(self, tmp_path: Path) -> None:
+        def fail_halfway() -> None:
+            with creating_folder(tmp_path / "folder") as place:
+                write_json(place / "a.json", {})
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            fail_halfway()
+        assert os.listdir(tmp_path) == []
+
+    def test_an_error_names_the_folder_that_was_wanted(self, tmp_path: Path) -> None:
+        path = tmp_path / "folder"
+        with (
+            disk_with_room_for(100),
+            pytest.raises(OSError, match="cannot write") as caught,
+            creating_folder(path) as place,
+        ):
+            write_json(place / "c.json", {"x": "y" * 10_000})
+        assert caught.value.filename == str(path / "c.json")
+        assert os.listdir(tmp_path) == []
+
+    def test_a_folder_that_exists_keeps_its_other_files(self, tmp_path: Path) -> None:
+        (tmp_path / "other").write_text("mine")
+        (tmp_path / "a.json").write_text("old")
+        with creating_folder(tmp_path) as place:
+            write_json(place / "a.json", {})
+        assert (tmp_path / "a.json").read_text() == "{}\n"
+        assert (tmp_path / "other").read_text() == "mine"
+
+    def test_a_file_in_its_place_is_refused(self, tmp_path: Path) -> None:
+        (tmp_path / "folder").write_text("mine")
+        with (
+            pytest.raises(NotADirectoryError, match="not a folder"),
+            creating_folder(tmp_path / "folder"),
+        ):
+            pass
+        with (
+            pytest.raises(OSError, match="cannot write"),
+            creating_folder(tmp_path / "folder" / "inner"),
+        ):
+            pass
+        assert (tmp_path / "folder").read_text() == "mine"

@@ -1,0 +1,241 @@
+"""A run that is killed, or stopped, or whose disk is full, and what can be made of it then."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from tiny_llama import patterned_text, save_tiny_llama
+
+from hqqlora.cli import main
+from hqqlora.training import loop
+from hqqlora.training.next_token_loss import NextTokenLoss
+
+pytest.importorskip("transformers")
+
+STEPS = 9
+
+# Runs a command line, and dies in the middle of writing its n-th checkpoint: the temporary
+# file is complete, and not yet renamed.
+DIE_WRITING = """
+import os, signal, sys
+from hqqlora.cli import main
+from hqqlora.training import checkpoint
+
+left, save = [int(sys.argv[1])], checkpoint._save
+
+def save_and_die(content, file):
+    save(content, file)
+    left[0] -= 1
+    if left[0] == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+checkpoint._save = save_and_die
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def keep_threads():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("resume")
+    save_tiny_llama(folder / "model")
+    (folder / "text.txt").write_text(patterned_text(200))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(place):
+    assert main(train(place, place / "uninterrupted")) == 0
+    return results(place / "uninterrupted")
+
+
+def train(place, output, *more):
+    """Few windows, so that the steps go through several epochs; and dropout, which draws."""
+    return [
+        *("train", "--model", str(place / "model"), "--data", str(place / "text.txt")),
+        *("--threads", "1", "--sequence-length", "128", "--batch", "4"),
+        *("--steps", str(STEPS), "--warmup", "2", "--learning-rate", "1e-2", "--rank", "4"),
+        *("--dropout", "0.2", "--sample-tokens", "3", "--checkpoint-every", "2"),
+        *("--output", str(output), *more),
+    ]
+
+
+def results(folder):
+    log = json.loads((folder / "train_log.json").read_text())
+    steps = [(s["loss"], s["learning_rate"], s["gradient_norm"]) for s in log["steps"]]
+    adapter = (folder / "adapter/adapter_model.safetensors").read_bytes()
+    return steps, log["perplexity"], log["sample"], adapter
+
+
+def stop_after(monkeypatch, step, number=signal.SIGINT):
+    """Sends this process a signal in the middle of a step (from 1)."""
+    take = loop._take_step
+
+    def take_and_signal(loss, windows, optimizer, options, progress, parameters):
+        if progress.step + 1 == step:
+            os.kill(os.getpid(), number)
+        take(loss, windows, optimizer, options, progress, parameters)
+
+    monkeypatch.setattr(loop, "_take_step", take_and_signal)
+
+
+def test_killed_and_stopped_runs_end_as_if_nothing_had_happened(
+    place, uninterrupted, tmp_path, monkeypatch, capsys
+):
+    output = tmp_path / "run"
+    command = [sys.executable, "-c", DIE_WRITING, "4", *train(place, output)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == -signal.SIGKILL
+    names = sorted(p.name for p in output.iterdir())
+    assert len(names) == 2  # the third checkpoint, and what was to become the fourth
+    assert names[0].endswith(".tmp")
+    assert names[1] == "checkpoint.pt"
+
+    monkeypatch.chdir(tmp_path)  # not where it began, and by another route
+    with monkeypatch.context() as patch:
+        stop_after(patch, 7)
+        assert main(["train", "--resume", "--output", "run"]) == 130
+    captured = capsys.readouterr()
+    assert "resumed  after step 4 of 9" in captured.out
+    last = captured.err.strip().splitlines()[-1]
+    assert last == (
+        "hqqlora train: stopped after step 7 of 9; to go on: "
+        "hqqlora train --resume --output run"
+    )
+    assert [p.name for p in output.iterdir()] == ["checkpoint.pt"]
+
+    assert main(["train", "--resume", "--output", str(output)]) == 0
+    assert "resumed  after step 7 of 9" in capsys.readouterr().out
+    assert results(output) == uninterrupted
+    assert sorted(p.name for p in output.iterdir()) == ["adapter", "loss.png", "train_log.json"]
+
+
+def test_a_request_to_terminate_is_honoured(place, tmp_path, monkeypatch, capsys):
+    stop_after(monkeypatch, 1, signal.SIGTERM)
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    assert main(train(place, tmp_path / "run", "--checkpoint-every", "0")) == 143
+    assert before == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))
+    assert "stopped after step 1 of 9" in capsys.readouterr().err
+
+
+def test_ctrl_c_before_the_first_step_leaves_nothing(place, tmp_path, monkeypatch, capsys):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hqqlora.training.job.load_model", interrupted)
+    assert main(train(place, tmp_path / "run")) == 130
+    assert capsys.readouterr().err == "hqqlora train: interrupted\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def stopped(place, tmp_path, monkeypatch, capsys):
+    """The folder of a run that was stopped after two steps."""
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        assert main(train(place, tmp_path / "run")) == 130
+    capsys.readouterr()
+    return tmp_path / "run"
+
+
+def test_an_unfinished_run_is_not_begun_again_by_mistake(place, stopped, capsys):
+    assert main(train(place, stopped)) == 2
+    assert "--resume continues it" in capsys.readouterr().err
+    assert main(train(place, stopped, "--overwrite")) == 0
+    assert main(train(place, stopped, "--overwrite", "--seed", "1")) == 0
+
+
+def test_what_changes_the_result_cannot_change(place, stopped, capsys):
+    resume = ["train", "--resume", "--output", str(stopped)]
+    assert main([*resume, "--rank", "5"]) == 2
+    assert capsys.readouterr().err == (
+        "hqqlora train: --rank is 5, but the run to resume has 4\n"
+    )
+    text = place / "text.txt"
+    content = text.read_text()
+    try:
+        text.write_text(content.replace("3 times", "4 times", 1))
+        assert main(resume) == 2
+    finally:
+        text.write_text(content)
+    assert "the text is not what it was" in capsys.readouterr().err
+    assert main([*resume, "--rank", "4", "--checkpoint-every", "50"]) == 0
+
+
+def test_a_damaged_checkpoint_is_refused(stopped, capsys):
+    checkpoint = stopped / "checkpoint.pt"
+    content = checkpoint.read_bytes()
+    for damaged in (b"", content[: len(content) // 2], b"\0" * 100):
+        checkpoint.write_bytes(damaged)
+        assert main(["train", "--resume", "--output", str(stopped)]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert "cannot read the checkpoint" in error
+
+
+def test_a_full_disk_at_the_first_checkpoint(place, tmp_path, capsys):
+    """No file may grow beyond what the text needs: all a full disk does, to one process."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        code = main(train(place, tmp_path / "run"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert code == 1
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("hqqlora train: cannot write the checkpoint ")
+    assert last.endswith("File too large")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "loss.png", "train_log.json"])
+def test_a_full_disk_at_the_end(place, uninterrupted, tmp_path, monkeypatch, capsys, file):
+    replace = os.replace
+
+    def no_space(source, target):
+        if os.path.basename(target) == file:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        replace(source, target)
+
+    output = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", no_space)
+        assert main(train(place, output)) == 1
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "No space left on device" in last
+    assert last.endswith(f"to go on: hqqlora train --resume --output {output}")
+    assert not list(output.rglob("*.tmp"))
+    if file == "adapter_model.safetensors":
+        assert not (output / "adapter").exists()
+    assert main(["train", "--resume", "--output", str(output)]) == 0
+    assert results(output) == uninterrupted
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(place, tmp_path, monkeypatch, capsys):
+    """Before it spoils the adapter: the checkpoint holds the last good step."""
+    backward, calls = NextTokenLoss.backward, []
+
+    def failing(self, ids):
+        calls.append(ids)
+        return backward(self, ids) if len(calls) < 4 else float("nan")
+
+    monkeypatch.setattr(NextTokenLoss, "backward", failing)
+    assert main(train(place, tmp_path / "run")) == 1
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("hqqlora train: step 4: the loss is nan")
+    assert last.endswith("try a lower --learning-rate")
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["checkpoint.pt"]
