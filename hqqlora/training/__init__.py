@@ -1,0 +1,1 @@
+"""`hqqlora train`: fine-tunes a language model with LoRA on quantized weights."""

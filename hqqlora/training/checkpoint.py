@@ -1,0 +1,124 @@
+"""Checkpoints: all that a killed run needs to go on as if nothing had happened."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor, nn
+
+from hqqlora.files import replacing_file
+from hqqlora.training.errors import RunError, UsageError, first_line
+
+_VERSION = 1
+
+
+@dataclass
+class Progress:
+    """What a run has done so far; it grows step by step.
+
+    `losses`, `rates`, `norms` and `seconds` have one entry a step: the mean loss, the learning
+    rate, the gradient's norm before clipping, and the wall-clock time. `facts` holds what was
+    found before training (perplexities, sample, sizes), so that a resumed run need not again.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    rates: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return len(self.losses)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The content of a checkpoint file.
+
+    The position in the data follows from the step (see `text_data.training_batch`).
+    """
+
+    options: dict[str, Any]
+    fingerprints: dict[str, str]
+    progress: Progress
+    adapter: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    random_state: Tensor
+
+
+def take_checkpoint(
+    options: dict[str, Any],
+    fingerprints: dict[str, str],
+    progress: Progress,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+) -> Checkpoint:
+    """The state between two steps. Tensors are shared, not copied: write it before going on."""
+    adapter = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    return Checkpoint(
+        options, fingerprints, progress, adapter, optimizer.state_dict(), torch.get_rng_state()
+    )
+
+
+def restore(
+    checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> Progress:
+    """Puts the state back into a model and an optimizer built the same way.
+
+    Raises:
+        UsageError: the adapters are not those of the checkpoint.
+    """
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    shapes = {name: tuple(p.shape) for name, p in trained.items()}
+    if shapes != {name: tuple(t.shape) for name, t in checkpoint.adapter.items()}:
+        raise UsageError("the checkpoint's adapter does not fit the model")
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(checkpoint.adapter[name])
+    optimizer.load_state_dict(checkpoint.optimizer)
+    torch.set_rng_state(checkpoint.random_state)
+    return checkpoint.progress
+
+
+def write_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
+    """Writes `path`, or leaves the checkpoint that was there.
+
+    Raises:
+        RunError: it cannot be written (no space, ...).
+    """
+    content = {"version": _VERSION, **vars(checkpoint), "progress": asdict(checkpoint.progress)}
+    try:
+        with replacing_file(path) as temporary, temporary.open("wb") as file:
+            _save(content, file)
+    except OSError as error:
+        reason = error.strerror or first_line(error)
+        raise RunError(f"cannot write the checkpoint {path}: {reason}") from error
+
+
+def _save(content: dict[str, Any], file: BinaryIO) -> None:
+    try:
+        torch.save(content, file)
+    except RuntimeError as error:  # in which torch wraps what the system said
+        cause = error.__context__
+        raise cause if isinstance(cause, OSError) else error from None
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Reads `path`; no code in it is executed.
+
+    Raises:
+        UsageError: it cannot be read or is no checkpoint of this version.
+    """
+    try:
+        content = torch.load(path, weights_only=True)
+        if content.pop("version") != _VERSION:
+            raise ValueError("written by another version")
+        progress = Progress(**content.pop("progress"))
+        return Checkpoint(progress=progress, **content)
+    except Exception as error:
+        raise UsageError(f"cannot read the checkpoint {path}: {first_line(error)}") from error

@@ -1,0 +1,347 @@
+"""A run from beginning to end: the order of things."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import hqqlora
+from hqqlora.training.checkpoint import (
+    Checkpoint,
+    Progress,
+    read_checkpoint,
+    restore,
+    take_checkpoint,
+    write_checkpoint,
+)
+from hqqlora.training.errors import (
+    RunError,
+    StopRequestedError,
+    UsageError,
+    describe,
+    explaining,
+    first_line,
+)
+from hqqlora.training.layer_sizes import dense_layers, linear_layer_sizes, model_fingerprint
+from hqqlora.training.loop import make_optimizer, recompute_activations, train
+from hqqlora.training.loss_plot import draw_loss
+from hqqlora.training.machine import peak_memory, restart_peak_memory
+from hqqlora.training.model_source import (
+    ModelSource,
+    choose_dtype,
+    find_model,
+    load_model,
+    load_tokenizer,
+)
+from hqqlora.training.next_token_loss import NextTokenLoss
+from hqqlora.training.options import TrainOptions, continued, to_dict
+from hqqlora.training.perplexity import measure_perplexity
+from hqqlora.training.report import build_log, format_table, write_log
+from hqqlora.training.run_folder import RunFolder, choose_folder
+from hqqlora.training.sample import complete, default_prompt
+from hqqlora.training.text_data import SplitText, TokenWindows, cut_windows, read_text
+
+
+def run(options: TrainOptions, given: frozenset[str]) -> None:
+    """Does what `hqqlora train` was asked for.
+
+    Args:
+        options: the parsed options.
+        given: the names of those that stood on the command line.
+
+    Raises:
+        RunError: a one-line reason to stop; see `exit_code` there.
+    """
+    options = _with_absolute_paths(options)
+    _check_targets(options.target_modules)
+    folder = choose_folder(options.output, resume=options.resume)
+    if options.resume and folder.finished:
+        _say(f"{folder.path} is finished already\n\n{_table_of(folder.log)}")
+        return
+    checkpoint = None
+    if options.resume:
+        checkpoint = read_checkpoint(folder.checkpoint)
+        options = continued(checkpoint.options, options, given)
+    source = find_model(options.model)
+    text = read_text(options.data, options.text_field, options.held_out, options.seed)
+    if checkpoint is None:
+        folder.claim(overwrite=options.overwrite)
+    else:
+        folder.check_writable()
+    try:
+        _Run(options, folder, source, text, checkpoint).do()
+    except BaseException as error:
+        folder.release()
+        if isinstance(error, KeyboardInterrupt) and folder.unfinished:
+            error = StopRequestedError("stopped")
+        if isinstance(error, RunError) and error.again and folder.unfinished:
+            error.add_hint(f"to go on: hqqlora train --resume --output {folder.path}")
+        raise error from None
+
+
+class _Run:
+    """The state that the phases of one run share."""
+
+    def __init__(
+        self,
+        options: TrainOptions,
+        folder: RunFolder,
+        source: ModelSource,
+        text: SplitText,
+        checkpoint: Checkpoint | None,
+    ) -> None:
+        self.options = options
+        self.folder = folder
+        self.source = source
+        self.text = text
+        self.checkpoint = checkpoint
+        self.progress = checkpoint.progress if checkpoint else Progress()
+        self.facts = self.progress.facts
+        self.tokenizer: Any = None
+        self.fingerprints: dict[str, str] = {}
+
+    def do(self) -> None:
+        """All phases. What a checkpoint holds is not done again."""
+        if self.options.threads:
+            torch.set_num_threads(self.options.threads)
+        windows = self._load_text()
+        model = self._load_model(windows)
+        loss = NextTokenLoss(model)
+        if self.checkpoint is None:
+            self._measure(model, loss, windows, "dense")
+        self._quantize(model)
+        if self.checkpoint is None:
+            self._measure(model, loss, windows, "quantized")
+            self._sample(model, "before")
+        self._train(model, loss, windows.train)
+        self._measure(model, loss, windows, "fine_tuned")
+        self._sample(model, "after")
+        self._finish(model)
+
+    # ---- phases ---------------------------------------------------------------------
+
+    def _load_text(self) -> TokenWindows:
+        options, text = self.options, self.text
+        with self._timed("load"):
+            self.tokenizer = load_tokenizer(self.source)
+            windows = cut_windows(
+                text, self.tokenizer, options.sequence_length, options.eval_tokens
+            )
+        self.fingerprints["text"] = windows.fingerprint
+        self._compare_fingerprint("text")
+        self.facts["data"] = {
+            "source": text.source,
+            "train_tokens": windows.train.numel(),
+            "held_out_tokens": windows.held_out.numel(),
+            "held_out": text.held_out_names,
+            "sequence_length": options.sequence_length,
+        }
+        _say(
+            f"text     {text.source}: {windows.train.numel():,} tokens to train on, "
+            f"{windows.held_out.numel():,} held out"
+        )
+        return windows
+
+    def _load_model(self, windows: TokenWindows) -> nn.Module:
+        dtype = choose_dtype(self.options.dtype)
+        _say(f"loading  {self.source.name}")
+        with self._timed("load"):
+            model = load_model(self.source, dtype)
+        self._check_fit(model, windows)
+        parameters = sum(p.numel() for p in model.parameters())
+        name = str(dtype).removeprefix("torch.")
+        self.facts["model"] = {
+            "name": self.source.name,
+            "path": str(self.source.path),
+            "parameters": parameters,
+            "dtype": name,
+        }
+        _say(f"model    {parameters / 1e6:.1f} M parameters, {name}")
+        return model
+
+    def _quantize(self, model: nn.Module) -> None:
+        options = self.options
+        dense = dense_layers(model)
+        with self._timed("quantize"), explaining("cannot quantize"):
+            hqqlora.quantize_model(
+                model,
+                hqqlora.BaseQuantizeConfig(
+                    nbits=options.bits,
+                    group_size=options.group_size,
+                    axis=options.axis,
+                    solver=options.solver,
+                ),
+            )
+        self.facts["linear_layers"] = linear_layer_sizes(model, dense)
+        self.fingerprints["model"] = model_fingerprint(model)
+        self._compare_fingerprint("model")
+        sizes = self.facts["linear_layers"]
+        _say(
+            f"weights  {sizes['count']} linear layers: {sizes['dense_bytes'] / 1e6:.1f} MB -> "
+            f"{sizes['quantized_bytes'] / 1e6:.1f} MB, {sizes['bits_per_weight']:.2f} bits each"
+        )
+
+    def _train(self, model: nn.Module, loss: NextTokenLoss, windows: Tensor) -> None:
+        options = self.options
+        torch.manual_seed(options.seed)
+        targets = options.target_modules
+        with explaining("cannot add the adapter"):
+            hqqlora.add_lora(
+                model,
+                r=options.rank,
+                lora_alpha=options.alpha,
+                lora_dropout=options.dropout,
+                target_modules=targets[0] if _is_pattern(targets) else list(targets),
+                use_rslora=options.rslora,
+            )
+            if options.gradient_checkpointing:
+                recompute_activations(model)
+        parameters = list(hqqlora.lora_parameters(model))
+        self.facts["linear_layers"]["adapter_bytes"] = sum(p.nbytes for p in parameters)
+        _say(f"adapter  {sum(p.numel() for p in parameters) / 1e6:.2f} M parameters")
+        optimizer = make_optimizer(parameters, options)
+        memory = self.facts.setdefault("memory", {"before_training": peak_memory()})
+        if self.checkpoint is None:
+            self.folder.clear()
+        else:
+            restore(self.checkpoint, model, optimizer)
+            _say(f"resumed  after step {self.progress.step} of {options.steps}")
+
+        def save() -> None:
+            state = take_checkpoint(
+                to_dict(options), self.fingerprints, self.progress, model, optimizer
+            )
+            write_checkpoint(state, self.folder.checkpoint)
+
+        if self.checkpoint is None and options.checkpoint_every:
+            save()  # so that a run killed early need not measure the dense model again
+        restart_peak_memory()
+        train(model, loss, windows, optimizer, options, self.progress, save)
+        save()
+        memory["training"] = max(memory.get("training", 0), peak_memory())
+
+    def _measure(
+        self, model: nn.Module, loss: NextTokenLoss, windows: TokenWindows, which: str
+    ) -> None:
+        label = which.replace("_", "-")
+        with self._timed("perplexity"):
+            found = measure_perplexity(
+                model, loss, windows.held_out, self.options.batch, f"perplexity, {label}"
+            )
+        self.facts.setdefault("perplexity", {"tokens": found.tokens})[which] = found.value
+        self.facts.setdefault("held_out_loss", {})[which] = found.loss
+        _say(f"held-out perplexity, {label}: {found.value:.2f}")
+
+    def _sample(self, model: nn.Module, when: str) -> None:
+        if not self.options.sample_tokens:
+            return
+        prompt = self.options.prompt or default_prompt(self.text.held_out[0])
+        with self._timed("sample"), explaining("cannot generate a sample", RunError):
+            text = complete(model, self.tokenizer, prompt, self.options.sample_tokens)
+        self.facts.setdefault("sample", {"prompt": prompt})[when] = text
+
+    def _finish(self, model: nn.Module) -> None:
+        folder, options = self.folder, self.options
+        log = build_log(
+            to_dict(options), self.progress, options.batch * options.sequence_length
+        )
+        try:
+            hqqlora.save_adapter(model, folder.adapter, str(self.source.path))
+            drawn = draw_loss(log, folder.curve)
+            write_log(log, folder.log)
+        except OSError as error:
+            raise RunError(describe(error)) from error
+        folder.checkpoint.unlink(missing_ok=True)
+        if options.sample_tokens:
+            _say(_shown_sample(self.facts["sample"]))
+        _say("\n" + format_table(log) + "\n")
+        files = [folder.adapter, folder.log, *([folder.curve] if drawn else [])]
+        _say("written: " + ", ".join(map(str, files)))
+        if not drawn:
+            _note("no loss curve: pip install 'hqqlora[plot]'")
+
+    # ---- small things ---------------------------------------------------------------
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            seconds = self.facts.setdefault("seconds", {})
+            seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - start
+
+    def _check_fit(self, model: nn.Module, windows: TokenWindows) -> None:
+        config: Any = model.config
+        length, longest = self.options.sequence_length, config.max_position_embeddings
+        if length > longest:
+            raise UsageError(f"--sequence-length {length} exceeds the model's {longest}")
+        highest = int(max(windows.train.max(), windows.held_out.max()))
+        if highest >= config.vocab_size:
+            raise UsageError(
+                f"the tokenizer gives the token {highest}, but the model knows "
+                f"{config.vocab_size}: do they belong together?"
+            )
+
+    def _compare_fingerprint(self, what: str) -> None:
+        if self.checkpoint and self.checkpoint.fingerprints[what] != self.fingerprints[what]:
+            raise UsageError(f"--resume: the {what} is not what it was when the run began")
+
+
+def _with_absolute_paths(options: TrainOptions) -> TrainOptions:
+    """So that a run can be resumed from another folder."""
+    return dataclasses.replace(
+        options,
+        model=None if options.model is None else os.path.abspath(options.model),
+        data=tuple(map(os.path.abspath, options.data)),
+    )
+
+
+def _is_pattern(targets: Sequence[str]) -> bool:
+    """Whether one word is "all-linear" or a regular expression, not a plain name."""
+    return len(targets) == 1 and not targets[0].replace("_", "").replace(".", "").isalnum()
+
+
+def _check_targets(targets: tuple[str, ...]) -> None:
+    if _is_pattern(targets):
+        try:
+            re.compile(targets[0])
+        except re.error as error:
+            raise UsageError(
+                f"--target-modules {targets[0]!r} is no regular expression: {error}"
+            ) from None
+
+
+def _table_of(log: Path) -> str:
+    try:
+        return format_table(json.loads(log.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError) as error:
+        raise UsageError(f"cannot read {log}: {first_line(error)}") from error
+
+
+def _shown_sample(sample: dict[str, str]) -> str:
+    lines = []
+    for name in ("prompt", "before", "after"):
+        text = " ".join(sample[name].split())
+        text = "".join(c if c.isprintable() else "\ufffd" for c in text)
+        lines.append(f"\n{name + ':':<8} {text}")
+    return "".join(lines)
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def _note(text: str) -> None:
+    print(f"hqqlora train: {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,64 @@
+"""The loss curve as a PNG."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hqqlora.files import replacing_file
+
+
+def draw_loss(log: Mapping[str, Any], path: Path) -> bool:
+    """Draws the losses of `log` (see `report.build_log`) into `path`, atomically.
+
+    Returns:
+        False if matplotlib is not installed, and nothing was drawn.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    losses = [step["loss"] for step in log["steps"]]
+    steps = range(1, len(losses) + 1)
+    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.plot(steps, losses, color="0.7", linewidth=1, label="training batch")
+    axes.plot(steps, _smoothed(losses), color="tab:blue", label="training, smoothed")
+    bits, held_out = log["options"]["bits"], log["held_out_loss"]
+    axes.axhline(held_out["dense"], color="black", linestyle="--", label="held out: dense")
+    axes.axhline(
+        held_out["quantized"], color="tab:red", linestyle=":", label=f"held out: {bits}-bit"
+    )
+    axes.plot(
+        len(losses),
+        held_out["fine_tuned"],
+        marker="o",
+        linestyle="none",
+        color="tab:green",
+        label=f"held out: {bits}-bit + LoRA",
+    )
+    axes.set_xlabel(f"step ({log['training']['tokens_per_step']:,} tokens each)")
+    axes.set_ylabel("loss (nats a token)")
+    axes.set_title(log["model"]["name"], fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    with replacing_file(path) as temporary, temporary.open("wb") as file:
+        figure.savefig(file, format="png")
+    return True
+
+
+def _smoothed(values: list[float], weight: float = 0.2) -> list[float]:
+    """An exponential moving average, free of the pull towards its start."""
+    result: list[float] = []
+    total = norm = 0.0
+    for value in values:
+        total = (1 - weight) * total + weight * value
+        norm = (1 - weight) * norm + weight
+        result.append(total / norm)
+    return result

