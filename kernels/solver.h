@@ -74,10 +74,13 @@ HQQ_INLINE hqq_stored hqq_store_flat(hqq_lane m, hqq_dtype dtype)
     return s;
 }
 
-/* Rounds scale and zero to the storage type. Whatever they are, NaN included, the result is
- * finite and scale above 0: a scale outside the type's range is clamped and zero moved so that
- * `middle` (of the group's range) keeps its place; where rounding zero would shift the codes by
- * more than half their number, or overflow, the group is stored flat at `middle`. */
+/* Rounds scale and zero to the storage type, zero after a correction that keeps the middle code
+ * in its place under the rounded scale (which matters to groups far from zero alone: at an
+ * offset of 150 spreads it takes 15 % off the squared error in bf16).
+ * Whatever scale and zero are, NaN included, the result is finite and the scale above 0: a
+ * scale outside the type's range is clamped and the codes centred on `middle`, of the group's
+ * range; where rounding zero would shift the codes by more than half their number, or
+ * overflow, the group is stored flat at `middle`. */
 HQQ_INLINE hqq_stored hqq_store_group(hqq_lane scale, hqq_lane zero, hqq_lane_mask flat,
                                       hqq_lane middle, float levels, hqq_dtype dtype)
 {
@@ -86,6 +89,7 @@ HQQ_INLINE hqq_stored hqq_store_group(hqq_lane scale, hqq_lane zero, hqq_lane_ma
     zero = hqq_lane_select(clamped == scale, zero, levels * 0.5f - middle / clamped);
     hqq_stored s;
     s.scale = hqq_lane_round_to(clamped, dtype);
+    zero = levels * 0.5f - (levels * 0.5f - zero) * (clamped / s.scale);
     s.zero = hqq_lane_round_to(zero, dtype);
     hqq_lane_mask near = hqq_lane_abs(s.zero - zero) <= levels * 0.5f; /* false for NaN */
     hqq_lane_mask keep = near & (flat == 0);
@@ -223,6 +227,20 @@ HQQ_INLINE hqq_stored hqq_store_fit(const hqq_fit *fit, const hqq_units *u, floa
     hqq_lane scale = u->step / fit->slope; /* times factor */
     hqq_lane zero = fit->offset - u->low / scale;
     return hqq_store_group(scale / u->factor, zero, u->flat, u->middle, levels, dtype);
+}
+
+/* Where the storage type does not reach a group's range, its units are too coarse for what can
+ * be stored: they become w itself. 1 if that was so in any lane. */
+HQQ_INLINE int hqq_units_unsaturate(hqq_units *u, const hqq_stored *s, hqq_dtype dtype)
+{
+    hqq_lane_mask saturated = s->scale == hqq_largest_scale(dtype);
+    if (!hqq_lane_any(saturated)) return 0;
+    hqq_lane one = hqq_lane_set(1.0f);
+    u->factor = hqq_lane_select(saturated, one, u->factor);
+    u->low = hqq_lane_select(saturated, hqq_lane_set(0.0f), u->low);
+    u->step = hqq_lane_select(saturated, one, u->step);
+    u->inverse = hqq_lane_select(saturated, one, u->inverse);
+    return 1;
 }
 
 /* The fit that chooses the nearest codes of a stored scale and zero. */

@@ -10,11 +10,11 @@
 
 #include <cmath>
 #include <cstdint>
+#include <initializer_list>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
-#include <vector>
 
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
@@ -116,8 +116,8 @@ inline bool has_shape(const Tensor &t, std::initializer_list<int64_t> shape)
     return true;
 }
 
-/* All tensors of a call must be where the kernel runs (the seed apart). `device_type` and
- * `device_name` are those of the half that asks: cpu, or cuda. */
+/* Where the half that asks runs its kernels: cpu, or cuda. All tensors of a call must be
+ * there, the seed apart. */
 struct Device {
     int32_t type;
     const char *name;

@@ -2,8 +2,8 @@
  * in arguments.h; each device's implementations register themselves.
  *
  * All ops are functional, and none carries an autograd formula: gradients come from
- * hqqlora.autograd, which calls these. Adding `int` arguments: the C++ side takes int64_t for
- * `int` and double for `float`, as TORCH_BOX does not check the types. */
+ * hqqlora.autograd, which calls these. The implementations take int64_t for `int` and double
+ * for `float`; TORCH_BOX would take anything else too, and pass garbage. */
 #include <torch/csrc/stable/library.h>
 
 #define WEIGHT  "Tensor W_q, Tensor scale, Tensor zero"

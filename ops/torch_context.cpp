@@ -3,11 +3,12 @@
 #include <cstdlib>
 #include <cstring>
 
-#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/c/shim.h>
 
 /* torch's generated CPU entry points: stable, but outside the promise of the stable ABI, so
- * weak; without them the same products go through the dispatcher. The last one tells why an
- * entry point failed, from torch 2.13 on. */
+ * weak; without them the library's own GEMM serves. (The dispatcher would be another way, but
+ * takes no Scalar, such as beta, from the stable ABI.) The last one tells why an entry point
+ * failed, from torch 2.13 on. */
 extern "C" {
 __attribute__((weak)) AOTITorchError aoti_torch_cpu_mm_out(AtenTensorHandle out,
                                                            AtenTensorHandle self,
@@ -122,19 +123,11 @@ Tensor operand(const void *data, int64_t ld, int32_t transpose, int64_t rows, in
 /* out = a b + beta * out; beta 0 or 1. */
 void multiply(const Tensor &out, const Tensor &a, const Tensor &b, float beta)
 {
-    using torch::stable::detail::from;
-    if (beta == 0 && aoti_torch_cpu_mm_out) {
+    if (beta == 0)
         torch_check(aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()), "torch's mm");
-    } else if (aoti_torch_cpu_addmm_out) {
+    else
         torch_check(aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), beta, 1),
                     "torch's addmm");
-    } else {
-        StableIValue stack[] = {from(out),          from(a),   from(b),
-                                from(double(beta)), from(1.0), from(out)};
-        torch_check(torch_call_dispatcher("aten::addmm", "out", stack, TORCH_ABI_VERSION),
-                    "torch's addmm");
-        torch::stable::detail::to<Tensor>(stack[0]);
-    }
 }
 
 /* hqq_gemm_fn. Called from C, so nothing may be thrown through it. */
@@ -170,7 +163,7 @@ TorchContext::TorchContext()
 {
     HQQ_CHECK(overrides.error.empty(), overrides.error.substr(std::strlen("hqqlora: ")));
     context_.parallel_for = &torch_parallel_for;
-    context_.gemm = &torch_gemm;
+    if (aoti_torch_cpu_mm_out && aoti_torch_cpu_addmm_out) context_.gemm = &torch_gemm;
     context_.gemm_data = &gemm_error_;
     context_.isa = overrides.isa;
     context_.kernel = overrides.kernel;

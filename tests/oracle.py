@@ -54,7 +54,7 @@ class Oracle:
         return flat[: N * K].reshape(N, K)
 
     @cached_property
-    def W(self) -> Tensor:  # noqa: N802
+    def W(self) -> Tensor:
         """(q - zero) * scale, float64 [N, K]."""
         return (self.codes - self.per_element(self.packed.zero)) * self.per_element(
             self.packed.scale

@@ -41,7 +41,7 @@ def test_gradients_of_linear(axis, dtype):
 
 @pytest.mark.parametrize("dtype", FLOATING)
 @pytest.mark.parametrize("p", [0.0, 0.4])
-@pytest.mark.parametrize("needs", itertools.product((False, True), repeat=3))
+@pytest.mark.parametrize("needs", list(itertools.product((False, True), repeat=3)))
 def test_gradients_of_lora_linear(weight, dtype, p, needs):
     x, bias, A, B = parameters(weight, dtype)
     for leaf, needed in zip((x, A, B), needs, strict=True):

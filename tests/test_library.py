@@ -50,7 +50,7 @@ def test_every_kernel_and_instruction_set_is_accurate(kernel, isa):
     code = f"""
 import test_ops, torch
 torch.manual_seed(0)
-cases = list(test_ops.covering_cases())[::2]
+cases = [c for c in test_ops.covering_cases() if c[0] * c[1] * c[2] < 200_000]
 test_ops.check_products(cases)
 test_ops.check_lora(cases)
 if {kernel == "reference"}:
@@ -109,7 +109,13 @@ def test_a_library_that_does_not_load_is_explained(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(
     ("version", "fits"),
-    [("2.9.1+cpu", False), ("1.13.0", False), ("2.10.0", True), ("2.13.0+cpu", True), ("3.0", True)],
+    [
+        ("2.9.1+cpu", False),
+        ("1.13.0", False),
+        ("2.10.0", True),
+        ("2.13.0+cpu", True),
+        ("3.0", True),
+    ],
 )
 def test_an_old_torch_is_refused(monkeypatch, version, fits):
     monkeypatch.setattr(torch, "__version__", version)

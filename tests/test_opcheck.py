@@ -297,7 +297,7 @@ def test_mistakes_are_named_with_their_values(op, changes, message):
 
 def test_shapes_of_impossible_weights_are_refused():
     for nbits, group_size, axis in ((5, 8, 1), (4, 7, 1), (4, 0, 1), (4, 8, 2)):
-        with pytest.raises(ValueError, match="must be|does not divide"):
+        with pytest.raises(ValueError, match=r"must be|does not divide"):
             hqqlora.ops.packed_shape(24, 40, nbits, group_size, axis)
     with pytest.raises(ValueError, match="does not divide"):
         hqqlora.ops.meta_shape(24, 40, 7, 1)

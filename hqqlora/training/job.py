@@ -283,15 +283,17 @@ class _Run:
             seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - start
 
     def _check_fit(self, model: nn.Module, windows: TokenWindows) -> None:
-        config: Any = model.config
-        length, longest = self.options.sequence_length, config.max_position_embeddings
-        if length > longest:
+        dense: Any = model
+        length = self.options.sequence_length
+        longest = getattr(dense.config, "max_position_embeddings", None)
+        if longest is not None and length > longest:
             raise UsageError(f"--sequence-length {length} exceeds the model's {longest}")
         highest = int(max(windows.train.max(), windows.held_out.max()))
-        if highest >= config.vocab_size:
+        known = len(dense.get_input_embeddings().weight)
+        if highest >= known:
             raise UsageError(
-                f"the tokenizer gives the token {highest}, but the model knows "
-                f"{config.vocab_size}: do they belong together?"
+                f"the tokenizer gives token {highest}, but the model knows {known}: do they "
+                "belong together?"
             )
 
     def _compare_fingerprint(self, what: str) -> None:

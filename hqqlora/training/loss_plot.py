@@ -29,7 +29,7 @@ def draw_loss(log: Mapping[str, Any], path: Path) -> bool:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.plot(steps, losses, color="0.7", linewidth=1, label="training batch")
-    axes.plot(steps, _smoothed(losses), color="tab:blue", label="training, smoothed")
+    axes.plot(steps, _smoothed(losses), color="tab:blue", label="training, mean of neighbours")
     bits, held_out = log["options"]["bits"], log["held_out_loss"]
     axes.axhline(held_out["dense"], color="black", linestyle="--", label="held out: dense")
     axes.axhline(
@@ -53,12 +53,8 @@ def draw_loss(log: Mapping[str, Any], path: Path) -> bool:
     return True
 
 
-def _smoothed(values: list[float], weight: float = 0.2) -> list[float]:
-    """An exponential moving average, free of the pull towards its start."""
-    result: list[float] = []
-    total = norm = 0.0
-    for value in values:
-        total = (1 - weight) * total + weight * value
-        norm = (1 - weight) * norm + weight
-        result.append(total / norm)
-    return result
+def _smoothed(values: list[float]) -> list[float]:
+    """Means over about a tenth of the values around each, fewer at the ends."""
+    reach = len(values) // 20 + 1
+    parts = [values[max(0, i - reach) : i + reach + 1] for i in range(len(values))]
+    return [sum(part) / len(part) for part in parts]

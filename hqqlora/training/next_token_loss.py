@@ -76,7 +76,8 @@ class NextTokenLoss:
         training = self._model.training
         self._model.eval()
         try:
-            ids = torch.arange(8).remainder(self._model.config.vocab_size)[None]
+            vocabulary = len(self._model.get_input_embeddings().weight)
+            ids = torch.arange(8).remainder(vocabulary)[None]
             whole = self._model(input_ids=ids, use_cache=False).logits
             states = self._backbone(input_ids=ids, use_cache=False)[0]
             parts = self._head(states)

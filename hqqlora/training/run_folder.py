@@ -41,14 +41,14 @@ class RunFolder:
         Raises:
             UsageError: it holds a run already, or cannot be written.
         """
-        if not overwrite and (self.finished or self.adapter.exists()):
-            raise UsageError(
-                f"{self.path} holds a finished run: choose another --output, or --overwrite"
-            )
-        if not overwrite and self.unfinished:
+        if self.unfinished and not overwrite:
             raise UsageError(
                 f"{self.path} holds an unfinished run: --resume continues it, --overwrite "
                 "starts again"
+            )
+        if (self.finished or self.adapter.exists()) and not overwrite:
+            raise UsageError(
+                f"{self.path} holds a finished run: choose another --output, or --overwrite"
             )
         self.check_writable()
 

@@ -7,34 +7,42 @@
 #include "direct_dgrad.h"
 
 #include "code_runs.h"
-#include "direct_tile.h"
 #include "parallel.h"
-#include "workspace.h"
 
-#define WANTED_CHUNKS    64
+#define WANTED_CHUNKS    32
 #define MIN_ROWS_OF_PART 128
 
-static int64_t column_blocks(int64_t K)
+static int64_t column_blocks(const hqq_direct_dgrad_job *job)
 {
-    return (K + HQQ_DGRAD_COLUMNS - 1) / HQQ_DGRAD_COLUMNS;
+    return (job->layout.K + job->columns - 1) / job->columns;
 }
 
 /* At most 64 / M parts: writing and reading the partial sums stays small beside the codes. */
-static int64_t parts_of(int64_t N, int64_t K, int64_t M)
+static int64_t parts_of(const hqq_direct_dgrad_job *job)
 {
-    int64_t parts = WANTED_CHUNKS / column_blocks(K);
-    if (parts > 64 / M) parts = 64 / M;
-    if (parts > N / MIN_ROWS_OF_PART) parts = N / MIN_ROWS_OF_PART;
+    int64_t parts = WANTED_CHUNKS / column_blocks(job);
+    if (parts > 64 / job->M) parts = 64 / job->M;
+    if (parts > job->layout.N / MIN_ROWS_OF_PART) parts = job->layout.N / MIN_ROWS_OF_PART;
     return parts > 1 ? parts : 1;
+}
+
+static int64_t columns_of(const hqq_layout *l, int64_t M)
+{
+    int64_t tokens = M <= 4 ? 4 : M <= 8 ? 8 : HQQ_DGRAD_ANY_TOKENS;
+    if (hqq_vectors_align(l)) tokens = hqq_tokens_at_once(M, 8);
+    int64_t columns = HQQ_DGRAD_SUMS / tokens;
+    return columns < HQQ_DGRAD_MAX_COLUMNS ? columns : HQQ_DGRAD_MAX_COLUMNS;
 }
 
 /* Cuts the workspace, and sets the job's pointers into it. */
 static float *take_workspace(hqq_direct_dgrad_job *job, hqq_arena *arena)
 {
-    int64_t N = job->weight->out_features, K = job->weight->in_features, M = job->M;
-    float *dy_t = hqq_arena_take(arena, (size_t)(N * M) * sizeof(float));
+    int64_t N = job->layout.N, K = job->layout.K, M = job->M;
+    job->columns = columns_of(&job->layout, M);
+    job->ld_dy = hqq_padded_tokens(M);
+    float *dy_t = hqq_arena_take(arena, (size_t)(N * job->ld_dy) * sizeof(float));
     job->dy_t = dy_t;
-    job->parts = parts_of(N, K, M);
+    job->parts = parts_of(job);
     if (job->parts > 1)
         job->partial = hqq_arena_take(arena, (size_t)(job->parts * M * K) * sizeof(float));
     return dy_t;
@@ -43,32 +51,37 @@ static float *take_workspace(hqq_direct_dgrad_job *job, hqq_arena *arena)
 size_t hqq_direct_dgrad_workspace(const hqq_weight *weight, int64_t M, hqq_dtype dtype)
 {
     hqq_arena arena = {0};
-    hqq_direct_dgrad_job job = {.weight = weight, .M = M, .dtype = dtype};
+    hqq_direct_dgrad_job job = {.weight = weight, .layout = hqq_weight_layout(weight), .M = M,
+                                .dtype = dtype};
     take_workspace(&job, &arena);
     return arena.used;
 }
 
-static size_t scratch_bytes(void)
+static size_t scratch_bytes(int64_t columns)
 {
     hqq_arena arena = {0};
-    hqq_direct_tile_take(&arena);
-    hqq_arena_take(&arena, HQQ_DGRAD_ROWS * HQQ_DGRAD_COLUMNS * sizeof(float));
+    hqq_dgrad_scratch_take(&arena, columns);
     return arena.used;
 }
 
-static void columns_of(int64_t block, int64_t K, int64_t *begin, int64_t *end)
+static void block_columns(const hqq_direct_dgrad_job *job, int64_t block, int64_t *begin,
+                          int64_t *end)
 {
-    *begin = block * HQQ_DGRAD_COLUMNS;
-    *end = *begin + HQQ_DGRAD_COLUMNS < K ? *begin + HQQ_DGRAD_COLUMNS : K;
+    *begin = block * job->columns;
+    *end = *begin + job->columns < job->layout.K ? *begin + job->columns : job->layout.K;
 }
 
 static hqq_status dgrad_chunk(int64_t chunk, void *scratch, void *data)
 {
     const hqq_direct_dgrad_job *job = data;
     int64_t begin, end;
-    columns_of(chunk / job->parts, job->weight->in_features, &begin, &end);
-    HQQ_ISA_SELECT(job->isa, hqq_direct_dgrad_columns)
-    (job, chunk % job->parts, begin, end, scratch);
+    block_columns(job, chunk / job->parts, &begin, &end);
+    if (hqq_vectors_align(&job->layout))
+        HQQ_ISA_SELECT(job->isa, hqq_direct_dgrad_aligned)
+        (job, chunk % job->parts, begin, end, scratch);
+    else
+        HQQ_ISA_SELECT(job->isa, hqq_direct_dgrad_any)
+        (job, chunk % job->parts, begin, end, scratch);
     return HQQ_OK;
 }
 
@@ -77,8 +90,8 @@ static hqq_status reduce_chunk(int64_t chunk, void *scratch, void *data)
     const hqq_direct_dgrad_job *job = data;
     int64_t begin, end;
     (void)scratch;
-    columns_of(chunk, job->weight->in_features, &begin, &end);
-    HQQ_ISA_SELECT(job->isa, hqq_direct_dgrad_reduce)(job, begin, end);
+    block_columns(job, chunk, &begin, &end);
+    HQQ_ISA_SELECT(job->isa, hqq_dgrad_reduce)(job, begin, end);
     return HQQ_OK;
 }
 
@@ -87,14 +100,15 @@ hqq_status hqq_direct_dgrad(void *dx, const void *dy, int64_t lddy, const hqq_we
                             hqq_isa isa, const hqq_context *context)
 {
     hqq_layout layout = hqq_weight_layout(weight);
-    hqq_direct_dgrad_job job = {.dx = dx, .weight = weight, .addend = addend, .M = M,
-                                .dtype = dtype, .sets = hqq_row_sets_of(&layout), .isa = isa};
+    hqq_direct_dgrad_job job = {.dx = dx, .weight = weight, .layout = layout,
+                                .addend = addend, .M = M, .dtype = dtype,
+                                .sets = hqq_row_sets_of(&layout), .isa = isa};
     hqq_arena arena = {.base = workspace};
     float *dy_t = take_workspace(&job, &arena);
-    HQQ_ISA_SELECT(isa, hqq_transpose_rows)(dy_t, dy, lddy, dtype, M, layout.N);
-    int64_t blocks = column_blocks(layout.K);
+    HQQ_ISA_SELECT(isa, hqq_transpose_rows)(dy_t, job.ld_dy, dy, lddy, dtype, M, layout.N);
+    int64_t blocks = column_blocks(&job);
     hqq_status status =
-        hqq_for_each_chunk(blocks * job.parts, dgrad_chunk, &job, scratch_bytes(), context);
+        hqq_for_each_chunk(blocks * job.parts, dgrad_chunk, &job, scratch_bytes(job.columns), context);
     if (status != HQQ_OK || job.parts == 1) return status;
     return hqq_for_each_chunk(blocks, reduce_chunk, &job, 0, context);
 }

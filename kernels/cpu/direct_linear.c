@@ -9,7 +9,7 @@
 
 /* Weights in a chunk: about 10 microseconds at M = 1; and sets, which bounds the sums kept. */
 #define CHUNK_WEIGHTS  (INT64_C(1) << 18)
-#define MAX_CHUNK_SETS 256
+#define MAX_CHUNK_SETS 128
 
 static int64_t padded_columns(int64_t K) { return (K + 15) / 16 * 16; }
 
@@ -66,12 +66,16 @@ hqq_status hqq_direct_linear(void *y, const void *x, int64_t ldx, const hqq_weig
     hqq_arena arena = {.base = workspace};
     float *padded =
         hqq_arena_take(&arena, (size_t)(hqq_padded_tokens(M) * job.ldx) * sizeof(float));
-    HQQ_ISA_SELECT(isa, hqq_pad_rows)(padded, job.ldx, x, ldx, dtype, M, layout.K);
+    int aligned = hqq_vectors_align(&layout);
+    if (aligned)
+        HQQ_ISA_SELECT(isa, hqq_interleave_tokens)(padded, x, ldx, dtype, M, &layout);
+    else
+        HQQ_ISA_SELECT(isa, hqq_pad_rows)(padded, job.ldx, x, ldx, dtype, M, layout.K);
     job.x = padded;
     job.sets_in_chunk = CHUNK_WEIGHTS / (layout.K * layout.per) + 1;
     if (job.sets_in_chunk > MAX_CHUNK_SETS) job.sets_in_chunk = MAX_CHUNK_SETS;
     int64_t chunks = (job.sets.sets + job.sets_in_chunk - 1) / job.sets_in_chunk;
-    if (hqq_vectors_align(&layout))
+    if (aligned)
         return hqq_for_each_chunk(chunks, aligned_chunk, &job,
                                   aligned_scratch(job.sets_in_chunk), context);
     return hqq_for_each_chunk(chunks, any_chunk, &job, any_scratch(M),

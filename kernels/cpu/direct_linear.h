@@ -20,8 +20,8 @@ hqq_status hqq_direct_linear(void *y, const void *x, int64_t ldx, const hqq_weig
 /* What the chunks share. */
 typedef struct hqq_direct_linear_job {
     void *y;
-    const float *x; /* [M + 1, ldx], zero from column K to ldx and in the last row */
-    int64_t ldx;    /* a multiple of 16 */
+    const float *x; /* as hqq_pad_rows or hqq_interleave_tokens left it */
+    int64_t ldx;
     const hqq_weight *weight;
     hqq_layout layout;
     const float *addend;
@@ -32,17 +32,19 @@ typedef struct hqq_direct_linear_job {
     hqq_isa isa;
 } hqq_direct_linear_job;
 
-/* x [M,K] of dtype to out [M + 1, ldout] in fp32, padded with zeros. */
+/* For any weight: x [M,K] of dtype to out [M, ldout] in fp32, padded with zeros, and the
+ * columns of y that belong to the sets [set_begin, set_end). */
 HQQ_ISA_DECLARE(void, hqq_pad_rows,
                 (float *out, int64_t ldout, const void *x, int64_t ldx, hqq_dtype dtype,
                  int64_t M, int64_t K));
-
-/* The columns of y that belong to the sets [set_begin, set_end): for any weight, */
 HQQ_ISA_DECLARE(void, hqq_direct_linear_any,
                 (const hqq_direct_linear_job *job, int64_t set_begin, int64_t set_end,
                  void *scratch));
 
-/* and for a weight whose vectors align (direct_tile.h). */
+/* The same for a weight whose vectors align (direct_tile.h); out holds M + 1 rows. */
+HQQ_ISA_DECLARE(void, hqq_interleave_tokens,
+                (float *out, const void *x, int64_t ldx, hqq_dtype dtype, int64_t M,
+                 const hqq_layout *layout));
 HQQ_ISA_DECLARE(void, hqq_direct_linear_aligned,
                 (const hqq_direct_linear_job *job, int64_t set_begin, int64_t set_end,
                  void *scratch));
@@ -53,7 +55,7 @@ HQQ_ISA_DECLARE(void, hqq_direct_linear_aligned,
 #define HQQ_X_COLUMNS 4096 /* columns in a block, at most */
 
 typedef struct hqq_linear_scratch {
-    float *sums;         /* [sets, tokens, per]: at most 16 a set */
+    float *sums;         /* [sets, tokens, per] vectors: at most 16 of 16 lanes a set */
     float *zero, *scale; /* axis 1: [per, groups of the block]; axis 0: [columns] */
     float *scaled_x;     /* axis 0: [tokens, columns] */
 } hqq_linear_scratch;
@@ -61,7 +63,7 @@ typedef struct hqq_linear_scratch {
 static inline hqq_linear_scratch hqq_linear_scratch_take(hqq_arena *arena, int64_t sets)
 {
     hqq_linear_scratch s;
-    s.sums = hqq_arena_take(arena, (size_t)(sets * 16) * sizeof(float));
+    s.sums = hqq_arena_take(arena, (size_t)(sets * 256) * sizeof(float));
     s.zero = hqq_arena_take(arena, HQQ_X_COLUMNS * sizeof(float));
     s.scale = hqq_arena_take(arena, HQQ_X_COLUMNS * sizeof(float));
     s.scaled_x = hqq_arena_take(arena, HQQ_X_BLOCK * sizeof(float));

@@ -16,7 +16,8 @@
  * Sums are fp32 products and additions of fp32 weights, whatever x is: on processors with two
  * 512-bit FMA units that is as fast as their bf16 dot product, or twice as fast.
  *
- * x is taken in blocks of columns that fit the first cache beside the codes.
+ * x is kept as the loop reads it, [K/lanes, tokens, lanes] for each block of tokens, and taken
+ * in blocks of columns that fit the first cache beside the codes.
  *
  * Napkin, 4 bits, AVX-512: 16 bytes cost a load that widens, a shift, two look-ups and 2 M
  * multiplications, and a table 3 for 64 weights: (6 + 2 M) / 2 cycles for 32 weights. At
@@ -30,6 +31,13 @@
 
 #define INLINE HQQ_ALWAYS_INLINE
 
+/* gcc would rather load a vector again for each use, and run out of load ports. */
+#if defined(__AVX512F__)
+#define HQQ_KEEP_IN_REGISTER(v) __asm__("" : "+v"(v))
+#else
+#define HQQ_KEEP_IN_REGISTER(v) (void)(v)
+#endif
+
 /* Sums that fit the registers beside the weights and tables. */
 #if defined(__AVX512F__) || !defined(__x86_64__)
 #define MAX_SUMS 16
@@ -37,12 +45,28 @@
 #define MAX_SUMS 8
 #endif
 
+static int max_tokens(const hqq_layout *l) { return MAX_SUMS / l->per; }
+
+void HQQ_ISA_NAME(hqq_interleave_tokens)(float *out, const void *x, int64_t ldx,
+                                         hqq_dtype dtype, int64_t M, const hqq_layout *layout)
+{
+    int64_t K = layout->K;
+    for (int64_t m0 = 0; m0 < M;) {
+        int MB = hqq_tokens_at_once(M - m0, max_tokens(layout));
+        float *block = out + m0 * K;
+        for (int m = 0; m < MB; m++, m0++)
+            for (int64_t k = 0; k < K; k += HQQ_LANES) {
+                hqq_vec v = m0 < M ? hqq_vec_load_dtype(x, dtype, m0 * ldx + k) : hqq_vec_zero();
+                hqq_vec_store(block + k * MB + m * HQQ_LANES, v);
+            }
+    }
+}
+
 /* One packed row against a block of x. Pointers are at the block's first column. */
 typedef struct dot_block {
     const uint8_t *words;
     int64_t next; /* bytes to the words that are wanted after these */
     const float *x;
-    int64_t ldx;
     const float *zero, *scale; /* axis 1: [per, stride] of the block's groups; axis 0: zero of
                                   each column */
     int64_t stride;
@@ -57,14 +81,19 @@ INLINE void dot_vector(hqq_vec *acc, const dot_block *b, int64_t k, const hqq_de
 {
     const int PER = 8 / nbits;
     hqq_ivec words = hqq_ivec_load_u8(b->words + k);
+    hqq_vec x[8];
+#pragma GCC unroll 8
+    for (int m = 0; m < MB; m++) {
+        x[m] = hqq_vec_load(b->x + k * MB + m * HQQ_LANES);
+        HQQ_KEEP_IN_REGISTER(x[m]);
+    }
 #pragma GCC unroll 8
     for (int j = 0; j < PER; j++) {
         hqq_vec w = hqq_decode(&decoders[axis == 1 ? j : 0], nbits <= HQQ_TABLE_BITS,
                                words >> (8 - nbits * (j + 1)));
         if (axis == 0) w -= hqq_vec_load(b->zero + k);
 #pragma GCC unroll 8
-        for (int m = 0; m < MB; m++)
-            acc[m * PER + j] += w * hqq_vec_load(b->x + m * b->ldx + k);
+        for (int m = 0; m < MB; m++) acc[m * PER + j] += w * x[m];
     }
 }
 
@@ -83,8 +112,8 @@ INLINE void dot_columns(hqq_vec *acc, const dot_block *b, int64_t k, int64_t end
     for (; k < end; k += HQQ_LANES) dot_vector(acc, b, k, decoders, nbits, axis, MB);
 }
 
-/* sums[m * PER + j] += the products of the block. */
-INLINE void dot_packed_row(float *sums, const dot_block *b, const int nbits, const int axis,
+/* sums[m * PER + j] += the products of the block; lanes are summed at the very end. */
+INLINE void dot_packed_row(hqq_vec *sums, const dot_block *b, const int nbits, const int axis,
                            const int MB)
 {
     const int PER = 8 / nbits, SUMS = MB * PER;
@@ -107,17 +136,18 @@ INLINE void dot_packed_row(float *sums, const dot_block *b, const int nbits, con
                         MB, UNROLL);
         }
     }
+#pragma GCC unroll 16
     for (int i = 0; i < SUMS; i++) {
-        hqq_vec sum = acc[i];
+        hqq_vec sum = sums[i] + acc[i];
         for (int u = 1; u < UNROLL; u++) sum += acc[u * SUMS + i];
-        sums[i] += hqq_vec_sum(sum);
+        sums[i] = sum;
     }
 }
 
-typedef void (*dot_fn)(float *, const dot_block *);
+typedef void (*dot_fn)(hqq_vec *, const dot_block *);
 
 #define DOT(nbits, axis, MB)                                                                   \
-    static void dot_##nbits##_##axis##_##MB(float *sums, const dot_block *b)                   \
+    static void dot_##nbits##_##axis##_##MB(hqq_vec *sums, const dot_block *b)                   \
     {                                                                                          \
         dot_packed_row(sums, b, nbits, axis, MB);                                              \
     }
@@ -171,11 +201,11 @@ static void load_residue(const linear_chunk *c, int64_t r, const float *x, int M
     int64_t at = r * c->job->layout.K + k0;
     hqq_load_floats(c->s.zero, w->zero, w->meta_dtype, at, columns);
     hqq_load_floats(c->s.scale, w->scale, w->meta_dtype, at, columns);
-    for (int m = 0; m < MB; m++)
-        for (int64_t k = 0; k < columns; k += HQQ_LANES) {
-            hqq_vec v = hqq_vec_load(x + m * c->job->ldx + k) * hqq_vec_load(c->s.scale + k);
-            hqq_vec_store(c->s.scaled_x + m * columns + k, v);
-        }
+    for (int64_t k = 0; k < columns; k += HQQ_LANES) {
+        hqq_vec scale = hqq_vec_load(c->s.scale + k);
+        for (int64_t i = k * MB; i < (k + HQQ_LANES) * MB; i += HQQ_LANES)
+            hqq_vec_store(c->s.scaled_x + i, hqq_vec_load(x + i) * scale);
+    }
 }
 
 /* The sums of tokens m0 to m0 + MB over columns [k0, k0 + columns). */
@@ -184,8 +214,8 @@ static void dot_sets(const linear_chunk *c, int64_t m0, int MB, int64_t k0, int6
     const hqq_direct_linear_job *job = c->job;
     const hqq_layout *l = &job->layout;
     dot_fn dot = dots[log2_of(l->per)][log2_of(MB)][l->axis];
-    const float *x = job->x + m0 * job->ldx + k0;
-    dot_block b = {.next = l->K, .x = x, .ldx = job->ldx, .zero = c->s.zero, .scale = c->s.scale,
+    const float *x = job->x + m0 * l->K + k0 * MB;
+    dot_block b = {.next = l->K, .x = x, .zero = c->s.zero, .scale = c->s.scale,
                    .columns = columns, .G = l->G};
     int64_t g0 = k0 / l->G, residue = -1;
     if (l->axis == 1) {
@@ -193,7 +223,6 @@ static void dot_sets(const linear_chunk *c, int64_t m0, int MB, int64_t k0, int6
         b.stride = (k0 + columns - 1) / l->G - g0 + 1;
     } else {
         b.x = c->s.scaled_x;
-        b.ldx = columns;
     }
     for (int64_t set = c->set_begin; set < c->set_end; set++) {
         int64_t p = hqq_row_in_slot(&job->sets, set);
@@ -204,7 +233,7 @@ static void dot_sets(const linear_chunk *c, int64_t m0, int MB, int64_t k0, int6
             residue = set / job->sets.cycle;
             load_residue(c, residue, x, MB, k0, columns);
         }
-        dot(c->s.sums + (set - c->set_begin) * MB * l->per, &b);
+        dot((hqq_vec *)c->s.sums + (set - c->set_begin) * MB * l->per, &b);
     }
 }
 
@@ -215,13 +244,13 @@ static void store_sets(const linear_chunk *c, int64_t m0, int MB, int64_t tokens
     int64_t N = job->layout.N;
     int per = job->layout.per;
     for (int64_t set = c->set_begin; set < c->set_end; set++) {
-        const float *sums = c->s.sums + (set - c->set_begin) * MB * per;
+        const hqq_vec *sums = (const hqq_vec *)c->s.sums + (set - c->set_begin) * MB * per;
         int64_t p = hqq_row_in_slot(&job->sets, set);
         for (int64_t m = 0; m < tokens; m++)
             for (int j = 0; j < per; j++) {
                 int64_t at = (m0 + m) * N + p + j * (N / per);
-                float sum = sums[m * per + j] + (job->addend ? job->addend[at] : 0.0f);
-                hqq_store(job->y, job->dtype, at, sum);
+                float sum = hqq_vec_sum(sums[m * per + j]);
+                hqq_store(job->y, job->dtype, at, job->addend ? sum + job->addend[at] : sum);
             }
     }
 }
@@ -234,9 +263,9 @@ void HQQ_ISA_NAME(hqq_direct_linear_aligned)(const hqq_direct_linear_job *job,
                       .s = hqq_linear_scratch_take(&arena, set_end - set_begin)};
     int64_t sets = set_end - set_begin;
     for (int64_t m0 = 0; m0 < job->M;) {
-        int MB = hqq_tokens_at_once(job->M - m0, MAX_SUMS / job->layout.per);
+        int MB = hqq_tokens_at_once(job->M - m0, max_tokens(&job->layout));
         int64_t columns = HQQ_X_BLOCK / MB < HQQ_X_COLUMNS ? HQQ_X_BLOCK / MB : HQQ_X_COLUMNS;
-        memset(c.s.sums, 0, (size_t)(sets * MB * job->layout.per) * sizeof(float));
+        memset(c.s.sums, 0, (size_t)(sets * MB * job->layout.per) * sizeof(hqq_vec));
         for (int64_t k = 0; k < job->layout.K; k += columns)
             dot_sets(&c, m0, MB, k, job->layout.K - k < columns ? job->layout.K - k : columns);
         int64_t tokens = job->M - m0 < MB ? job->M - m0 : MB;

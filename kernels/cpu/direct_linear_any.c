@@ -33,7 +33,6 @@ void HQQ_ISA_NAME(hqq_pad_rows)(float *out, int64_t ldout, const void *x, int64_
         hqq_load_floats(out + m * ldout, x, dtype, m * ldx, K);
         memset(out + m * ldout + K, 0, (size_t)(ldout - K) * sizeof(float));
     }
-    memset(out + M * ldout, 0, (size_t)ldout * sizeof(float));
 }
 
 /* sums [MR,4] (row stride HQQ_TILE_ROWS) += x [MR] . w [4] over `columns`. */

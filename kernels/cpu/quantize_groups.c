@@ -63,6 +63,7 @@ static void solve_default(hqq_tile *t, void *data)
     }
     hqq_stored stored = hqq_store_fit(&fit, &units, levels, t->job->meta_dtype);
     hqq_tile_store_meta(t, &stored);
+    if (hqq_units_unsaturate(&units, &stored, t->job->meta_dtype)) hqq_tile_forget(t);
     hqq_tile_store_codes(t, hqq_fit_of(&stored, &units), levels);
 }
 

@@ -84,6 +84,9 @@ static inline void hqq_tile_set_units(hqq_tile *t, const hqq_units *units)
     hqq_tile_convert(t);
 }
 
+/* To be called when they have changed: the values are read again. */
+static inline void hqq_tile_forget(hqq_tile *t) { t->begin = t->end = 0; }
+
 /* Loops `body` over all steps with the value of each in `w`, in runs of at most HQQ_TILE_RUN;
  * `each_run` comes after every run. Sums are kept per run first: long groups lose no bits. */
 enum { HQQ_TILE_RUN = 512 };
