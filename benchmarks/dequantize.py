@@ -30,7 +30,9 @@ def contenders_of(layers: Layers) -> dict[str, Contender]:
     return contenders
 
 
-def measure(size="4096x4096", dtypes=("bf16", "fp32"), formats=FORMATS, group_size=64, seconds=1.0):
+def measure(
+    size="4096x4096", dtypes=("bf16", "fp32"), formats=FORMATS, group_size=64, seconds=1.0
+):
     """All figures; prints one table."""
     lines, results = [], []
     for dtype in dtypes:

@@ -1,7 +1,7 @@
 """One LoRA layer, forward and backward (dx, dA, dB): fused, against PEFT's separate ops.
 
     hqqlora   hqqlora.autograd.lora_linear on the quantized weight
-    dense     F.linear(x, W) + lora_B(lora_A(dropout(x.to(A.dtype)))) * scaling, as PEFT computes
+    dense     F.linear(x, W) + lora_B(lora_A(dropout(x.to(A.dtype)))) * scaling, as PEFT does
     hqq       the same around hqq's own HQQLinear
 
 A and B are fp32, as PEFT keeps them.
@@ -15,11 +15,12 @@ import report
 import torch
 import torch.nn.functional as F
 from layers import Layers
-from linear import SIZES, parse_size
+from linear import parse_size
 from timing import Contender, take_turns
 
 import hqqlora.autograd
 
+SIZES = ("4096x4096:bf16", "4096x4096:fp32", "1536x576:bf16")
 ROWS = (16, 512, 2048)
 SCALING = 2.0
 

@@ -17,7 +17,7 @@ FLAGS = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", 
 
 
 def cache_bytes(level: int) -> int:
-    """The size of the first core's cache of that level, as the system reports it; 0: unknown."""
+    """The first core's cache of that level, as the system reports it; 0: unknown."""
     for index in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
         kind = (index / "type").read_text().strip()
         if kind != "Instruction" and int((index / "level").read_text()) == level:
@@ -69,16 +69,19 @@ def in_words(machine: dict[str, Any]) -> str:
     """A paragraph for the top of a report."""
     mib = {name: machine[name] // 2**20 for name in ("l2_bytes", "l3_bytes", "cold_bytes")}
     settings = [f"{k}={machine[k]}" for k in ("HQQLORA_ISA", "HQQLORA_KERNEL") if machine[k]]
-    return "\n".join(
-        [
-            f"{machine['cpu']}, {machine['cores']} cores ({' '.join(machine['flags'])}), "
-            f"L2 {mib['l2_bytes']} MiB, L3 {mib['l3_bytes']} MiB as reported; "
-            f"{machine['threads']} threads, load {machine['load']:.1f}.  ",
-            f"hqqlora {machine['hqqlora']}, torch {machine['torch']}, hqq {machine['hqq']}, "
-            f"Python {machine['python']}, {machine['date']}. {' '.join(settings)}",
-            "",
-            "Medians. Contenders take turns in one process; a ratio is the median over the rounds "
-            "of that round's ratio, and above 1 where hqqlora is faster. Weights are cold: "
-            f"between two uses of one copy, {mib['cold_bytes']} MiB of others are read.",
-        ]
+    busy = (
+        f"Another {machine['load']:.1f} threads want these {machine['cores']} cores: with more "
+        "than one thread, what follows measures the scheduler as much as the kernels.\n\n"
+    )
+    return (
+        f"{machine['cpu']}, {machine['cores']} cores ({' '.join(machine['flags'])}), "
+        f"L2 {mib['l2_bytes']} MiB, L3 {mib['l3_bytes']} MiB as reported; "
+        f"{machine['threads']} threads, load {machine['load']:.1f}.\n"
+        f"hqqlora {machine['hqqlora']}, torch {machine['torch']}, hqq {machine['hqq']}, "
+        f"Python {machine['python']}, {machine['date']}. {' '.join(settings)}\n\n"
+        + busy
+        * (machine["load"] > 0.5 * machine["cores"])
+        + "Medians. Contenders take turns in one process; a ratio is the median over the "
+        "rounds of that round's ratio, and above 1 where hqqlora is faster. Weights are cold: "
+        f"between two uses of one copy, {mib['cold_bytes']} MiB of others are read."
     )

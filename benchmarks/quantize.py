@@ -6,6 +6,10 @@ is heavy-tailed (Student's t, 5 degrees of freedom), as trained ones are.
 
 from __future__ import annotations
 
+from functools import partial
+from typing import NamedTuple
+
+import machine
 import report
 import torch
 from layers import DTYPES
@@ -13,10 +17,20 @@ from linear import parse_size
 from timing import Contender, take_turns
 
 import hqqlora.ops
-import machine
 
-FORMATS = ((4, 64, 1), (4, 64, 0), (3, 64, 1), (2, 16, 1))
+
+class Format(NamedTuple):
+    nbits: int
+    group_size: int
+    axis: int
+
+    def __str__(self) -> str:
+        return f"{self.nbits} bits, groups of {self.group_size}, axis {self.axis}"
+
+
+FORMATS = (Format(4, 64, 1), Format(4, 64, 0), Format(3, 64, 1), Format(2, 16, 1))
 SOLVERS = ("default", "reference", "minmax")
+Parts = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def heavy_tailed(N: int, K: int, dtype: torch.dtype) -> torch.Tensor:
@@ -24,72 +38,60 @@ def heavy_tailed(N: int, K: int, dtype: torch.dtype) -> torch.Tensor:
     return weight.to(dtype)
 
 
-def relative_error(weight: torch.Tensor, parts, nbits: int, group_size: int, axis: int) -> float:
-    read_back = torch.ops.hqqlora.dequantize(
-        *parts, *weight.shape, nbits, group_size, axis, torch.float32
+def ours(weight: torch.Tensor, f: Format, solver: str) -> Parts:
+    return torch.ops.hqqlora.quantize(
+        weight,
+        *f,
+        torch.float32,
+        hqqlora.ops.Solver[solver.upper()],
+        round_zero=f.nbits == 4 and solver == "reference",
     )
+
+
+def theirs(weight: torch.Tensor, f: Format) -> Parts:
+    from hqq.core.quantize import Quantizer
+
+    W_q, meta = Quantizer.quantize(weight, **f._asdict(), round_zero=f.nbits == 4, device="cpu")
+    return W_q, meta["scale"], meta["zero"]
+
+
+def relative_error(weight: torch.Tensor, parts: Parts, f: Format) -> float:
+    read_back = torch.ops.hqqlora.dequantize(*parts, *weight.shape, *f, torch.float32)
     weight = weight.float()
     return ((read_back - weight).norm() / weight.norm()).item()
 
 
-def measure(size="1024x4096", dtype="bf16", formats=FORMATS, seconds=2.0):
+def measure(size="512x4096", dtype="bf16", formats=FORMATS, seconds=2.0):
     """All figures; prints one table."""
-    N, K, torch_dtype = parse_size(f"{size}:{dtype}")
-    weight = heavy_tailed(N, K, torch_dtype)
+    weight = heavy_tailed(*parse_size(f"{size}:{dtype}"))
     lines, results = [], []
-    for nbits, group_size, axis in formats:
-        latest: dict[str, tuple[torch.Tensor, ...]] = {}
-
-        def ours(name: str) -> Contender:
-            solver = hqqlora.ops.Solver[name.upper()]
-
-            def run(i: int) -> None:
-                latest[name] = torch.ops.hqqlora.quantize(
-                    weight, nbits, group_size, axis, torch.float32, solver,
-                    round_zero=nbits == 4 and name == "reference",
-                )  # fmt: skip
-
-            return run
-
-        def theirs(i: int) -> None:
-            from hqq.core.quantize import Quantizer
-
-            W_q, meta = Quantizer.quantize(
-                weight, nbits=nbits, group_size=group_size, axis=axis, round_zero=nbits == 4,
-                device="cpu",
-            )  # fmt: skip
-            latest["hqq"] = W_q, meta["scale"], meta["zero"]
-
-        contenders = {name: ours(name) for name in SOLVERS}
+    for f in formats:
+        quantizers = {solver: partial(ours, weight, f, solver) for solver in SOLVERS}
         if machine.peer_version():
-            contenders["hqq"] = theirs
+            quantizers["hqq"] = partial(theirs, weight, f)
+        errors = {name: relative_error(weight, q(), f) for name, q in quantizers.items()}
+        contenders: dict[str, Contender] = {
+            name: lambda i, q=q: q() for name, q in quantizers.items()
+        }
         times = take_turns(contenders, seconds, at_least=2)
         ratios = {name: times.ratio("hqq", name) for name in SOLVERS if "hqq" in contenders}
-        errors = {}
         for name in contenders:
-            errors[name] = relative_error(weight, latest[name], nbits, group_size, axis)
-            lines.append(
-                [f"{nbits} bits, groups of {group_size}, axis {axis}", name]
-                + [report.milliseconds(times.median(name))]
-                + [f"{N * K / times.median(name) / 1e6:.1f}"]
-                + [report.times_faster(ratios[name]) if name in ratios else ""]
-                + [f"{errors[name]:.5f}"]
-            )
+            rate = weight.numel() / times.median(name) / 1e6
+            ratio = report.times_faster(ratios[name]) if name in ratios else ""
+            time = report.milliseconds(times.median(name))
+            lines.append([str(f), name, time, f"{rate:.1f}", ratio, f"{errors[name]:.5f}"])
         results.append(
-            {"size": size, "dtype": dtype, "nbits": nbits, "axis": axis}
-            | {"group_size": group_size, "seconds": times.summary()}
+            {"size": size, "dtype": dtype, **f._asdict(), "seconds": times.summary()}
             | {"ratio": ratios, "relative_error": errors}
         )
     print(f"\n### Quantize, {size} {dtype}\n")
-    report.table(
-        lines, ["format", "solver", "ms", "M weights/s", "vs hqq", "relative error"]
-    )
+    report.table(lines, ["format", "solver", "ms", "M weights/s", "vs hqq", "relative error"])
     return results
 
 
 def main() -> None:
     parser = report.options(__doc__)
-    parser.add_argument("--size", default="1024x4096", metavar="NxK")
+    parser.add_argument("--size", default="512x4096", metavar="NxK")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     a = parser.parse_args()
     description = report.start(a)

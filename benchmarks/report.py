@@ -57,7 +57,9 @@ def start(arguments: argparse.Namespace) -> dict[str, Any]:
     return description
 
 
-def finish(path: Path | None, description: dict[str, Any], results: dict[str, list[Row]]) -> None:
+def finish(
+    path: Path | None, description: dict[str, Any], results: dict[str, list[Row]]
+) -> None:
     """Write the JSON file, if one was asked for."""
     if path:
         path.write_text(json.dumps({"machine": description, "results": results}, indent=1))

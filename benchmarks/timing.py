@@ -24,7 +24,7 @@ class Times:
         return statistics.median(self.of(name))
 
     def ratio(self, slower: str, faster: str) -> float:
-        """The median over the rounds of slower / faster: what disturbs a whole round cancels."""
+        """The median over the rounds of slower / faster: what slows a whole round cancels."""
         return statistics.median(
             times[slower] / times[faster]
             for times in self.rounds

@@ -23,7 +23,8 @@
  *     nothing has been written.
  *   - M, N, K and R may be 0: an empty product is zero, so y is then the bias.
  *   - There is no global state but immutable tables: any number of threads may call at once.
- *   - Results do not depend on the number of threads, and repeat bitwise.
+ *   - Results repeat bitwise, and do not depend on the number of threads: those of large M
+ *     insofar as the caller's GEMM does not (torch's own does, in its last bits).
  */
 #ifndef HQQLORA_H
 #define HQQLORA_H

@@ -32,10 +32,12 @@ def replacing_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         with _naming(path):
             # Created here, not by mkstemp, so that the umask decides its permissions.
             os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+            permissions = temporary.stat().st_mode & 0o7777
             with suppress(FileNotFoundError):
-                os.chmod(temporary, target.stat().st_mode & 0o7777)
+                permissions = target.stat().st_mode & 0o7777
         yield temporary
         with _naming(path):
+            os.chmod(temporary, permissions)  # safetensors puts a 0600 file of its own here
             _flush(temporary)
             os.replace(temporary, target)
             _flush_entries(target.parent)

@@ -1,6 +1,7 @@
 /*
- * The quantizers' steps on one group, shared by the CPU (a lane is a vector: many groups side by
- * side) and CUDA (a lane is a float). Loops, sums over threads and memory belong to the includer.
+ * The quantizers' steps on one group, shared by the CPU (a lane is a vector: many groups side
+ * by side) and CUDA (a lane is a float). Loops, sums over threads and memory belong to the
+ * includer.
  *
  *     w = (q - zero) * scale,     q in 0 .. levels,     levels = 2^bits - 1
  *
@@ -145,8 +146,14 @@ typedef struct hqq_fit {
 
 /* The recipe: 8, 4 and 2 bits search the range and do 4 rounds of least squares; 3 and 1 bit
  * start from the full range and do 8. */
-HQQ_INLINE int hqq_searches_range(int nbits) { return nbits != 3 && nbits != 1; }
-HQQ_INLINE int hqq_least_squares_rounds(int nbits) { return hqq_searches_range(nbits) ? 4 : 8; }
+HQQ_INLINE int hqq_searches_range(int nbits)
+{
+    return nbits != 3 && nbits != 1;
+}
+HQQ_INLINE int hqq_least_squares_rounds(int nbits)
+{
+    return hqq_searches_range(nbits) ? 4 : 8;
+}
 
 /* Candidate (i, j) of the range search: the lower end moved up by i and the upper one down by j
  * times 0.15 of a step, so t = (u - low) * slope. The same for every group. */
@@ -215,8 +222,8 @@ HQQ_INLINE hqq_fit hqq_refit(hqq_fit fit, const hqq_moments *m, float n, float l
     hqq_lane slope = 1.0f / (a + 1.0f);
     hqq_fit next;
     next.slope = hqq_lane_select(good, fit.slope * slope, fit.slope);
-    next.offset = hqq_lane_select(good, (fit.offset + a * (levels * 0.5f) - b) * slope,
-                                  fit.offset);
+    next.offset =
+        hqq_lane_select(good, (fit.offset + a * (levels * 0.5f) - b) * slope, fit.offset);
     return next;
 }
 
@@ -267,8 +274,8 @@ HQQ_INLINE hqq_half_quadratic hqq_half_quadratic_start(hqq_lane smallest, hqq_la
     hqq_half_quadratic h;
     hqq_lane range = largest - smallest;
     h.multiplier = (1.0f / range) * levels; /* torch divides a number by a tensor like this */
-    h.multiplier = hqq_lane_select(hqq_lane_abs(range) <= 1e-4f, hqq_lane_set(1.0f),
-                                   h.multiplier);
+    h.multiplier =
+        hqq_lane_select(hqq_lane_abs(range) <= 1e-4f, hqq_lane_set(1.0f), h.multiplier);
     h.multiplier = hqq_lane_min(h.multiplier, hqq_lane_set(2e4f));
     h.zero = (hqq_lane_set(0.0f) - smallest) * h.multiplier;
     if (round_zero) h.zero = hqq_rint(h.zero);
@@ -284,11 +291,13 @@ HQQ_INLINE hqq_lane hqq_shrink(hqq_lane e, hqq_lane power, float inverse_beta)
 }
 
 /* x^y for positive normal x, correct to the last bit but for rare halves: log2 by its series in
- * (m - 1) / (m + 1), exp2 by Taylor's, each to 1e-11, in double, free of tables and branches. */
+ * (m - 1) / (m + 1), exp2 by Taylor's, each to 1e-11, in double, free of tables and branches.
+ */
 HQQ_INLINE float hqq_power(float x, float y)
 {
     uint32_t bits = hqq_float_to_bits(x);
-    int32_t exponent = (int32_t)(bits - 0x3f3504f3u) >> 23; /* mantissa m in [sqrt 1/2, sqrt 2) */
+    int32_t exponent =
+        (int32_t)(bits - 0x3f3504f3u) >> 23; /* mantissa m in [sqrt 1/2, sqrt 2) */
     double m = (double)hqq_bits_to_float(bits - ((uint32_t)exponent << 23));
     double s = (m - 1.0) / (m + 1.0), s2 = s * s;
     double series = 1.0 / 15;
@@ -340,7 +349,8 @@ HQQ_INLINE hqq_stored hqq_store_half_quadratic(hqq_half_quadratic *h, hqq_lane m
     hqq_lane_mask good = (hqq_lane_set(0.0f) < s.scale) & (s.scale <= largest) &
                          (hqq_lane_abs(s.zero) <= largest);
     if (hqq_lane_any(good == 0)) {
-        hqq_stored g = hqq_store_group(scale, h->zero, good & (good == 0), middle, levels, dtype);
+        hqq_stored g =
+            hqq_store_group(scale, h->zero, good & (good == 0), middle, levels, dtype);
         s.scale = hqq_lane_select(good, s.scale, g.scale);
         s.zero = hqq_lane_select(good, s.zero, g.zero);
         h->multiplier = hqq_lane_select(good, h->multiplier, 1.0f / s.scale);

@@ -82,6 +82,15 @@ def test_permissions_are_those_of_the_umask_or_of_the_old_file(tmp_path: Path) -
     assert path.stat().st_mode & 0o777 == 0o604
 
 
+def test_safetensors_files_are_as_readable_as_others(tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        write_safetensors(tmp_path / "a.safetensors", {"a": torch.zeros(2)})
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == 0o644
+
+
 def test_a_symbolic_link_stays_one(tmp_path: Path) -> None:
     (tmp_path / "real.json").write_text("old")
     (tmp_path / "link.json").symlink_to("real.json")

@@ -261,7 +261,7 @@ def test_broadcast_rows_and_single_rows():
 
 
 @pytest.mark.parametrize(
-    ("M", "N", "K", "R"), list(list(itertools.product((0, 3), (0, 4), (0, 8), (0, 2))))
+    ("M", "N", "K", "R"), list(itertools.product((0, 3), (0, 4), (0, 8), (0, 2)))
 )
 def test_empty_sizes(M, N, K, R):
     weight, adapter = random_weight(N, K, 4), random_adapter(N, K, R)

@@ -40,20 +40,52 @@ static inline hqq_layout hqq_weight_layout(const hqq_weight *w)
     return hqq_layout_make(w->out_features, w->in_features, w->group_size, w->nbits, w->axis);
 }
 
-/* A cursor over `elements` elements from e = n*K + k. */
-static inline hqq_run_cursor hqq_runs_from(const hqq_layout *l, const void *packed, int64_t e,
-                                           int64_t elements)
+/* Where an element lies: what a row starts from. */
+typedef struct hqq_place {
+    int64_t word, slot;
+    int64_t turn, rest; /* the element's number div and mod the period of the groups: G for
+                           axis 1, E/G for axis 0 */
+} hqq_place;
+
+static inline int64_t hqq_group_period(const hqq_layout *l)
 {
-    hqq_run_cursor c = {.layout = l, .packed = packed, .left = elements};
-    int64_t slot = e / l->words;
-    c.word = e - slot * l->words;
-    c.words_left = l->words - c.word;
-    c.shift = hqq_slot_shift(l->nbits, (int)slot);
-    int64_t period = l->axis == 1 ? l->G : l->groups;
-    int64_t turns = e / period, rest = e - turns * period;
-    c.group = l->axis == 1 ? turns : rest;
-    c.groups_left = period - rest;
-    return c;
+    return l->axis == 1 ? l->G : l->groups;
+}
+
+static inline hqq_place hqq_place_of(const hqq_layout *l, int64_t e)
+{
+    hqq_place p;
+    p.slot = e / l->words;
+    p.word = e - p.slot * l->words;
+    p.turn = e / hqq_group_period(l);
+    p.rest = e - p.turn * hqq_group_period(l);
+    return p;
+}
+
+/* The place of the sum of two elements' numbers: from row to row without a division. */
+static inline hqq_place hqq_place_add(const hqq_layout *l, hqq_place a, const hqq_place *b)
+{
+    a.word += b->word;
+    a.slot += b->slot;
+    a.turn += b->turn;
+    a.rest += b->rest;
+    if (a.word >= l->words) a.word -= l->words, a.slot++;
+    if (a.rest >= hqq_group_period(l)) a.rest -= hqq_group_period(l), a.turn++;
+    return a;
+}
+
+/* A cursor over `elements` elements from a place. */
+static inline hqq_run_cursor hqq_runs_from(const hqq_layout *l, const void *packed,
+                                           const hqq_place *p, int64_t elements)
+{
+    return (hqq_run_cursor){.layout = l,
+                            .packed = packed,
+                            .word = p->word,
+                            .group = l->axis == 1 ? p->turn : p->rest,
+                            .words_left = l->words - p->word,
+                            .groups_left = hqq_group_period(l) - p->rest,
+                            .left = elements,
+                            .shift = hqq_slot_shift(l->nbits, (int)p->slot)};
 }
 
 /* Sets *run to the next run; 0 at the end. */

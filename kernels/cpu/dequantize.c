@@ -30,23 +30,42 @@ typedef struct dequantize_job {
     hqq_isa isa;
 } dequantize_job;
 
+/* Of the rows first, first + step, ... (`count` of them) those that are wanted. */
+static void dequantize_wanted(const dequantize_job *job, int64_t first, int64_t step,
+                              int64_t count)
+{
+    if (first < job->row_begin) {
+        int64_t skip = (job->row_begin - first + step - 1) / step;
+        first += skip * step;
+        count -= skip;
+    }
+    int64_t fit = (job->row_end - first + step - 1) / step;
+    if (count > fit) count = fit;
+    if (count <= 0) return;
+    int64_t at = (first - job->row_begin) * job->ld;
+    HQQ_ISA_SELECT(job->isa, hqq_dequantize_rows)
+    (hqq_at_mut(job->out, job->dtype, at), step * job->ld, job->dtype, job->weight, first, step,
+     count, job->column_begin, job->column_end);
+}
+
 /* Some sets of rows that share words: each word is read from memory once. */
 static hqq_status dequantize_chunk(int64_t chunk, void *scratch, void *data)
 {
     const dequantize_job *job = data;
-    int64_t begin = chunk * job->sets_in_chunk, end = begin + job->sets_in_chunk;
-    if (end > job->sets.sets) end = job->sets.sets;
+    const hqq_row_sets *sets = &job->sets;
+    int64_t set = chunk * job->sets_in_chunk, end = set + job->sets_in_chunk;
+    if (end > sets->sets) end = sets->sets;
     (void)scratch;
-    for (int64_t set = begin; set < end; set++) {
-        int64_t rows[HQQ_MAX_SLOTS];
-        int count = hqq_row_set(rows, &job->sets, set);
-        for (int i = 0; i < count; i++) {
-            if (rows[i] < job->row_begin || rows[i] >= job->row_end) continue;
-            int64_t at = (rows[i] - job->row_begin) * job->ld;
-            hqq_dequantize_block(hqq_at_mut(job->out, job->dtype, at), job->ld, job->dtype,
-                                 job->weight, rows[i], rows[i] + 1, job->column_begin,
-                                 job->column_end, job->isa);
+    while (set < end) {
+        int64_t run = hqq_sets_in_step(sets, set);
+        if (run > end - set) run = end - set;
+        for (int j = 0; j < sets->slots; j++) {
+            int64_t row = hqq_row_in_slot(sets, set),
+                    rows = sets->start[j + 1] - sets->start[j];
+            int64_t fit = (rows - row + sets->step - 1) / sets->step;
+            dequantize_wanted(job, sets->start[j] + row, sets->step, run < fit ? run : fit);
         }
+        set += run;
     }
     return HQQ_OK;
 }
@@ -62,10 +81,16 @@ hqq_status hqq_cpu_dequantize(void *out, int64_t ld_out, hqq_dtype out_dtype,
         return HQQ_OK;
     }
     hqq_layout layout = hqq_weight_layout(weight);
-    dequantize_job job = {.out = out, .ld = ld_out, .dtype = out_dtype, .weight = weight,
-                          .row_begin = row_begin, .row_end = row_end,
-                          .column_begin = column_begin, .column_end = column_end,
-                          .sets = hqq_row_sets_of(&layout), .isa = hqq_isa_in_use(context)};
+    dequantize_job job = {.out = out,
+                          .ld = ld_out,
+                          .dtype = out_dtype,
+                          .weight = weight,
+                          .row_begin = row_begin,
+                          .row_end = row_end,
+                          .column_begin = column_begin,
+                          .column_end = column_end,
+                          .sets = hqq_row_sets_of(&layout),
+                          .isa = hqq_isa_in_use(context)};
     int64_t weights = (row_end - row_begin) * (column_end - column_begin);
     job.sets_in_chunk = job.sets.sets * CHUNK_WEIGHTS / weights;
     if (job.sets_in_chunk < 1) job.sets_in_chunk = 1;

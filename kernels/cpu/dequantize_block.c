@@ -61,7 +61,8 @@ INLINE void constant_run_16(uint16_t *out, hqq_dtype dtype, const hqq_run *run, 
         for (; i < length; i += 16) {
             int n = length - i < 16 ? (int)(length - i) : 16;
             __m512i words = (__m512i)load_words_part(run, kind, i, n);
-            _mm512_mask_cvtepi32_storeu_epi16(out + i, (__mmask16)_bzhi_u32(0xffff, (unsigned)n),
+            _mm512_mask_cvtepi32_storeu_epi16(out + i,
+                                              (__mmask16)_bzhi_u32(0xffff, (unsigned)n),
                                               _mm512_permutexvar_epi16(words, table));
         }
         return;
@@ -80,6 +81,46 @@ INLINE void constant_run_16(uint16_t *out, hqq_dtype dtype, const hqq_run *run, 
         _mm512_mask_storeu_epi16(out + i, mask, _mm512_permutexvar_epi16(words, table));
     }
 }
+#elif defined(__AVX2__)
+/* The values of 32 codes, from the low and the high bytes of all 16 values. */
+INLINE void look_up_32(uint16_t *out, __m256i codes, __m256i low, __m256i high)
+{
+    __m256i l = _mm256_shuffle_epi8(low, codes), h = _mm256_shuffle_epi8(high, codes);
+    __m256i even = _mm256_unpacklo_epi8(l, h), odd = _mm256_unpackhi_epi8(l, h);
+    _mm256_storeu_si256((__m256i *)out, _mm256_permute2x128_si256(even, odd, 0x20));
+    _mm256_storeu_si256((__m256i *)(out + 16), _mm256_permute2x128_si256(even, odd, 0x31));
+}
+
+/* A run of byte words to 16-bit values: made for each code once, looked up byte by byte. */
+INLINE void constant_run_16(uint16_t *out, hqq_dtype dtype, const hqq_run *run, int nbits,
+                            float zero, float scale)
+{
+    __m128i values[2]; /* of codes 0 to 7, and 8 to 15 */
+    for (int i = 0; i < 2; i++) {
+        hqq_vec code = hqq_code_of_lane(4) + hqq_vec_set1((float)(8 * i));
+        hqq_vec value = (code - hqq_vec_set1(zero)) * hqq_vec_set1(scale);
+        hqq_vec_store_dtype(&values[i], dtype, 0, value);
+    }
+    __m128i byte = _mm_set1_epi16(0xff);
+    __m128i low =
+        _mm_packus_epi16(_mm_and_si128(values[0], byte), _mm_and_si128(values[1], byte));
+    __m128i high = _mm_packus_epi16(_mm_srli_epi16(values[0], 8), _mm_srli_epi16(values[1], 8));
+    __m256i lows = _mm256_broadcastsi128_si256(low), highs = _mm256_broadcastsi128_si256(high);
+    __m256i mask = _mm256_set1_epi8((char)hqq_max_code(nbits));
+    __m128i shift = _mm_cvtsi32_si128(run->shift);
+    const uint8_t *bytes = run->words;
+    for (int64_t i = 0; i < run->length; i += 32) {
+        uint8_t last[32] = {0};
+        uint16_t values_32[32];
+        int64_t n = run->length - i;
+        const uint8_t *from = bytes + i;
+        if (n < 32) from = memcpy(last, from, (size_t)n);
+        __m256i codes = _mm256_srl_epi16(_mm256_loadu_si256((const __m256i *)from), shift);
+        codes = _mm256_and_si256(codes, mask);
+        look_up_32(n < 32 ? values_32 : out + i, codes, lows, highs);
+        if (n < 32) memcpy(out + i, values_32, (size_t)n * 2);
+    }
+}
 #endif
 
 /* A run under one zero and one scale (axis 1) to out[at], out[at + 1], ... */
@@ -89,14 +130,20 @@ INLINE void constant_run(void *out, hqq_dtype dtype, int64_t at, const hqq_run *
     int by_table = is_by_table(kind);
     hqq_decoder d = hqq_decoder_of(nbits, by_table, zero, scale);
 #if defined(__AVX512F__)
-    if (dtype != HQQ_F32 && kind != WHOLE_BYTES) {
+    if (dtype != HQQ_F32 && by_table) {
         constant_run_16((uint16_t *)out + at, dtype, run, kind, &d);
+        return;
+    }
+#elif defined(__AVX2__)
+    if (dtype != HQQ_F32 && kind == SMALL_BYTES) {
+        constant_run_16((uint16_t *)out + at, dtype, run, nbits, zero, scale);
         return;
     }
 #endif
     int64_t i = 0;
     for (; i + HQQ_LANES <= run->length; i += HQQ_LANES)
-        hqq_vec_store_dtype(out, dtype, at + i, hqq_decode(&d, by_table, load_words(run, kind, i)));
+        hqq_vec_store_dtype(out, dtype, at + i,
+                            hqq_decode(&d, by_table, load_words(run, kind, i)));
     if (i < run->length) {
         int n = (int)(run->length - i);
         hqq_vec v = hqq_decode(&d, by_table, load_words_part(run, kind, i, n));
@@ -136,15 +183,30 @@ typedef struct block {
     int64_t row, row_step, rows, column, columns;
 } block;
 
+/* The words of a narrow row some rows ahead: the processor's own prefetching does not follow
+ * from row to row. A wrong guess where the words wrap does no harm. */
+INLINE void prefetch_row(const block *b, const hqq_layout *l, const hqq_place *place,
+                         const hqq_place *step)
+{
+    const int64_t rows_ahead = 8, narrow = 1024;
+    int64_t bytes = b->columns * l->word_bytes;
+    if (bytes > narrow) return;
+    const char *words = (const char *)b->weight->packed +
+                        (place->word + rows_ahead * step->word) % l->words * l->word_bytes;
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(words + i);
+}
+
 /* Every row of the block; dtype, kind and axis are constants here, meta is one for axis 0. */
 INLINE void all_rows(const block *b, hqq_dtype dtype, code_kind kind, int axis, hqq_dtype meta)
 {
     const hqq_weight *w = b->weight;
     hqq_layout layout = hqq_weight_layout(w);
-    for (int64_t i = 0; i < b->rows; i++) {
-        int64_t e = (b->row + i * b->row_step) * layout.K + b->column;
+    hqq_place place = hqq_place_of(&layout, b->row * layout.K + b->column);
+    hqq_place step = hqq_place_of(&layout, b->row_step * layout.K);
+    for (int64_t i = 0; i < b->rows; i++, place = hqq_place_add(&layout, place, &step)) {
         int64_t at = i * b->ld;
-        hqq_run_cursor cursor = hqq_runs_from(&layout, w->packed, e, b->columns);
+        prefetch_row(b, &layout, &place, &step);
+        hqq_run_cursor cursor = hqq_runs_from(&layout, w->packed, &place, b->columns);
         for (hqq_run run; hqq_runs_next(&run, &cursor); at += run.length) {
             if (axis == 1)
                 constant_run(b->out, dtype, at, &run, kind, w->nbits,
@@ -182,8 +244,14 @@ void HQQ_ISA_NAME(hqq_dequantize_rows)(void *out, int64_t ld, hqq_dtype dtype,
                                        const hqq_weight *weight, int64_t row, int64_t row_step,
                                        int64_t rows, int64_t column_begin, int64_t column_end)
 {
-    block b = {.out = out, .ld = ld, .weight = weight, .row = row, .row_step = row_step,
-               .rows = rows, .column = column_begin, .columns = column_end - column_begin};
+    block b = {.out = out,
+               .ld = ld,
+               .weight = weight,
+               .row = row,
+               .row_step = row_step,
+               .rows = rows,
+               .column = column_begin,
+               .columns = column_end - column_begin};
     switch (dtype) {
     case HQQ_F16: of_kind(&b, HQQ_F16); break;
     case HQQ_BF16: of_kind(&b, HQQ_BF16); break;

@@ -51,8 +51,8 @@ static float *take_workspace(hqq_direct_dgrad_job *job, hqq_arena *arena)
 size_t hqq_direct_dgrad_workspace(const hqq_weight *weight, int64_t M, hqq_dtype dtype)
 {
     hqq_arena arena = {0};
-    hqq_direct_dgrad_job job = {.weight = weight, .layout = hqq_weight_layout(weight), .M = M,
-                                .dtype = dtype};
+    hqq_direct_dgrad_job job = {
+        .weight = weight, .layout = hqq_weight_layout(weight), .M = M, .dtype = dtype};
     take_workspace(&job, &arena);
     return arena.used;
 }
@@ -76,12 +76,10 @@ static hqq_status dgrad_chunk(int64_t chunk, void *scratch, void *data)
     const hqq_direct_dgrad_job *job = data;
     int64_t begin, end;
     block_columns(job, chunk / job->parts, &begin, &end);
-    if (hqq_vectors_align(&job->layout))
-        HQQ_ISA_SELECT(job->isa, hqq_direct_dgrad_aligned)
-        (job, chunk % job->parts, begin, end, scratch);
-    else
-        HQQ_ISA_SELECT(job->isa, hqq_direct_dgrad_any)
-        (job, chunk % job->parts, begin, end, scratch);
+    if (hqq_vectors_align(&job->layout)) HQQ_ISA_SELECT(job->isa, hqq_direct_dgrad_aligned)
+    (job, chunk % job->parts, begin, end, scratch);
+    else HQQ_ISA_SELECT(job->isa, hqq_direct_dgrad_any)(job, chunk % job->parts, begin, end,
+                                                        scratch);
     return HQQ_OK;
 }
 
@@ -100,15 +98,20 @@ hqq_status hqq_direct_dgrad(void *dx, const void *dy, int64_t lddy, const hqq_we
                             hqq_isa isa, const hqq_context *context)
 {
     hqq_layout layout = hqq_weight_layout(weight);
-    hqq_direct_dgrad_job job = {.dx = dx, .weight = weight, .layout = layout,
-                                .addend = addend, .M = M, .dtype = dtype,
-                                .sets = hqq_row_sets_of(&layout), .isa = isa};
+    hqq_direct_dgrad_job job = {.dx = dx,
+                                .weight = weight,
+                                .layout = layout,
+                                .addend = addend,
+                                .M = M,
+                                .dtype = dtype,
+                                .sets = hqq_row_sets_of(&layout),
+                                .isa = isa};
     hqq_arena arena = {.base = workspace};
     float *dy_t = take_workspace(&job, &arena);
     HQQ_ISA_SELECT(isa, hqq_transpose_rows)(dy_t, job.ld_dy, dy, lddy, dtype, M, layout.N);
     int64_t blocks = column_blocks(&job);
-    hqq_status status =
-        hqq_for_each_chunk(blocks * job.parts, dgrad_chunk, &job, scratch_bytes(job.columns), context);
+    hqq_status status = hqq_for_each_chunk(blocks * job.parts, dgrad_chunk, &job,
+                                           scratch_bytes(job.columns), context);
     if (status != HQQ_OK || job.parts == 1) return status;
     return hqq_for_each_chunk(blocks, reduce_chunk, &job, 0, context);
 }

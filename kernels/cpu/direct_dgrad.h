@@ -26,7 +26,7 @@ typedef struct hqq_direct_dgrad_job {
     const hqq_weight *weight;
     hqq_layout layout;
     const float *addend;
-    float *partial; /* [parts,M,K]; NULL where parts is 1 */
+    float *partial;  /* [parts,M,K]; NULL where parts is 1 */
     int64_t parts;   /* the row sets are cut into; depends on the shape alone */
     int64_t columns; /* in a chunk, at most; a multiple of 16; likewise */
     int64_t M;

@@ -38,8 +38,8 @@ void HQQ_ISA_NAME(hqq_transpose_rows)(float *out, int64_t ldout, const void *dy,
 
 /* sums [MR,VN vectors] += coefficients [rows,MR]^T tile [rows,VN vectors]. A row of
  * coefficients holds HQQ_DGRAD_ANY_TOKENS, one of the tile TILE_COLUMNS, one of sums ld. */
-INLINE void add_products(float *sums, int64_t ld, const float *tile,
-                         const float *coefficients, int rows, const int MR, const int VN)
+INLINE void add_products(float *sums, int64_t ld, const float *tile, const float *coefficients,
+                         int rows, const int MR, const int VN)
 {
     hqq_vec acc[4][4];
     for (int i = 0; i < MR; i++)
@@ -47,7 +47,8 @@ INLINE void add_products(float *sums, int64_t ld, const float *tile,
     for (int t = 0; t < rows; t++) {
         hqq_vec w[4];
 #pragma GCC unroll 4
-        for (int v = 0; v < VN; v++) w[v] = hqq_vec_load(tile + t * TILE_COLUMNS + v * HQQ_LANES);
+        for (int v = 0; v < VN; v++)
+            w[v] = hqq_vec_load(tile + t * TILE_COLUMNS + v * HQQ_LANES);
 #pragma GCC unroll 4
         for (int i = 0; i < MR; i++) {
             hqq_vec c = hqq_vec_set1(coefficients[t * HQQ_DGRAD_ANY_TOKENS + i]);
@@ -94,11 +95,11 @@ static void add_tile(float *sums, int64_t ld, const float *tile, const float *co
 
 /* Brings in the words of a row that the tile after this one needs: rows lie a page apart, which
  * the processor's own prefetching does not follow. */
-INLINE void prefetch_words(const hqq_weight *w, const hqq_layout *l, int64_t row, int64_t column,
-                           int64_t columns)
+INLINE void prefetch_words(const hqq_weight *w, const hqq_layout *l, int64_t row,
+                           int64_t column, int64_t columns)
 {
-    const char *words = (const char *)w->packed +
-                        (row * l->K + column) % l->words * l->word_bytes;
+    const char *words =
+        (const char *)w->packed + (row * l->K + column) % l->words * l->word_bytes;
     for (int64_t b = 0; b < columns * l->word_bytes; b += 64) __builtin_prefetch(words + b);
 }
 
@@ -155,8 +156,10 @@ void HQQ_ISA_NAME(hqq_direct_dgrad_any)(const hqq_direct_dgrad_job *job, int64_t
                                         int64_t column_begin, int64_t column_end, void *scratch)
 {
     hqq_arena arena = {.base = scratch};
-    dgrad_chunk c = {.job = job, .set_begin = hqq_dgrad_part_begin(job, part),
-                     .set_end = hqq_dgrad_part_begin(job, part + 1), .column = column_begin,
+    dgrad_chunk c = {.job = job,
+                     .set_begin = hqq_dgrad_part_begin(job, part),
+                     .set_end = hqq_dgrad_part_begin(job, part + 1),
+                     .column = column_begin,
                      .columns = column_end - column_begin,
                      .s = hqq_dgrad_scratch_take(&arena, job->columns)};
     int64_t tokens = HQQ_DGRAD_SUMS / job->columns, sets = hqq_tile_sets(&job->sets);
@@ -191,8 +194,8 @@ void HQQ_ISA_NAME(hqq_dgrad_store)(const hqq_direct_dgrad_job *job, const float 
         if (job->parts == 1)
             store_dx(job, sums + m * job->columns, m0 + m, column_begin, columns);
         else
-            memcpy(job->partial + (part * job->M + m0 + m) * K + column_begin, sums + m * job->columns,
-                   (size_t)columns * sizeof(float));
+            memcpy(job->partial + (part * job->M + m0 + m) * K + column_begin,
+                   sums + m * job->columns, (size_t)columns * sizeof(float));
     }
 }
 

@@ -11,14 +11,18 @@
 #define CHUNK_WEIGHTS  (INT64_C(1) << 18)
 #define MAX_CHUNK_SETS 128
 
-static int64_t padded_columns(int64_t K) { return (K + 15) / 16 * 16; }
+static int64_t padded_columns(int64_t K)
+{
+    return (K + 15) / 16 * 16;
+}
 
 size_t hqq_direct_linear_workspace(const hqq_weight *weight, int64_t M, hqq_dtype dtype)
 {
     hqq_arena arena = {0};
     (void)dtype;
-    hqq_arena_take(&arena, (size_t)(hqq_padded_tokens(M) * padded_columns(weight->in_features)) *
-                               sizeof(float));
+    hqq_arena_take(&arena,
+                   (size_t)(hqq_padded_tokens(M) * padded_columns(weight->in_features)) *
+                       sizeof(float));
     return arena.used;
 }
 
@@ -60,9 +64,15 @@ hqq_status hqq_direct_linear(void *y, const void *x, int64_t ldx, const hqq_weig
                              hqq_isa isa, const hqq_context *context)
 {
     hqq_layout layout = hqq_weight_layout(weight);
-    hqq_direct_linear_job job = {.y = y, .ldx = padded_columns(layout.K), .weight = weight,
-                                 .layout = layout, .addend = addend, .M = M, .dtype = dtype,
-                                 .sets = hqq_row_sets_of(&layout), .isa = isa};
+    hqq_direct_linear_job job = {.y = y,
+                                 .ldx = padded_columns(layout.K),
+                                 .weight = weight,
+                                 .layout = layout,
+                                 .addend = addend,
+                                 .M = M,
+                                 .dtype = dtype,
+                                 .sets = hqq_row_sets_of(&layout),
+                                 .isa = isa};
     hqq_arena arena = {.base = workspace};
     float *padded =
         hqq_arena_take(&arena, (size_t)(hqq_padded_tokens(M) * job.ldx) * sizeof(float));
@@ -78,6 +88,5 @@ hqq_status hqq_direct_linear(void *y, const void *x, int64_t ldx, const hqq_weig
     if (aligned)
         return hqq_for_each_chunk(chunks, aligned_chunk, &job,
                                   aligned_scratch(job.sets_in_chunk), context);
-    return hqq_for_each_chunk(chunks, any_chunk, &job, any_scratch(M),
-                              context);
+    return hqq_for_each_chunk(chunks, any_chunk, &job, any_scratch(M), context);
 }

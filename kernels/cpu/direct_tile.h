@@ -1,5 +1,6 @@
-/* The tile of decoded weights that the direct kernels multiply from: rows of one or several
- * row sets, small enough to stay in the first cache. */
+/* What the direct kernels share: which weights take the aligned path, how many tokens are
+ * multiplied at a time, and for any other weight the tile of decoded rows, of one or several
+ * row sets, that is small enough to stay in the first cache. */
 #ifndef HQQ_KERNELS_CPU_DIRECT_TILE_H
 #define HQQ_KERNELS_CPU_DIRECT_TILE_H
 
@@ -15,7 +16,10 @@ static inline int hqq_tokens_at_once(int64_t left, int limit)
 }
 
 /* Tokens in such an array. */
-static inline int64_t hqq_padded_tokens(int64_t M) { return M + 1; }
+static inline int64_t hqq_padded_tokens(int64_t M)
+{
+    return M + 1;
+}
 
 /* Whether the kernels for aligned weights apply: the words of a set start with its rows, and
  * no vector crosses the end of a row or a group. */

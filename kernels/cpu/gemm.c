@@ -50,8 +50,7 @@ static void finish_empty(const hqq_gemm *g)
     for (int64_t i = 0; i < g->m; i++)
         for (int64_t j = 0; j < g->n; j++) {
             float value = g->bias ? hqq_load(g->bias, g->bias_dtype, j) : 0.0f;
-            if (g->beta != 0.0f)
-                value += g->beta * hqq_load(g->C, g->C_dtype, i * g->ldc + j);
+            if (g->beta != 0.0f) value += g->beta * hqq_load(g->C, g->C_dtype, i * g->ldc + j);
             hqq_store(g->C, g->C_dtype, i * g->ldc + j, value);
         }
 }
@@ -88,8 +87,14 @@ hqq_status hqq_gemm_of_context(void *C, int64_t ldc, const void *A, int64_t lda,
         return hqq_fail(HQQ_CALLBACK, "gemm returned %d for a product of %lld x %lld x %lld",
                         (int)code, (long long)m, (long long)n, (long long)k);
     }
-    hqq_gemm g = {.C = C, .ldc = ldc, .C_dtype = dtype, .m = m, .n = n, .k = k,
-                  .alpha = 1.0f, .beta = beta};
+    hqq_gemm g = {.C = C,
+                  .ldc = ldc,
+                  .C_dtype = dtype,
+                  .m = m,
+                  .n = n,
+                  .k = k,
+                  .alpha = 1.0f,
+                  .beta = beta};
     g.A = hqq_view_rows(A, dtype, lda);
     g.B = hqq_view_rows(B, dtype, ldb);
     if (transpose_a) g.A = hqq_view_transposed(g.A);

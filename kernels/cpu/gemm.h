@@ -1,7 +1,8 @@
 /*
  * The library's own matrix product, for the LoRA products and for callers that lend no GEMM:
  *
- *     C [m,n] = alpha * A [m,k] B [k,n] * drop' + bias + beta * C,     rounded once to C's dtype
+ *     C [m,n] = alpha * A [m,k] B [k,n] * drop' + bias + beta * C,     rounded once to C's
+ * dtype
  *
  * A and B are views: any of the three dtypes, any strides (a transpose is a view too), and
  * optionally dropout on their elements. Sums are in fp32. What is computed, and in which order,
@@ -30,11 +31,11 @@ typedef struct hqq_gemm {
     int64_t ldc;
     hqq_dtype C_dtype;
     hqq_view A, B;
-    int64_t m, n, k; /* any may be 0 */
+    int64_t m, n, k;   /* any may be 0 */
     float alpha, beta; /* beta 0: C is not read */
     const void *bias;  /* [n] of bias_dtype; NULL: none */
     hqq_dtype bias_dtype;
-    const hqq_dropout *dropout; /* on A B; NULL: none */
+    const hqq_dropout *dropout;      /* on A B; NULL: none */
     int64_t mask_first, mask_stride; /* (i, j) is number mask_first + i * mask_stride + j */
 } hqq_gemm;
 

@@ -18,12 +18,10 @@
 static inline hqq_vec load_some(const void *data, hqq_dtype dtype, int64_t i, int64_t count)
 {
     __mmask16 mask = (__mmask16)((1u << count) - 1);
-    if (dtype == HQQ_F32)
-        return (hqq_vec)_mm512_maskz_loadu_ps(mask, (const float *)data + i);
+    if (dtype == HQQ_F32) return (hqq_vec)_mm512_maskz_loadu_ps(mask, (const float *)data + i);
     __m256i halves = _mm256_maskz_loadu_epi16(mask, (const uint16_t *)data + i);
-    return dtype == HQQ_F16
-               ? (hqq_vec)_mm512_cvtph_ps(halves)
-               : (hqq_vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16);
+    return dtype == HQQ_F16 ? (hqq_vec)_mm512_cvtph_ps(halves)
+                            : (hqq_vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16);
 }
 #else
 static inline hqq_vec load_some(const void *data, hqq_dtype dtype, int64_t i, int64_t count)
@@ -41,12 +39,11 @@ static inline void store_some(void *data, hqq_dtype dtype, int64_t i, int64_t co
 }
 
 /* Lane i of the two results of exchanging the off-diagonal blocks of `half` lanes of (a, b). */
-#define HQQ_FIRST(i, half)  ((i) & (half) ? HQQ_LANES + ((i) ^ (half)) : (i))
-#define HQQ_SECOND(i, half) ((i) & (half) ? HQQ_LANES + (i) : ((i) ^ (half)))
-#define HQQ_FOUR(F, i, half)                                                                   \
-    F(i, half), F((i) + 1, half), F((i) + 2, half), F((i) + 3, half)
+#define HQQ_FIRST(i, half)   ((i) & (half) ? HQQ_LANES + ((i) ^ (half)) : (i))
+#define HQQ_SECOND(i, half)  ((i) & (half) ? HQQ_LANES + (i) : ((i) ^ (half)))
+#define HQQ_FOUR(F, i, half) F(i, half), F((i) + 1, half), F((i) + 2, half), F((i) + 3, half)
 #if HQQ_LANES == 16
-#define HQQ_INDICES(F, half)                                                                   \
+#define HQQ_INDICES(F, half) \
     HQQ_FOUR(F, 0, half), HQQ_FOUR(F, 4, half), HQQ_FOUR(F, 8, half), HQQ_FOUR(F, 12, half)
 #elif HQQ_LANES == 8
 #define HQQ_INDICES(F, half) HQQ_FOUR(F, 0, half), HQQ_FOUR(F, 4, half)
@@ -56,16 +53,15 @@ static inline void store_some(void *data, hqq_dtype dtype, int64_t i, int64_t co
 #if defined(__clang__)
 #define HQQ_SHUFFLE(a, b, F, half) __builtin_shufflevector(a, b, HQQ_INDICES(F, half))
 #else
-#define HQQ_SHUFFLE(a, b, F, half)                                                             \
-    __builtin_shuffle(a, b, (hqq_ivec){HQQ_INDICES(F, half)})
+#define HQQ_SHUFFLE(a, b, F, half) __builtin_shuffle(a, b, (hqq_ivec){HQQ_INDICES(F, half)})
 #endif
-#define HQQ_EXCHANGE(v, half)                                                                  \
-    _Pragma("GCC unroll 16") for (int i = 0; i < HQQ_LANES; i++)                               \
-    {                                                                                          \
-        if (i & (half)) continue;                                                              \
-        hqq_vec a = v[i], b = v[i + (half)];                                                   \
-        v[i] = HQQ_SHUFFLE(a, b, HQQ_FIRST, half);                                             \
-        v[i + (half)] = HQQ_SHUFFLE(a, b, HQQ_SECOND, half);                                   \
+#define HQQ_EXCHANGE(v, half)                                    \
+    _Pragma("GCC unroll 16") for (int i = 0; i < HQQ_LANES; i++) \
+    {                                                            \
+        if (i & (half)) continue;                                \
+        hqq_vec a = v[i], b = v[i + (half)];                     \
+        v[i] = HQQ_SHUFFLE(a, b, HQQ_FIRST, half);               \
+        v[i + (half)] = HQQ_SHUFFLE(a, b, HQQ_SECOND, half);     \
     }
 
 /* v[i][j] <-> v[j][i], by recursive halving: log2(lanes) shuffles a vector. */
@@ -99,9 +95,10 @@ HQQ_ALWAYS_INLINE hqq_vec load_view(const void *data, hqq_dtype dtype, int maske
     return masked ? value * hqq_dropout_factors(dropout, (uint64_t)mask_at) : value;
 }
 
-#ifndef HQQ_ROWS_AHEAD
+/* Rows fetched ahead: each is on a page of its own, where no hardware prefetcher follows (dA at
+ * K = 4096 took a quarter longer without). */
 #define HQQ_ROWS_AHEAD 4
-#endif
+
 /* Rows of the view are contiguous: convert along them, a whole row at a time. */
 HQQ_ALWAYS_INLINE void copy_rows(const block_target *target, const hqq_view *v, int64_t row,
                                  int64_t column, int64_t rows, int64_t columns, hqq_dtype dtype,
@@ -156,10 +153,10 @@ HQQ_ALWAYS_INLINE void copy_columns(const block_target *target, const hqq_view *
                 continue;
             }
             for (int l = 0; l < HQQ_LANES; l++)
-                tile[l] = l < columns - j ? load_view(data, dtype, masked, &dropout,
-                                                      at + l * stride, mask_at + l * mask_stride,
-                                                      rows - i)
-                                          : hqq_vec_zero();
+                tile[l] = l < columns - j
+                              ? load_view(data, dtype, masked, &dropout, at + l * stride,
+                                          mask_at + l * mask_stride, rows - i)
+                              : hqq_vec_zero();
             transpose_vectors(tile);
             for (int l = 0; l < HQQ_LANES && l < rows - i; l++)
                 hqq_vec_store(out + (i + l) * to.ld, tile[l]);
@@ -168,8 +165,8 @@ HQQ_ALWAYS_INLINE void copy_columns(const block_target *target, const hqq_view *
 }
 
 /* Neither: one at a time. */
-static void copy_elements(const block_target *to, const hqq_view *v, int64_t row, int64_t column,
-                          int64_t rows, int64_t columns)
+static void copy_elements(const block_target *to, const hqq_view *v, int64_t row,
+                          int64_t column, int64_t rows, int64_t columns)
 {
     for (int64_t i = 0; i < rows; i++)
         for (int64_t j = 0; j < (columns + HQQ_LANES - 1) / HQQ_LANES * HQQ_LANES; j++) {
@@ -178,19 +175,19 @@ static void copy_elements(const block_target *to, const hqq_view *v, int64_t row
                 value = hqq_load(v->data, v->dtype,
                                  (row + i) * v->row_stride + (column + j) * v->column_stride);
                 if (v->dropout)
-                    value *= hqq_dropout_factor(v->dropout,
-                                                (uint64_t)((row + i) * v->mask_row_stride +
-                                                           (column + j) * v->mask_column_stride));
+                    value *= hqq_dropout_factor(
+                        v->dropout, (uint64_t)((row + i) * v->mask_row_stride +
+                                               (column + j) * v->mask_column_stride));
             }
             to->data[j / to->width * to->panel_stride + i * to->ld + j % to->width] = value;
         }
 }
 
-#define HQQ_COPY(copy, masked)                                                                 \
-    switch (v->dtype) {                                                                        \
-    case HQQ_F32: copy(to, v, row, column, rows, columns, HQQ_F32, masked); break;             \
-    case HQQ_F16: copy(to, v, row, column, rows, columns, HQQ_F16, masked); break;             \
-    case HQQ_BF16: copy(to, v, row, column, rows, columns, HQQ_BF16, masked); break;           \
+#define HQQ_COPY(copy, masked)                                                       \
+    switch (v->dtype) {                                                              \
+    case HQQ_F32: copy(to, v, row, column, rows, columns, HQQ_F32, masked); break;   \
+    case HQQ_F16: copy(to, v, row, column, rows, columns, HQQ_F16, masked); break;   \
+    case HQQ_BF16: copy(to, v, row, column, rows, columns, HQQ_BF16, masked); break; \
     }
 
 /* to = view[row : row + rows, column : column + columns] in fp32. Columns are filled up with

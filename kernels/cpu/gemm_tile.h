@@ -14,7 +14,7 @@
  * where that spares the larger operand a transposing copy. */
 typedef struct hqq_gemm_plan {
     hqq_gemm g;
-    int transposed; /* A, B, m, n of g are swapped; C, ldc, bias and dropout are not */
+    int transposed;    /* A, B, m, n of g are swapped; C, ldc, bias and dropout are not */
     int rows, vectors; /* of a tile held in registers: rows x vectors * lanes */
     int64_t columns;   /* of a tile: vectors * lanes */
     int64_t slabs, row_tiles, panels; /* how many of each: k, m, n */
@@ -28,7 +28,7 @@ typedef struct hqq_gemm_plan {
 } hqq_gemm_plan;
 
 /* Fills in everything but `packed`. k > 0. */
-HQQ_ISA_DECLARE(void, hqq_gemm_plan_for, (hqq_gemm_plan *plan, const hqq_gemm *g));
+HQQ_ISA_DECLARE(void, hqq_gemm_plan_for, (hqq_gemm_plan * plan, const hqq_gemm *g));
 
 /* Packs into plan->packed what is shared of slab `slab`: part `part` of `parts`. */
 HQQ_ISA_DECLARE(void, hqq_gemm_pack_shared,

@@ -12,7 +12,10 @@
 typedef hqq_vec hqq_lane;
 typedef hqq_ivec hqq_lane_mask;
 
-static inline hqq_lane hqq_lane_set(float x) { return hqq_vec_set1(x); }
+static inline hqq_lane hqq_lane_set(float x)
+{
+    return hqq_vec_set1(x);
+}
 
 static inline hqq_lane hqq_lane_min(hqq_lane a, hqq_lane b)
 {
@@ -94,12 +97,12 @@ static inline hqq_lane hqq_lane_round_to(hqq_lane a, hqq_dtype dtype)
 #define HQQ_SWAP_HIGH_1 1, 5, 3, 7
 #endif
 
-#define HQQ_SWAP(rows, distance)                                                               \
-    for (int i = 0; i < HQQ_LANES; i++)                                                        \
-        if (!(i & (distance))) {                                                               \
-            hqq_lane a = (rows)[i], b = (rows)[i + (distance)];                                \
-            (rows)[i] = __builtin_shufflevector(a, b, HQQ_SWAP_LOW_##distance);                \
-            (rows)[i + (distance)] = __builtin_shufflevector(a, b, HQQ_SWAP_HIGH_##distance);  \
+#define HQQ_SWAP(rows, distance)                                                              \
+    for (int i = 0; i < HQQ_LANES; i++)                                                       \
+        if (!(i & (distance))) {                                                              \
+            hqq_lane a = (rows)[i], b = (rows)[i + (distance)];                               \
+            (rows)[i] = __builtin_shufflevector(a, b, HQQ_SWAP_LOW_##distance);               \
+            (rows)[i + (distance)] = __builtin_shufflevector(a, b, HQQ_SWAP_HIGH_##distance); \
         }
 
 static inline void hqq_lanes_transpose(hqq_lane rows[HQQ_LANES])

@@ -15,8 +15,13 @@ hqq_status hqq_lora_xa(float *xa, const void *x, int64_t ldx, hqq_dtype dtype,
                        const hqq_lora *lora, int64_t M, int64_t K, const hqq_context *context)
 {
     hqq_dropout storage;
-    hqq_gemm g = {.C = xa, .ldc = lora->rank, .C_dtype = HQQ_F32, .m = M, .n = lora->rank,
-                  .k = K, .alpha = 1.0f};
+    hqq_gemm g = {.C = xa,
+                  .ldc = lora->rank,
+                  .C_dtype = HQQ_F32,
+                  .m = M,
+                  .n = lora->rank,
+                  .k = K,
+                  .alpha = 1.0f};
     g.A = hqq_view_dropped(x, dtype, ldx, K, dropout_of(lora, &storage));
     g.B = hqq_view_transposed(hqq_view_rows(lora->A, lora->dtype, K));
     return hqq_gemm_run(&g, context);
@@ -46,8 +51,13 @@ hqq_status hqq_lora_addend(void *out, int64_t ld_out, hqq_dtype out_dtype, const
 hqq_status hqq_lora_dyb(float *dyb, const void *dy, int64_t lddy, hqq_dtype dtype,
                         const hqq_lora *lora, int64_t M, int64_t N, const hqq_context *context)
 {
-    hqq_gemm g = {.C = dyb, .ldc = lora->rank, .C_dtype = HQQ_F32, .m = M, .n = lora->rank,
-                  .k = N, .alpha = 1.0f};
+    hqq_gemm g = {.C = dyb,
+                  .ldc = lora->rank,
+                  .C_dtype = HQQ_F32,
+                  .m = M,
+                  .n = lora->rank,
+                  .k = N,
+                  .alpha = 1.0f};
     g.A = hqq_view_rows(dy, dtype, lddy);
     g.B = hqq_view_rows(lora->B, lora->dtype, lora->rank);
     return hqq_gemm_run(&g, context);
@@ -58,8 +68,13 @@ hqq_status hqq_lora_dx_addend(void *out, int64_t ld_out, hqq_dtype out_dtype, co
                               int64_t k_end, const hqq_context *context)
 {
     hqq_dropout storage;
-    hqq_gemm g = {.C = out, .ldc = ld_out, .C_dtype = out_dtype, .m = M, .n = k_end - k_begin,
-                  .k = lora->rank, .alpha = lora->scaling};
+    hqq_gemm g = {.C = out,
+                  .ldc = ld_out,
+                  .C_dtype = out_dtype,
+                  .m = M,
+                  .n = k_end - k_begin,
+                  .k = lora->rank,
+                  .alpha = lora->scaling};
     g.dropout = dropout_of(lora, &storage);
     g.mask_first = k_begin;
     g.mask_stride = K;
@@ -72,7 +87,12 @@ hqq_status hqq_lora_dA(void *dA, const float *dyb, const void *x, int64_t ldx, h
                        const hqq_lora *lora, int64_t M, int64_t K, const hqq_context *context)
 {
     hqq_dropout storage;
-    hqq_gemm g = {.C = dA, .ldc = K, .C_dtype = lora->dtype, .m = lora->rank, .n = K, .k = M,
+    hqq_gemm g = {.C = dA,
+                  .ldc = K,
+                  .C_dtype = lora->dtype,
+                  .m = lora->rank,
+                  .n = K,
+                  .k = M,
                   .alpha = lora->scaling};
     g.A = hqq_view_transposed(hqq_view_rows(dyb, HQQ_F32, lora->rank));
     g.B = hqq_view_dropped(x, dtype, ldx, K, dropout_of(lora, &storage));
@@ -82,8 +102,13 @@ hqq_status hqq_lora_dA(void *dA, const float *dyb, const void *x, int64_t ldx, h
 hqq_status hqq_lora_dB(void *dB, const void *dy, int64_t lddy, hqq_dtype dtype, const float *xa,
                        const hqq_lora *lora, int64_t M, int64_t N, const hqq_context *context)
 {
-    hqq_gemm g = {.C = dB, .ldc = lora->rank, .C_dtype = lora->dtype, .m = N, .n = lora->rank,
-                  .k = M, .alpha = lora->scaling};
+    hqq_gemm g = {.C = dB,
+                  .ldc = lora->rank,
+                  .C_dtype = lora->dtype,
+                  .m = N,
+                  .n = lora->rank,
+                  .k = M,
+                  .alpha = lora->scaling};
     g.A = hqq_view_transposed(hqq_view_rows(dy, dtype, lddy));
     g.B = hqq_view_rows(xa, HQQ_F32, lora->rank);
     return hqq_gemm_run(&g, context);

@@ -1,6 +1,7 @@
 /* Codes to words and back. Slot j of the words w .. w + n holds the elements j * words + w ..:
  * each slot of a chunk of words is one contiguous run of codes, and chunks share nothing. The
- * loops below are plain enough for the compiler to vectorize; they run at the speed of memory. */
+ * loops below are plain enough for the compiler to vectorize; they run at the speed of memory.
+ */
 #include <string.h>
 
 #include "format.h"

@@ -44,8 +44,8 @@ static product_plan make_plan(hqq_arena *arena, const hqq_weight *weight, const 
     }
     size_t inner;
     if (plan.kernel == HQQ_KERNEL_DIRECT) {
-        plan.addend = take_floats(arena, M * (transpose ? weight->in_features
-                                                        : weight->out_features));
+        plan.addend =
+            take_floats(arena, M * (transpose ? weight->in_features : weight->out_features));
         inner = transpose ? hqq_direct_dgrad_workspace(weight, M, dtype)
                           : hqq_direct_linear_workspace(weight, M, dtype);
     } else {
@@ -80,8 +80,8 @@ hqq_status hqq_cpu_forward(const hqq_forward *f, void *workspace, const hqq_cont
         return hqq_blocked_linear(f, f->lora ? xa : NULL, plan.inner, context);
     float *addend = f->lora || f->bias ? plan.addend : NULL;
     if (addend)
-        HQQ_TRY(hqq_lora_addend(addend, N, HQQ_F32, xa, f->bias, f->bias_dtype, f->lora, M, 0, N,
-                                context));
+        HQQ_TRY(hqq_lora_addend(addend, N, HQQ_F32, xa, f->bias, f->bias_dtype, f->lora, M, 0,
+                                N, context));
     return hqq_direct_linear(f->y, f->x, f->ldx, f->weight, addend, M, f->dtype, plan.inner,
                              hqq_isa_in_use(context), context);
 }
@@ -95,7 +95,8 @@ static hqq_status backward_dx(const hqq_backward *b, const product_plan *plan,
         return hqq_blocked_dgrad(b, plan->dyb, plan->inner, context);
     float *addend = b->lora ? plan->addend : NULL;
     if (addend)
-        HQQ_TRY(hqq_lora_dx_addend(addend, K, HQQ_F32, plan->dyb, b->lora, M, K, 0, K, context));
+        HQQ_TRY(
+            hqq_lora_dx_addend(addend, K, HQQ_F32, plan->dyb, b->lora, M, K, 0, K, context));
     return hqq_direct_dgrad(b->dx, b->dy, b->lddy, b->weight, addend, M, b->dtype, plan->inner,
                             hqq_isa_in_use(context), context);
 }

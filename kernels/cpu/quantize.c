@@ -95,8 +95,8 @@ static hqq_status quantize_chunk(int64_t chunk, void *scratch, void *data)
         HQQ_ISA_SELECT(run->isa, hqq_quantize_default)(job, begin, end, scratch);
     else
         HQQ_ISA_SELECT(run->isa, hqq_quantize_hqq)
-        (job, begin, end, run->iters, run->errors ? run->errors + chunk * run->iters : NULL,
-         scratch);
+    (job, begin, end, run->iters, run->errors ? run->errors + chunk * run->iters : NULL,
+     scratch);
     return HQQ_OK;
 }
 
@@ -153,13 +153,18 @@ hqq_status hqq_cpu_quantize(void *packed, void *scale, void *zero, const void *W
                             hqq_dtype W_dtype, const hqq_weight *w,
                             const hqq_quantize_options *options, const hqq_context *context)
 {
-    hqq_layout l = hqq_layout_make(w->out_features, w->in_features, w->group_size, w->nbits,
-                                   w->axis);
+    hqq_layout l =
+        hqq_layout_make(w->out_features, w->in_features, w->group_size, w->nbits, w->axis);
     HQQ_TRY(check_finite(W, W_dtype, &l, context));
     quantize_run run = {.isa = hqq_isa_in_use(context)};
-    run.job = (hqq_quantize_job){.layout = l, .bands = hqq_quantize_bands(&l), .W = W,
-                                 .W_dtype = W_dtype, .packed = packed, .scale = scale,
-                                 .zero = zero, .meta_dtype = w->meta_dtype,
+    run.job = (hqq_quantize_job){.layout = l,
+                                 .bands = hqq_quantize_bands(&l),
+                                 .W = W,
+                                 .W_dtype = W_dtype,
+                                 .packed = packed,
+                                 .scale = scale,
+                                 .zero = zero,
+                                 .meta_dtype = w->meta_dtype,
                                  .options = options};
     int64_t band_elements = l.axis == 1 ? l.G * l.per : l.G;
     int64_t multiples = CHUNK_ELEMENTS / (band_elements * BAND_MULTIPLE);

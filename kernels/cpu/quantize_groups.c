@@ -1,6 +1,16 @@
 /*
- * The default solver on tiles of HQQ_LANES groups: kernels/solver.h says what each step does,
- * facts and reasons for the choice are in quantize.c.
+ * The default solver on tiles of HQQ_LANES groups; kernels/solver.h says what each step does.
+ *
+ * Why this one: on SmolLM2 and MiniLM it makes better models than hqq's solver (4 bits: 15 to
+ * 18 % less divergence from the dense model), and ranking by the sum of |e|^3 follows model
+ * quality where the squared error misleads. 8 bits profit from the search as well (6 % of the
+ * squared error); at 1 bit, two levels, least squares alone has settled after 8 rounds.
+ *
+ * Work on 16 weights with AVX-512, two operations a cycle: 16 candidates x 10 operations + 4
+ * rounds of least squares x 14 + 25 to load, convert and store = 240 operations, 120 cycles,
+ * 7.5 a weight; at 2.9 GHz 390 M weights/s a thread, of which 290 are attained. A tile of 64
+ * steps is 4 KB and never leaves L1; memory moves 4 bytes a weight once more than needed (the
+ * check for NaN), 2 GB/s of what a core can do.
  */
 #include "quantize_tile.h"
 
@@ -42,7 +52,8 @@ static hqq_fit least_squares(hqq_tile *t, hqq_fit fit, float levels)
 {
     hqq_moments run = hqq_moments_zero(), total = run;
     HQQ_TILE_PASS(t, hqq_moments_add(&run, w * fit.slope + fit.offset, levels),
-                  hqq_moments_join(&total, &run); run = hqq_moments_zero())
+                  hqq_moments_join(&total, &run);
+                  run = hqq_moments_zero())
     return hqq_refit(fit, &total, (float)t->job->layout.G, levels);
 }
 

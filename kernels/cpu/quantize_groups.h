@@ -13,7 +13,7 @@ typedef struct hqq_quantize_job {
     int64_t bands;
     const void *W;
     hqq_dtype W_dtype;
-    void *packed; /* [words] */
+    void *packed;       /* [words] */
     void *scale, *zero; /* [groups] in meta_dtype */
     hqq_dtype meta_dtype;
     const hqq_quantize_options *options;
@@ -34,8 +34,8 @@ size_t hqq_quantize_scratch(const hqq_layout *layout);
 HQQ_ISA_DECLARE(void, hqq_quantize_default,
                 (const hqq_quantize_job *job, int64_t begin, int64_t end, void *scratch));
 
-/* hqq's solver on bands [begin, end), `iters` steps (0: the range alone). errors [iters] (+=, may
- * be NULL): the sum of |w - w'| before each step. */
+/* hqq's solver on bands [begin, end), `iters` steps (0: the range alone). errors [iters] (+=,
+ * may be NULL): the sum of |w - w'| before each step. */
 HQQ_ISA_DECLARE(void, hqq_quantize_hqq,
                 (const hqq_quantize_job *job, int64_t begin, int64_t end, int iters,
                  double *errors, void *scratch));

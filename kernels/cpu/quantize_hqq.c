@@ -11,8 +11,10 @@
  *     axis 1, n < 8     width 4
  *     axis 0            width 1; 4 for the groups behind the last multiple of 32
  *
- * Cycles of a step and vector: 10 for the one division, the other 20 operations beside it. Most
- * tiles come to a fixed point of zero after 4 to 10 steps, which ends them early.
+ * Cycles of a step on 16 weights: 10 for the one division (with AVX-512), the other 16
+ * operations beside it. Most tiles of 64 steps come to a fixed point of zero after 7 to 11
+ * steps, which ends them: 6 cycles a weight in steps, 180 M weights/s a thread attained. The
+ * division and the sum of errors are there for the stop and fall away without it.
  */
 #include "quantize_tile.h"
 
@@ -20,13 +22,13 @@ enum { LEVELS = 4, WIDEST = 32, EIGHT = 8 };
 
 typedef struct mean_order {
     int width;
-    int unit;            /* what is left over is added to the first `unit` sums */
-    int chunk;           /* elements between checks for a full level */
-    int levels;          /* that can fill up: 1 or all */
-    int64_t rows_end;    /* elements in full rows */
-    int64_t units_end;   /* and in full units behind them */
-    int64_t level_mask;  /* 2^p - 1 */
-    int level_power;     /* p */
+    int unit;           /* what is left over is added to the first `unit` sums */
+    int chunk;          /* elements between checks for a full level */
+    int levels;         /* that can fill up: 1 or all */
+    int64_t rows_end;   /* elements in full rows */
+    int64_t units_end;  /* and in full units behind them */
+    int64_t level_mask; /* 2^p - 1 */
+    int level_power;    /* p */
 } mean_order;
 
 static mean_order mean_order_of(const hqq_layout *l, int64_t first_group)
@@ -170,9 +172,11 @@ static void run_steps(hqq_tile *t, hqq_half_quadratic *h, const hqq_steps *steps
     mean_order order = mean_order_of(&t->job->layout, t->first);
     double beta = (double)options->beta;
     for (int i = 0; i < steps->iters; i++, beta *= (double)options->kappa) {
-        hqq_step step = {.multiplier = h->multiplier, .zero = h->zero,
+        hqq_step step = {.multiplier = h->multiplier,
+                         .zero = h->zero,
                          .levels = (float)hqq_max_code(t->job->layout.nbits),
-                         .lp_norm = options->lp_norm, .inverse_beta = (float)(1.0 / beta),
+                         .lp_norm = options->lp_norm,
+                         .inverse_beta = (float)(1.0 / beta),
                          .want_error = steps->errors != NULL};
         step.threshold = hqq_shrink_threshold(options->lp_norm, step.inverse_beta);
         h->zero = next_zero(t, &step, &order);

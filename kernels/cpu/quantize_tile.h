@@ -38,7 +38,8 @@ static inline void hqq_tile_load_rows(const hqq_tile *t)
         }
         hqq_lanes_transpose(rows);
         float *out = t->values + (i - t->begin) * HQQ_LANES;
-        for (int step = 0; step < steps; step++) hqq_vec_store(out + step * HQQ_LANES, rows[step]);
+        for (int step = 0; step < steps; step++)
+            hqq_vec_store(out + step * HQQ_LANES, rows[step]);
     }
 }
 
@@ -85,20 +86,23 @@ static inline void hqq_tile_set_units(hqq_tile *t, const hqq_units *units)
 }
 
 /* To be called when they have changed: the values are read again. */
-static inline void hqq_tile_forget(hqq_tile *t) { t->begin = t->end = 0; }
+static inline void hqq_tile_forget(hqq_tile *t)
+{
+    t->begin = t->end = 0;
+}
 
 /* Loops `body` over all steps with the value of each in `w`, in runs of at most HQQ_TILE_RUN;
  * `each_run` comes after every run. Sums are kept per run first: long groups lose no bits. */
 enum { HQQ_TILE_RUN = 512 };
-#define HQQ_TILE_PASS(tile, body, each_run)                                                    \
-    for (int64_t at_ = 0, G_ = (tile)->job->layout.G, n_; at_ < G_; at_ += n_) {               \
-        const float *values_ = hqq_tile_at(tile, at_);                                         \
-        n_ = G_ - at_ < HQQ_TILE_RUN ? G_ - at_ : HQQ_TILE_RUN;                                \
-        for (int64_t i_ = 0; i_ < n_; i_++) {                                                  \
-            hqq_lane w = hqq_vec_load(values_ + i_ * HQQ_LANES);                               \
-            body;                                                                              \
-        }                                                                                      \
-        each_run;                                                                              \
+#define HQQ_TILE_PASS(tile, body, each_run)                                      \
+    for (int64_t at_ = 0, G_ = (tile)->job->layout.G, n_; at_ < G_; at_ += n_) { \
+        const float *values_ = hqq_tile_at(tile, at_);                           \
+        n_ = G_ - at_ < HQQ_TILE_RUN ? G_ - at_ : HQQ_TILE_RUN;                  \
+        for (int64_t i_ = 0; i_ < n_; i_++) {                                    \
+            hqq_lane w = hqq_vec_load(values_ + i_ * HQQ_LANES);                 \
+            body;                                                                \
+        }                                                                        \
+        each_run;                                                                \
     }
 
 static inline void hqq_tile_range(hqq_tile *t, hqq_lane *smallest, hqq_lane *largest)
@@ -151,8 +155,8 @@ static inline void hqq_put_words(uint32_t *out, hqq_uvec codes, int n, int first
 }
 
 /* Puts n codes, already shifted to their slot, into the words from `word`. */
-static inline void hqq_put_codes(const hqq_quantize_job *job, int64_t word, hqq_uvec codes, int n,
-                                 int first_slot)
+static inline void hqq_put_codes(const hqq_quantize_job *job, int64_t word, hqq_uvec codes,
+                                 int n, int first_slot)
 {
     if (job->layout.word_bytes == 4)
         hqq_put_words((uint32_t *)job->packed + word, codes, n, first_slot);
@@ -186,7 +190,7 @@ static inline void hqq_tile_store_codes(hqq_tile *t, hqq_fit fit, float levels)
         for (int64_t i = 0, row = 0, slot = 0; i < l->G; i++) {
             hqq_lane w = hqq_vec_load(hqq_tile_at(t, i));
             hqq_lane q = hqq_nearest_code(w * fit.slope + fit.offset, levels);
-            hqq_uvec codes = (hqq_uvec)__builtin_convertvector(q, hqq_ivec)
+            hqq_uvec codes = (hqq_uvec) __builtin_convertvector(q, hqq_ivec)
                              << hqq_slot_shift(l->nbits, (int)slot);
             hqq_put_codes(job, row * l->groups + t->first, codes, t->live, slot == 0);
             if (++row == rows) {
@@ -210,8 +214,12 @@ static inline void hqq_for_each_tile(const hqq_quantize_job *job, int64_t begin,
             int64_t live = end - band < HQQ_LANES ? end - band : HQQ_LANES;
             if (live > l->groups - first) live = l->groups - first;
             if (live <= 0) break; /* the tail of the last slots stays zero */
-            hqq_tile tile = {.job = job, .first = first, .live = (int)live, .slot = slot,
-                             .band = band, .values = scratch};
+            hqq_tile tile = {.job = job,
+                             .first = first,
+                             .live = (int)live,
+                             .slot = slot,
+                             .band = band,
+                             .values = scratch};
             solve(&tile, data);
         }
 }

@@ -22,19 +22,23 @@
 typedef struct hqq_row_sets {
     int64_t sets;
     int64_t cycle; /* sets in succession that share scales; 1: in plain order */
+    int64_t step;  /* from a set's rows to the next set's, within a cycle or in plain order */
     int64_t start[HQQ_MAX_SLOTS + 1]; /* of the rows of each slot */
     int slots;
 } hqq_row_sets;
 
 static inline hqq_row_sets hqq_row_sets_of(const hqq_layout *l)
 {
-    hqq_row_sets s = {.cycle = 1, .slots = l->per};
+    hqq_row_sets s = {.cycle = 1, .step = 1, .slots = l->per};
     for (int j = 0; j <= s.slots; j++) {
         int64_t start = (j * l->words + l->K - 1) / l->K;
         s.start[j] = start < l->N ? start : l->N;
         if (j > 0 && s.start[j] - s.start[j - 1] > s.sets) s.sets = s.start[j] - s.start[j - 1];
     }
-    if (l->axis == 0 && hqq_rows_align(l) && hqq_groups_align(l)) s.cycle = l->G / l->per;
+    if (l->axis == 0 && hqq_rows_align(l) && hqq_groups_align(l) && l->G > l->per) {
+        s.cycle = l->G / l->per;
+        s.step = s.sets / s.cycle;
+    }
     return s;
 }
 
@@ -42,7 +46,13 @@ static inline hqq_row_sets hqq_row_sets_of(const hqq_layout *l)
 static inline int64_t hqq_row_in_slot(const hqq_row_sets *s, int64_t set)
 {
     if (s->cycle == 1) return set;
-    return set / s->cycle + set % s->cycle * (s->sets / s->cycle);
+    return set / s->cycle + set % s->cycle * s->step;
+}
+
+/* How many sets follow `set` at the same step, itself included. */
+static inline int64_t hqq_sets_in_step(const hqq_row_sets *s, int64_t set)
+{
+    return s->cycle == 1 ? s->sets - set : s->cycle - set % s->cycle;
 }
 
 /* The rows of a set, in rising order; how many (at most `slots`). */

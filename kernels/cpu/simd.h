@@ -25,8 +25,14 @@ typedef float hqq_vec __attribute__((vector_size(HQQ_LANES * 4)));
 typedef int32_t hqq_ivec __attribute__((vector_size(HQQ_LANES * 4)));
 typedef uint32_t hqq_uvec __attribute__((vector_size(HQQ_LANES * 4)));
 
-static inline hqq_vec hqq_vec_set1(float x) { return x - (hqq_vec){0}; }
-static inline hqq_vec hqq_vec_zero(void) { return (hqq_vec){0}; }
+static inline hqq_vec hqq_vec_set1(float x)
+{
+    return x - (hqq_vec){0};
+}
+static inline hqq_vec hqq_vec_zero(void)
+{
+    return (hqq_vec){0};
+}
 
 static inline hqq_vec hqq_vec_load(const float *p)
 {
@@ -35,7 +41,10 @@ static inline hqq_vec hqq_vec_load(const float *p)
     return v;
 }
 
-static inline void hqq_vec_store(float *p, hqq_vec v) { memcpy(p, &v, sizeof v); }
+static inline void hqq_vec_store(float *p, hqq_vec v)
+{
+    memcpy(p, &v, sizeof v);
+}
 
 /* HQQ_LANES bytes, widened. */
 static inline hqq_ivec hqq_ivec_load_u8(const uint8_t *p)
@@ -189,8 +198,7 @@ static inline hqq_vec hqq_vec_load_dtype_part(const void *data, hqq_dtype dtype,
     _Alignas(64) char lanes[HQQ_LANES * 4] = {0};
 #if defined(__AVX512F__)
     __mmask16 mask = (__mmask16)_bzhi_u32(0xffff, (unsigned)n);
-    if (dtype == HQQ_F32)
-        return (hqq_vec)_mm512_maskz_loadu_ps(mask, (const float *)data + i);
+    if (dtype == HQQ_F32) return (hqq_vec)_mm512_maskz_loadu_ps(mask, (const float *)data + i);
     _mm256_store_si256((__m256i *)lanes,
                        _mm256_maskz_loadu_epi16(mask, (const uint16_t *)data + i));
 #else
@@ -236,8 +244,14 @@ static inline hqq_vec hqq_vec_select(hqq_ivec mask, hqq_vec a, hqq_vec b)
     return (hqq_vec)(((hqq_ivec)a & mask) | ((hqq_ivec)b & ~mask));
 }
 
-static inline hqq_vec hqq_vec_min(hqq_vec a, hqq_vec b) { return hqq_vec_select(a < b, a, b); }
-static inline hqq_vec hqq_vec_max(hqq_vec a, hqq_vec b) { return hqq_vec_select(a > b, a, b); }
+static inline hqq_vec hqq_vec_min(hqq_vec a, hqq_vec b)
+{
+    return hqq_vec_select(a < b, a, b);
+}
+static inline hqq_vec hqq_vec_max(hqq_vec a, hqq_vec b)
+{
+    return hqq_vec_select(a > b, a, b);
+}
 
 /* Sum of the lanes: the upper half onto the lower, until one is left. */
 static inline float hqq_vec_sum(hqq_vec v)

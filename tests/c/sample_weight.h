@@ -52,8 +52,12 @@ static inline void *random_array(uint64_t *state, int64_t n, hqq_dtype dtype, fl
 static inline hqq_weight sample_weight(uint64_t *state, int64_t N, int64_t K, int64_t G,
                                        int nbits, int axis, hqq_dtype meta, float scale)
 {
-    hqq_weight w = {.out_features = N, .in_features = K, .group_size = G, .nbits = nbits,
-                    .axis = axis, .meta_dtype = meta};
+    hqq_weight w = {.out_features = N,
+                    .in_features = K,
+                    .group_size = G,
+                    .nbits = nbits,
+                    .axis = axis,
+                    .meta_dtype = meta};
     int64_t words, word_bytes, groups;
     if (hqq_layout_of(&words, &word_bytes, &groups, &w) != HQQ_OK) {
         fprintf(stderr, "%s\n", hqq_last_error());

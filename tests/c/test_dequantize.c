@@ -8,8 +8,8 @@ typedef struct shape {
     int64_t N, K;
 } shape;
 
-static const shape shapes[] = {{1, 1},   {3, 5},    {7, 33},   {16, 64},  {10, 130}, {12, 70},
-                               {6, 256}, {33, 31},  {64, 128}, {40, 257}, {8, 1024}, {96, 96}};
+static const shape shapes[] = {{1, 1},   {3, 5},   {7, 33},   {16, 64},  {10, 130}, {12, 70},
+                               {6, 256}, {33, 31}, {64, 128}, {40, 257}, {8, 1024}, {96, 96}};
 static const int64_t group_sizes[] = {1, 3, 8, 16, 20, 32, 64, 128, 65};
 
 /* Elements that differ between a block of the result and the same block of the whole. */
@@ -89,7 +89,8 @@ static int check_formats(hqq_isa isa)
                     int64_t G = g == 0 ? K : g == 1 ? N : group_sizes[g - 2];
                     if (N * K % G != 0) continue;
                     hqq_dtype meta = all_dtypes[random_bits(&state) % 3];
-                    hqq_weight w = sample_weight(&state, N, K, G, all_bits[b], axis, meta, 0.01f);
+                    hqq_weight w =
+                        sample_weight(&state, N, K, G, all_bits[b], axis, meta, 0.01f);
                     failures += check_weight(&w, isa, &state) != 0;
                     free_weight(&w);
                 }

@@ -25,10 +25,14 @@ static double unit_roundoff(hqq_dtype dtype)
     return dtype == HQQ_F32 ? 0x1p-24 : dtype == HQQ_F16 ? 0x1p-11 : 0x1p-8;
 }
 
-static problem make_problem(uint64_t *state, direction pass, const hqq_weight *w, hqq_dtype dtype,
-                            hqq_isa isa, int64_t M)
+static problem make_problem(uint64_t *state, direction pass, const hqq_weight *w,
+                            hqq_dtype dtype, hqq_isa isa, int64_t M)
 {
-    problem p = {.pass = pass, .weight = w, .dtype = dtype, .isa = isa, .M = M,
+    problem p = {.pass = pass,
+                 .weight = w,
+                 .dtype = dtype,
+                 .isa = isa,
+                 .M = M,
                  .ins = pass == FORWARD ? w->in_features : w->out_features,
                  .outs = pass == FORWARD ? w->out_features : w->in_features};
     p.ldx = p.ins + random_bits(state) % 3;
@@ -55,10 +59,8 @@ static hqq_status solve(problem *p, hqq_parallel_for_fn parallel_for)
                                       : hqq_direct_dgrad_workspace(p->weight, p->M, p->dtype);
     void *workspace = aligned_alloc(64, bytes);
     memset(workspace, 0xff, bytes); /* NaN */
-    hqq_status status =
-        (p->pass == FORWARD ? hqq_direct_linear : hqq_direct_dgrad)(
-            p->y, p->x, p->ldx, p->weight, p->addend, p->M, p->dtype, workspace, p->isa,
-            &context);
+    hqq_status status = (p->pass == FORWARD ? hqq_direct_linear : hqq_direct_dgrad)(
+        p->y, p->x, p->ldx, p->weight, p->addend, p->M, p->dtype, workspace, p->isa, &context);
     free(workspace);
     return status;
 }
@@ -77,7 +79,8 @@ static void report(const problem *p, int64_t m, int64_t out, double got, double 
 static int check_values(const problem *p, const float *W)
 {
     double weight_error = p->dtype == HQQ_BF16 ? 0x1p-8 : 0;
-    double smallest = p->dtype == HQQ_F16 ? 0x1p-25 : 0x1p-126; /* where outputs are subnormal */
+    double smallest =
+        p->dtype == HQQ_F16 ? 0x1p-25 : 0x1p-126; /* where outputs are subnormal */
     double sum_error = (double)(p->ins + 4) * 0x1p-24 + weight_error;
     int64_t K = p->weight->in_features;
     for (int64_t m = 0; m < p->M; m++)
@@ -129,10 +132,11 @@ typedef struct shape {
     int64_t N, K, G;
 } shape;
 
-static const shape shapes[] = {
-    {1, 1, 1},     {3, 5, 5},      {7, 33, 3},     {16, 64, 64},   {10, 130, 65}, {12, 70, 20},
-    {6, 256, 128}, {33, 31, 31},   {64, 128, 64},  {40, 257, 257}, {8, 1100, 8},  {96, 96, 32},
-    {32, 640, 16}, {128, 192, 64}, {300, 130, 30}, {24, 2112, 64}, {64, 576, 32}, {256, 64, 256}};
+static const shape shapes[] = {{1, 1, 1},     {3, 5, 5},      {7, 33, 3},     {16, 64, 64},
+                               {10, 130, 65}, {12, 70, 20},   {6, 256, 128},  {33, 31, 31},
+                               {64, 128, 64}, {40, 257, 257}, {8, 1100, 8},   {96, 96, 32},
+                               {32, 640, 16}, {128, 192, 64}, {300, 130, 30}, {24, 2112, 64},
+                               {64, 576, 32}, {256, 64, 256}};
 
 static int check_formats(hqq_isa isa)
 {
@@ -150,8 +154,10 @@ static int check_formats(hqq_isa isa)
                 for (int d = 0; d < 3; d++)
                     for (direction pass = FORWARD; pass <= DGRAD; pass++)
                         for (int i = 0; i < 2; i++) {
-                            int64_t M = rows[random_bits(&state) % (sizeof rows / sizeof *rows)];
-                            failures += check_problem(&state, pass, &w, W, all_dtypes[d], isa, M);
+                            int64_t M =
+                                rows[random_bits(&state) % (sizeof rows / sizeof *rows)];
+                            failures +=
+                                check_problem(&state, pass, &w, W, all_dtypes[d], isa, M);
                         }
                 free(W);
                 free_weight(&w);

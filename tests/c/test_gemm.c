@@ -8,7 +8,10 @@ static double epsilon_of(hqq_dtype dtype)
 {
     return dtype == HQQ_F32 ? 0x1p-24 : dtype == HQQ_F16 ? 0x1p-11 : 0x1p-8;
 }
-static double floor_of(hqq_dtype dtype) { return dtype == HQQ_F16 ? 0x1p-25 : 0x1p-140; }
+static double floor_of(hqq_dtype dtype)
+{
+    return dtype == HQQ_F16 ? 0x1p-25 : 0x1p-140;
+}
 
 typedef enum direction { ROWS, COLUMNS, GENERAL } direction;
 
@@ -34,8 +37,8 @@ static double view_at(const hqq_view *v, int64_t i, int64_t j)
 {
     float value = hqq_load(v->data, v->dtype, i * v->row_stride + j * v->column_stride);
     if (v->dropout)
-        value *= hqq_dropout_factor(v->dropout, (uint64_t)(i * v->mask_row_stride +
-                                                           j * v->mask_column_stride));
+        value *= hqq_dropout_factor(
+            v->dropout, (uint64_t)(i * v->mask_row_stride + j * v->mask_column_stride));
     return (double)value;
 }
 
@@ -50,7 +53,8 @@ static double oracle(double *tolerance, const hqq_gemm *g, const void *C_before,
         size += fabs(term);
     }
     double factor = (double)g->alpha;
-    if (g->dropout) factor *= (double)hqq_dropout_factor(
+    if (g->dropout)
+        factor *= (double)hqq_dropout_factor(
             g->dropout, (uint64_t)(g->mask_first + i * g->mask_stride + j));
     double bias = g->bias ? (double)hqq_load(g->bias, g->bias_dtype, j) : 0;
     double before =
@@ -72,19 +76,23 @@ static int check_result(const hqq_gemm *g, const void *C_before, const char *wha
                                    : (double)hqq_load(C_before, g->C_dtype, i * g->ldc + j);
             int same_kind = isnan(want) ? isnan(got) : isinf(want) ? got == want : 0;
             if (same_kind || fabs(got - want) <= tolerance) continue;
-            fprintf(stderr,
-                    "%s: C[%lld,%lld] of %lld x %lld x %lld is %.9g, not %.9g (tolerance %.3g); "
-                    "dtypes %d = %d %d, strides %lld,%lld %lld,%lld, beta %g\n",
-                    what, (long long)i, (long long)j, (long long)g->m, (long long)g->n,
-                    (long long)g->k, got, want, tolerance, (int)g->C_dtype, (int)g->A.dtype,
-                    (int)g->B.dtype, (long long)g->A.row_stride, (long long)g->A.column_stride,
-                    (long long)g->B.row_stride, (long long)g->B.column_stride, (double)g->beta);
+            fprintf(
+                stderr,
+                "%s: C[%lld,%lld] of %lld x %lld x %lld is %.9g, not %.9g (tolerance %.3g); "
+                "dtypes %d = %d %d, strides %lld,%lld %lld,%lld, beta %g\n",
+                what, (long long)i, (long long)j, (long long)g->m, (long long)g->n,
+                (long long)g->k, got, want, tolerance, (int)g->C_dtype, (int)g->A.dtype,
+                (int)g->B.dtype, (long long)g->A.row_stride, (long long)g->A.column_stride,
+                (long long)g->B.row_stride, (long long)g->B.column_stride, (double)g->beta);
             return 1;
         }
     return 0;
 }
 
-static hqq_dtype any_dtype(uint64_t *state) { return all_dtypes[random_bits(state) % 3]; }
+static hqq_dtype any_dtype(uint64_t *state)
+{
+    return all_dtypes[random_bits(state) % 3];
+}
 static direction any_way(uint64_t *state)
 {
     uint32_t r = random_bits(state) % 8;
@@ -151,13 +159,13 @@ static int check_sizes(hqq_isa isa)
     int failures = 0;
     for (int i = 0; i < 14 && !failures; i++)
         for (int j = 0; j < 14 && !failures; j++)
-            failures += check_random(seed++, isa, sizes[i], sizes[j],
-                                     sizes[random_bits(&state) % 14]);
+            failures +=
+                check_random(seed++, isa, sizes[i], sizes[j], sizes[random_bits(&state) % 14]);
     /* several slabs of k, several chunks, a packed operand that all chunks share */
-    static const int64_t shapes[][3] = {
-        {1, 1, 1000},   {3, 16, 257},   {300, 16, 520}, {16, 600, 300}, {200, 3, 256},
-        {257, 256, 64}, {64, 257, 513}, {520, 530, 16}, {1, 700, 16},   {700, 1, 300},
-        {600, 530, 33}, {130, 100, 700}};
+    static const int64_t shapes[][3] = {{1, 1, 1000},   {3, 16, 257},   {300, 16, 520},
+                                        {16, 600, 300}, {200, 3, 256},  {257, 256, 64},
+                                        {64, 257, 513}, {520, 530, 16}, {1, 700, 16},
+                                        {700, 1, 300},  {600, 530, 33}, {130, 100, 700}};
     for (int i = 0; i < 12 && !failures; i++)
         for (int repeat = 0; repeat < 3 && !failures; repeat++)
             failures += check_random(seed++, isa, shapes[i][0], shapes[i][1], shapes[i][2]);
@@ -193,7 +201,8 @@ static int check_empty(hqq_isa isa)
 {
     float bias[3] = {1, 2, 3}, C[6] = {1, 1, 1, 1, 1, 1};
     hqq_context context = {.isa = isa};
-    hqq_gemm g = {.C = C, .ldc = 3, .m = 2, .n = 3, .k = 0, .alpha = 5, .beta = 1, .bias = bias};
+    hqq_gemm g = {
+        .C = C, .ldc = 3, .m = 2, .n = 3, .k = 0, .alpha = 5, .beta = 1, .bias = bias};
     int failed = hqq_gemm_run(&g, &context) != HQQ_OK;
     for (int i = 0; i < 6; i++) failed |= C[i] != bias[i % 3] + 1;
     g.m = 0;
@@ -203,9 +212,9 @@ static int check_empty(hqq_isa isa)
 }
 
 static int32_t failing_gemm(void *C, int64_t ldc, const void *A, int64_t lda,
-                            int32_t transpose_a, const void *B, int64_t ldb, int32_t transpose_b,
-                            int64_t m, int64_t n, int64_t k, float beta, hqq_dtype dtype,
-                            void *gemm_data)
+                            int32_t transpose_a, const void *B, int64_t ldb,
+                            int32_t transpose_b, int64_t m, int64_t n, int64_t k, float beta,
+                            hqq_dtype dtype, void *gemm_data)
 {
     (void)C, (void)ldc, (void)A, (void)lda, (void)transpose_a, (void)B, (void)ldb;
     (void)transpose_b, (void)m, (void)n, (void)k, (void)beta, (void)dtype;
@@ -245,7 +254,11 @@ static int check_context_gemm(hqq_isa isa)
 
 static int check_isa(hqq_isa isa)
 {
-    return check_sizes(isa) + check_non_finite(isa) + check_empty(isa) + check_context_gemm(isa);
+    return check_sizes(isa) + check_non_finite(isa) + check_empty(isa) +
+           check_context_gemm(isa);
 }
 
-int main(void) { return for_each_isa(check_isa) != 0; }
+int main(void)
+{
+    return for_each_isa(check_isa) != 0;
+}

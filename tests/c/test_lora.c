@@ -20,8 +20,12 @@ static double epsilon_of(hqq_dtype dtype)
 static problem make_problem(uint64_t *state, int64_t M, int64_t N, int64_t K, int64_t R,
                             hqq_dtype dtype, hqq_dtype lora_dtype, float dropout)
 {
-    problem p = {.M = M, .N = N, .K = K, .ldx = K + random_bits(state) % 2 * 3,
-                 .lddy = N + random_bits(state) % 2 * 5, .dtype = dtype};
+    problem p = {.M = M,
+                 .N = N,
+                 .K = K,
+                 .ldx = K + random_bits(state) % 2 * 3,
+                 .lddy = N + random_bits(state) % 2 * 5,
+                 .dtype = dtype};
     p.x = random_array(state, (M - 1) * p.ldx + K, dtype, -1, 1);
     p.dy = random_array(state, (M - 1) * p.lddy + N, dtype, -1, 1);
     p.A = random_array(state, R * K, lora_dtype, -1, 1);
@@ -29,8 +33,13 @@ static problem make_problem(uint64_t *state, int64_t M, int64_t N, int64_t K, in
     p.bias = random_array(state, N, dtype, -1, 1);
     p.xa = random_array(state, M * R, HQQ_F32, -1, 1);
     p.dyb = random_array(state, M * R, HQQ_F32, -1, 1);
-    p.lora = (hqq_lora){.rank = R, .dtype = lora_dtype, .A = p.A, .B = p.B, .scaling = -1.5f,
-                        .dropout = dropout, .seed = 77};
+    p.lora = (hqq_lora){.rank = R,
+                        .dtype = lora_dtype,
+                        .A = p.A,
+                        .B = p.B,
+                        .scaling = -1.5f,
+                        .dropout = dropout,
+                        .seed = 77};
     return p;
 }
 
@@ -78,19 +87,21 @@ static double B_at(const problem *p, int64_t n, int64_t r)
 }
 
 /* got[i] against factor * sum + bias. */
-static int check(const char *what, const problem *p, const void *got, hqq_dtype dtype, int64_t i,
-                 exact_sum sum, double factor, double bias)
+static int check(const char *what, const problem *p, const void *got, hqq_dtype dtype,
+                 int64_t i, exact_sum sum, double factor, double bias)
 {
     double value = (double)hqq_load(got, dtype, i), want = factor * sum.value + bias;
-    double tolerance = ((double)sum.terms + 4) * 0x1p-24 * (fabs(factor) * sum.size + fabs(bias));
+    double tolerance =
+        ((double)sum.terms + 4) * 0x1p-24 * (fabs(factor) * sum.size + fabs(bias));
     tolerance += epsilon_of(dtype) * (fabs(want) + tolerance) + 0x1p-25;
     if (fabs(value - want) <= tolerance) return 0;
-    fprintf(stderr,
-            "%s[%lld] is %.9g, not %.9g (tolerance %.3g); M %lld, N %lld, K %lld, R %lld, dtype "
-            "%d, lora dtype %d, dropout %g\n",
-            what, (long long)i, value, want, tolerance, (long long)p->M, (long long)p->N,
-            (long long)p->K, (long long)p->lora.rank, (int)p->dtype, (int)p->lora.dtype,
-            (double)p->lora.dropout);
+    fprintf(
+        stderr,
+        "%s[%lld] is %.9g, not %.9g (tolerance %.3g); M %lld, N %lld, K %lld, R %lld, dtype "
+        "%d, lora dtype %d, dropout %g\n",
+        what, (long long)i, value, want, tolerance, (long long)p->M, (long long)p->N,
+        (long long)p->K, (long long)p->lora.rank, (int)p->dtype, (int)p->lora.dtype,
+        (double)p->lora.dropout);
     return 1;
 }
 
@@ -157,24 +168,24 @@ static int check_gradients(const problem *p, const hqq_context *context)
     int64_t M = p->M, N = p->N, K = p->K, R = p->lora.rank;
     size_t bytes = (size_t)hqq_dtype_bytes(p->lora.dtype);
     void *dA = exact_alloc((size_t)(R * K) * bytes), *dB = exact_alloc((size_t)(N * R) * bytes);
-    int failures = hqq_lora_dA(dA, p->dyb, p->x, p->ldx, p->dtype, &p->lora, M, K, context) !=
-                   HQQ_OK;
-    failures += hqq_lora_dB(dB, p->dy, p->lddy, p->dtype, p->xa, &p->lora, M, N, context) !=
-                HQQ_OK;
+    int failures =
+        hqq_lora_dA(dA, p->dyb, p->x, p->ldx, p->dtype, &p->lora, M, K, context) != HQQ_OK;
+    failures +=
+        hqq_lora_dB(dB, p->dy, p->lddy, p->dtype, p->xa, &p->lora, M, N, context) != HQQ_OK;
     for (int64_t r = 0; r < R && !failures; r++) {
         for (int64_t k = 0; k < K && !failures; k++) {
             exact_sum sum = {0};
             for (int64_t m = 0; m < M; m++)
                 add_product(&sum, (double)p->dyb[m * R + r], x_at(p, m, k));
-            failures += check("dA", p, dA, p->lora.dtype, r * K + k, sum,
-                              (double)p->lora.scaling, 0);
+            failures +=
+                check("dA", p, dA, p->lora.dtype, r * K + k, sum, (double)p->lora.scaling, 0);
         }
         for (int64_t n = 0; n < N && !failures; n++) {
             exact_sum sum = {0};
             for (int64_t m = 0; m < M; m++)
                 add_product(&sum, dy_at(p, m, n), (double)p->xa[m * R + r]);
-            failures += check("dB", p, dB, p->lora.dtype, n * R + r, sum,
-                              (double)p->lora.scaling, 0);
+            failures +=
+                check("dB", p, dB, p->lora.dtype, n * R + r, sum, (double)p->lora.scaling, 0);
         }
     }
     free(dA);
@@ -186,8 +197,8 @@ static int check_gradients(const problem *p, const hqq_context *context)
 static int check_bias_alone(const hqq_context *context)
 {
     float bias[7] = {1, -2, 3, INFINITY, 5, 6, 7}, y[14];
-    int failed = hqq_lora_addend(y, 7, HQQ_F32, NULL, bias, HQQ_F32, NULL, 2, 0, 7, context) !=
-                 HQQ_OK;
+    int failed =
+        hqq_lora_addend(y, 7, HQQ_F32, NULL, bias, HQQ_F32, NULL, 2, 0, 7, context) != HQQ_OK;
     for (int i = 0; i < 14; i++) failed |= y[i] != bias[i % 7];
     if (failed) fprintf(stderr, "the addend without an adapter is not the bias\n");
     return failed;
@@ -204,9 +215,9 @@ static int check_isa(hqq_isa isa)
         for (int s = 0; s < 4; s++)
             for (int dropped = 0; dropped < 2 && !failures; dropped++) {
                 hqq_dtype dtype = all_dtypes[random_bits(&state) % 3];
-                problem p = make_problem(&state, sizes[s][0], sizes[s][1], sizes[s][2], ranks[r],
-                                         dtype, random_bits(&state) % 2 ? HQQ_F32 : dtype,
-                                         dropped ? 0.3f : 0.0f);
+                problem p = make_problem(
+                    &state, sizes[s][0], sizes[s][1], sizes[s][2], ranks[r], dtype,
+                    random_bits(&state) % 2 ? HQQ_F32 : dtype, dropped ? 0.3f : 0.0f);
                 failures += check_inner_products(&p, &context);
                 if (!failures) failures += check_addends(&p, &context, 0, dropped);
                 if (!failures) failures += check_addends(&p, &context, 1, !dropped);
@@ -216,4 +227,7 @@ static int check_isa(hqq_isa isa)
     return failures;
 }
 
-int main(void) { return for_each_isa(check_isa) != 0; }
+int main(void)
+{
+    return for_each_isa(check_isa) != 0;
+}

