@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import reprlib
+import sys
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from hqqlora.files import creating_folder, write_json, write_safetensors
 from hqqlora.linear import HQQLinear
 from hqqlora.lora import LoRALinear
-from hqqlora.model import insert_adapters, lora_layers
+from hqqlora.model import check_pattern, insert_adapters, lora_layers
 from hqqlora.module_names import pattern_value, unwrapped
 
 CONFIG_FILE = "adapter_config.json"
@@ -43,6 +45,7 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "bias": ("none", None),
     "fan_in_fan_out": (False, None),
 }
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _NAMES = {"use_dora": "DoRA", "use_qalora": "QALoRA"}
 
 
@@ -106,8 +109,8 @@ def load_adapter(
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: the adapter is not a plain LoRA (DoRA and others are named), or does not fit
-            the model; nothing is changed.
+        ValueError: a file is damaged, the adapter is not a plain LoRA (DoRA and others are
+            named), or it does not fit the model; nothing is changed.
     """
     config = _read_config(Path(folder))
     factors = _read_factors(Path(folder), config)
@@ -210,7 +213,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_FILE
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # no text, no JSON, or nested too deep
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path} is not a JSON object")
@@ -220,19 +223,67 @@ def _read_config(folder: Path) -> dict[str, Any]:
         if config.get(key) not in harmless:
             name = _NAMES.get(key, f"{key}={config[key]!r}")
             raise ValueError(f"{path}: {name} is not supported, only plain LoRA and rsLoRA are")
-    for key in ("r", "lora_alpha"):
-        if not isinstance(config.get(key), (int, float)):
-            raise ValueError(f"{path}: {key} is {config.get(key)!r}, not a number")
+    _check_numbers(config, path)
     return config
+
+
+def _check_numbers(config: Mapping[str, Any], path: Path) -> None:
+    """The types of what the layers are made from; their ranges `LoRALinear` checks."""
+    _check_number(config.get("r"), True, f"{path}: r")
+    _check_number(config.get("lora_alpha"), False, f"{path}: lora_alpha")
+    if config.get("lora_dropout") is not None:
+        _check_number(config["lora_dropout"], False, f"{path}: lora_dropout")
+    for key in ("use_rslora", "lora_bias"):
+        if config.get(key) not in (True, False, None):
+            raise ValueError(f"{path}: {key} is {config[key]!r}, not true or false")
+    for key in ("rank_pattern", "alpha_pattern"):
+        patterns = config.get(key)
+        if patterns is None:
+            continue
+        if not isinstance(patterns, dict):
+            raise ValueError(f"{path}: {key} is {patterns!r}, not a JSON object")
+        for pattern, value in patterns.items():
+            check_pattern(pattern, f"{path}: {key}")
+            _check_number(value, key == "rank_pattern", f"{path}: {key} of {pattern!r}")
+
+
+def _check_number(value: Any, whole: bool, what: str) -> None:
+    """A finite number; `whole`: one without a fraction, though it may be written 8.0."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not -sys.float_info.max <= value <= sys.float_info.max:
+        raise ValueError(f"{what} is {reprlib.repr(value)}, not a number")
+    if whole and value != int(value):
+        raise ValueError(f"{what} is {value!r}, not a whole number")
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        if path.suffix == ".safetensors":
+            tensors = load_file(path)
+        else:
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # which ones a damaged file leads to, no reader says
+        raise ValueError(f"{path} cannot be read, it may be damaged: {error}") from error
+    if not isinstance(tensors, dict):
+        raise ValueError(f"{path} holds a {type(tensors).__name__}, not named tensors")
+    for key, tensor in tensors.items():
+        if not isinstance(key, str) or not isinstance(tensor, Tensor):
+            raise ValueError(f"{path}: {key!r} is a {type(tensor).__name__}, not a tensor")
+        if tensor.dtype not in _DTYPES or tensor.layout != torch.strided or tensor.is_meta:
+            raise ValueError(
+                f"{path}: {key} is {tensor.dtype}, {tensor.layout} on {tensor.device}, not a "
+                f"dense tensor of floating-point numbers"
+            )
+    return tensors
 
 
 def _read_factors(folder: Path, config: Mapping[str, Any]) -> dict[str, _Factors]:
     path = folder / WEIGHTS_FILE
-    if path.exists() or not (folder / PICKLE_FILE).exists():
-        tensors = load_file(path)
-    else:
+    if not path.exists() and (folder / PICKLE_FILE).exists():
         path = folder / PICKLE_FILE
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    tensors = _read_tensors(path)
     found: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         for suffix in (".lora_A.weight", ".lora_B.weight", ".lora_B.bias"):

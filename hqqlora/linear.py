@@ -337,6 +337,11 @@ class HQQLinear(nn.Linear):
         if any(key in own for key in ("W_q", "scale", "zero", "zero_scale", "meta")):
             layer = prefix.rstrip(".") or "layer"
             tensors, metadata = self._decode(own, layer)
+            assign = local_metadata.get("assign_to_params_buffers", False)
+            if tensors["W_q"].is_meta and not assign and not self._takes_meta():
+                raise ValueError(
+                    f"{layer}: the checkpoint is on the meta device: it has no data"
+                )
             if not self._adopt(metadata, tensors, layer, error_msgs):
                 return
             rest.update((prefix + name, tensor) for name, tensor in tensors.items())
@@ -358,6 +363,13 @@ class HQQLinear(nn.Linear):
         if metadata is None:
             raise ValueError(f"{layer}: neither the checkpoint nor the layer has metadata")
         return fit_tensors(state, metadata, layer), metadata
+
+    def _takes_meta(self) -> bool:
+        """Whether tensors without data can be copied into this layer."""
+        if self._metadata is not None:
+            return self.W_q.is_meta
+        device = self._wanted[3]
+        return device is None or torch.device(device).type == "meta"
 
     def _adopt(
         self,

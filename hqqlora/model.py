@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -117,9 +118,15 @@ def add_lora(
 
     Raises:
         ValueError: no layer is meant, a layer has an adapter already, or a layer that is meant
-            is not quantized; nothing is changed.
+            is not quantized; or a string is not a regular expression; nothing is changed.
     """
     names = _targets(model, target_modules)
+    for argument, patterns in (
+        ("rank_pattern", rank_pattern),
+        ("alpha_pattern", alpha_pattern),
+    ):
+        for pattern in patterns or {}:
+            check_pattern(pattern, argument)
     adapters = []
     for name in names:
         base = model.get_submodule(name)
@@ -137,6 +144,17 @@ def add_lora(
         adapters.append(adapter.train(base.training))
     insert_adapters(model, adapters)
     return model
+
+
+def check_pattern(pattern: str, argument: str) -> None:
+    """ValueError, naming the argument, if a key of `rank_pattern` or `alpha_pattern` is not a
+    regular expression."""
+    try:
+        pattern_value("", {pattern: 0}, 0)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(
+            f"{argument}: {pattern!r} is not a regular expression: {error}"
+        ) from error
 
 
 def insert_adapters(model: nn.Module, adapters: Iterable[LoRALinear]) -> None:
@@ -287,7 +305,13 @@ def _targets(model: nn.Module, target_modules: str | Sequence[str]) -> list[str]
         return _all_linear(model)
     names = []
     for name, module in model.named_modules():
-        if not is_target(unwrapped(name), target_modules):
+        try:
+            meant = is_target(unwrapped(name), target_modules)
+        except (re.error, OverflowError, RecursionError) as error:
+            raise ValueError(
+                f"target_modules={target_modules!r} is not a regular expression: {error}"
+            ) from error
+        if not meant:
             continue
         if isinstance(module, LoRALinear):
             raise ValueError(f"{name} has an adapter already")

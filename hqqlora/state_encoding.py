@@ -9,6 +9,7 @@ are read here. Nothing that is read is ever evaluated: dtypes come from a table.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -183,8 +184,10 @@ def fit_tensors(state: LayerState, metadata: LayerMetadata, layer: str) -> dict[
     numbers [packed_shape], `scale` and `zero` [meta_shape], `bias` [out_features].
 
     Raises:
-        ValueError: a tensor has another shape (scale and zero: number of elements) or dtype.
+        ValueError: a tensor has another shape (scale and zero: number of elements) or dtype, is
+            not dense, or has no data where others have.
     """
+    _check_dense(state, layer)
     words = word_dtype(metadata.settings.nbits)
     W_q = state.W_q.detach()
     if W_q.is_floating_point() and W_q.dim() > 0:
@@ -214,6 +217,25 @@ def fit_tensors(state: LayerState, metadata: LayerMetadata, layer: str) -> dict[
             )
         tensors["bias"] = state.bias.detach()
     return tensors
+
+
+def _check_dense(state: LayerState, layer: str) -> None:
+    """What cannot be copied must not be found when half of the layer has been copied. All on
+    the meta device is fine: a layer there takes that."""
+    tensors = {"W_q": state.W_q, "scale": state.scale, "zero": state.zero}
+    if state.bias is not None:
+        tensors["bias"] = state.bias
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{layer}: {name} is a {type(tensor).__name__}, not a tensor")
+        if tensor.layout != torch.strided:
+            raise ValueError(f"{layer}: {name} is a {tensor.layout} tensor, not a dense one")
+    without_data = [name for name, tensor in tensors.items() if tensor.is_meta]
+    if without_data and len(without_data) < len(tensors):
+        raise ValueError(
+            f"{layer}: {', '.join(without_data)} of the checkpoint is on the meta device and "
+            f"has no data"
+        )
 
 
 def _describe(metadata: LayerMetadata) -> str:
@@ -329,7 +351,10 @@ def _shape(value: Any) -> tuple[int, int]:
         value = value.tolist()
     if not isinstance(value, (tuple, list)) or len(value) != 2:
         raise ValueError(f"shape {value!r} is not (out_features, in_features)")
-    out_features, in_features = (int(_number(side)) for side in value)
+    sides = [_number(side) for side in value]
+    if any(side in (math.inf, -math.inf) or int(side) != side for side in sides):
+        raise ValueError(f"shape {value!r} is not of whole numbers")
+    out_features, in_features = map(int, sides)
     if out_features < 1 or in_features < 1:
         raise ValueError(f"shape {value!r} is not positive")
     return out_features, in_features

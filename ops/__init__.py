@@ -34,4 +34,5 @@ _namespace: Any = torch.ops.hqqlora
 if not getattr(_namespace, "registered_in_python", False):
     fakes.register()
     batching.register()
+    _namespace.left_out_autograd = library.leave_out_autograd()
     _namespace.registered_in_python = True  # for this module under a second name

@@ -81,6 +81,9 @@ inline const char *name_of(ScalarType dtype)
     case ScalarType::Int: return "int32";
     case ScalarType::Long: return "int64";
     case ScalarType::Bool: return "bool";
+    case ScalarType::ComplexHalf: return "complex32";
+    case ScalarType::ComplexFloat: return "complex64";
+    case ScalarType::ComplexDouble: return "complex128";
     default: return torch::headeronly::toString(dtype);
     }
 }
@@ -301,10 +304,10 @@ inline hqq_lora check_adapter(const Tensor &A, const Tensor &B, const hqq_weight
     lora.dtype = dtype_of("A", dtype);
     lora.scaling = static_cast<float>(scaling);
     lora.dropout = static_cast<float>(dropout);
+    HQQ_CHECK(!seed || seed->is_cpu(), "seed must be on cpu, got a tensor on another device");
     if (dropout > 0) {
         HQQ_CHECK(seed.has_value(), "dropout = ", dropout, " needs a seed");
-        HQQ_CHECK(seed->is_cpu() && seed->scalar_type() == ScalarType::Long &&
-                      seed->numel() == 1,
+        HQQ_CHECK(seed->scalar_type() == ScalarType::Long && seed->numel() == 1,
                   "seed must be an int64 tensor of one element on cpu, got ",
                   name_of(seed->scalar_type()), " of shape ", shape_of(*seed));
         lora.seed = static_cast<uint64_t>(*seed->const_data_ptr<int64_t>());

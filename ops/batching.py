@@ -13,17 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .library import OPS
+
 InDims = tuple[int | None, ...]
 Rule = Callable[..., tuple[Any, Any]]
-
-OPS = (
-    "quantize",
-    "dequantize",
-    "linear",
-    "linear_dgrad",
-    "lora_linear",
-    "lora_linear_backward",
-)
 
 
 def _one_by_one(

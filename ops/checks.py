@@ -6,6 +6,7 @@ reported while tracing as it is when running. Sizes may be symbolic. Each raises
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Callable
 
@@ -16,6 +17,7 @@ from .weight import SLOTS_PER_WORD, meta_shape, packed_shape
 
 FLOATING = (torch.float32, torch.float16, torch.bfloat16)
 MAX_RANK = 256
+MAX_ITERS = 10000
 INT64_MAX = 2**63 - 1
 
 
@@ -103,6 +105,34 @@ def check_format(
             f"{out_features} * {in_features}"
         ),
     )
+
+
+def check_quantize_options(
+    solver: int, iters: int, lp_norm: float, beta: float, kappa: float
+) -> None:
+    """How to quantize: see `Solver`."""
+    check(
+        0 <= solver <= 2,
+        lambda: f"solver must be 0 (default), 1 (reference) or 2 (minmax), got {solver}",
+    )
+    check(0 <= iters <= 2**31 - 1, lambda: f"iters must be 0 to 2147483647, got {iters}")
+    # The rest is found, and said, by the C library, which has the numbers as float32.
+    lp_norm, beta, kappa = (ctypes.c_float(value).value for value in (lp_norm, beta, kappa))
+    check(
+        1 <= iters <= MAX_ITERS,
+        lambda: f"options.iters is {iters}; expected 1 to {MAX_ITERS}",
+    )
+    check(
+        0 < lp_norm <= 1,
+        lambda: f"options.lp_norm is {lp_norm:g}; expected 0 < lp_norm <= 1",
+    )
+    for name, value in (("beta", beta), ("kappa", kappa)):
+        check(
+            0 < value < math.inf,
+            lambda name=name, value=value: (  # type: ignore[misc]
+                f"options.{name} is {value:g}; expected a finite value above 0"
+            ),
+        )
 
 
 def check_weight(
@@ -209,13 +239,17 @@ def check_adapter(
         0 <= dropout < 1,
         lambda: f"dropout must be at least 0 and below 1, got {dropout:g}",
     )
+    if seed is not None:
+        # A meta seed among real tensors has torch call the fakes, whose results hold nothing.
+        check(
+            seed.device.type == "cpu" or seed.device == x.device == torch.device("meta"),
+            lambda: f"seed must be on cpu, got a tensor on another device ({seed.device})",
+        )
     if dropout > 0:
         check(seed is not None, lambda: f"dropout = {dropout:g} needs a seed")
         assert seed is not None
         check(
-            seed.device.type in ("cpu", "meta")
-            and seed.dtype == torch.int64
-            and seed.numel() == 1,
+            seed.dtype == torch.int64 and seed.numel() == 1,
             lambda: (
                 f"seed must be an int64 tensor of one element on cpu, got "
                 f"{name_of(seed.dtype)} of shape {shape_of(seed)}"

@@ -11,6 +11,7 @@ from .checks import (
     check_bias,
     check_floating,
     check_format,
+    check_quantize_options,
     check_rows,
     check_saved,
     check_weight,
@@ -43,11 +44,7 @@ def quantize(
     out_features, in_features = weight.shape
     check_format(out_features, in_features, nbits, group_size, axis)
     check_floating("meta_dtype", meta_dtype)
-    check(
-        0 <= solver <= 2,
-        lambda: f"solver must be 0 (default), 1 (reference) or 2 (minmax), got {solver}",
-    )
-    check(0 <= iters <= 2**31 - 1, lambda: f"iters must be 0 to 2147483647, got {iters}")
+    check_quantize_options(solver, iters, lp_norm, beta, kappa)
     packed = packed_shape(out_features, in_features, nbits, group_size, axis)
     meta = meta_shape(out_features, in_features, group_size, axis)
     return (

@@ -10,6 +10,14 @@ import torch
 
 LIBRARY = "hqqlora_torch.so"
 OLDEST_TORCH = (2, 10)
+OPS = (
+    "quantize",
+    "dequantize",
+    "linear",
+    "linear_dgrad",
+    "lora_linear",
+    "lora_linear_backward",
+)
 
 
 def package_folders() -> list[Path]:
@@ -43,6 +51,22 @@ def find_library() -> Path:
         f"build it by installing the package: pip install . (or, to work on it, "
         f"pip install --no-build-isolation -e .)"
     )
+
+
+def leave_out_autograd() -> torch.library.Library:
+    """Have autograd pass the ops by: what they return never requires a gradient. Without this
+    torch marks the results of a parameter as waiting for a gradient that cannot come.
+
+    Lasts as long as the object that is returned.
+    """
+    registration = torch.library.Library(  # type: ignore[no-untyped-call]
+        "hqqlora", "IMPL", "Autograd"
+    )
+    for name in OPS:
+        registration.impl(  # type: ignore[no-untyped-call]
+            name, torch.library.fallthrough_kernel
+        )
+    return registration
 
 
 def is_loaded() -> bool:

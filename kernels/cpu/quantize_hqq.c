@@ -13,7 +13,7 @@
  *
  * Cycles of a step on 16 weights: 10 for the one division (with AVX-512), the other 16
  * operations beside it. Most tiles of 64 steps come to a fixed point of zero after 7 to 11
- * steps, which ends them: 6 cycles a weight in steps, 180 M weights/s a thread attained. The
+ * steps, which ends them: 6 cycles a weight in steps, 160 to 260 M weights/s a thread. The
  * division and the sum of errors are there for the stop and fall away without it.
  */
 #include "quantize_tile.h"
