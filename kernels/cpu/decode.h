@@ -12,8 +12,6 @@
 
 #include "simd.h"
 
-#define HQQ_ALWAYS_INLINE static inline __attribute__((always_inline))
-
 #if defined(__AVX512F__)
 #define HQQ_TABLE_BITS 4
 #elif defined(__AVX2__)

@@ -9,73 +9,7 @@
 #include "dropout_vector.h"
 #include "gemm.h"
 #include "simd.h"
-
-#define HQQ_ALWAYS_INLINE static inline __attribute__((always_inline))
-
-/* `count` < HQQ_LANES elements from index i, and zeros; and the inverse. Nothing beyond them is
- * touched. */
-#if defined(__AVX512F__)
-static inline hqq_vec load_some(const void *data, hqq_dtype dtype, int64_t i, int64_t count)
-{
-    __mmask16 mask = (__mmask16)((1u << count) - 1);
-    if (dtype == HQQ_F32) return (hqq_vec)_mm512_maskz_loadu_ps(mask, (const float *)data + i);
-    __m256i halves = _mm256_maskz_loadu_epi16(mask, (const uint16_t *)data + i);
-    return dtype == HQQ_F16 ? (hqq_vec)_mm512_cvtph_ps(halves)
-                            : (hqq_vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16);
-}
-#else
-static inline hqq_vec load_some(const void *data, hqq_dtype dtype, int64_t i, int64_t count)
-{
-    hqq_vec v = hqq_vec_zero();
-    for (int64_t lane = 0; lane < HQQ_LANES; lane++)
-        if (lane < count) v[lane] = hqq_load(data, dtype, i + lane);
-    return v;
-}
-#endif
-
-static inline void store_some(void *data, hqq_dtype dtype, int64_t i, int64_t count, hqq_vec v)
-{
-    for (int64_t lane = 0; lane < count; lane++) hqq_store(data, dtype, i + lane, v[lane]);
-}
-
-/* Lane i of the two results of exchanging the off-diagonal blocks of `half` lanes of (a, b). */
-#define HQQ_FIRST(i, half)   ((i) & (half) ? HQQ_LANES + ((i) ^ (half)) : (i))
-#define HQQ_SECOND(i, half)  ((i) & (half) ? HQQ_LANES + (i) : ((i) ^ (half)))
-#define HQQ_FOUR(F, i, half) F(i, half), F((i) + 1, half), F((i) + 2, half), F((i) + 3, half)
-#if HQQ_LANES == 16
-#define HQQ_INDICES(F, half) \
-    HQQ_FOUR(F, 0, half), HQQ_FOUR(F, 4, half), HQQ_FOUR(F, 8, half), HQQ_FOUR(F, 12, half)
-#elif HQQ_LANES == 8
-#define HQQ_INDICES(F, half) HQQ_FOUR(F, 0, half), HQQ_FOUR(F, 4, half)
-#else
-#define HQQ_INDICES(F, half) HQQ_FOUR(F, 0, half)
-#endif
-#if defined(__clang__)
-#define HQQ_SHUFFLE(a, b, F, half) __builtin_shufflevector(a, b, HQQ_INDICES(F, half))
-#else
-#define HQQ_SHUFFLE(a, b, F, half) __builtin_shuffle(a, b, (hqq_ivec){HQQ_INDICES(F, half)})
-#endif
-#define HQQ_EXCHANGE(v, half)                                    \
-    _Pragma("GCC unroll 16") for (int i = 0; i < HQQ_LANES; i++) \
-    {                                                            \
-        if (i & (half)) continue;                                \
-        hqq_vec a = v[i], b = v[i + (half)];                     \
-        v[i] = HQQ_SHUFFLE(a, b, HQQ_FIRST, half);               \
-        v[i + (half)] = HQQ_SHUFFLE(a, b, HQQ_SECOND, half);     \
-    }
-
-/* v[i][j] <-> v[j][i], by recursive halving: log2(lanes) shuffles a vector. */
-HQQ_ALWAYS_INLINE void transpose_vectors(hqq_vec v[HQQ_LANES])
-{
-#if HQQ_LANES >= 16
-    HQQ_EXCHANGE(v, 8)
-#endif
-#if HQQ_LANES >= 8
-    HQQ_EXCHANGE(v, 4)
-#endif
-    HQQ_EXCHANGE(v, 2)
-    HQQ_EXCHANGE(v, 1)
-}
+#include "transpose.h"
 
 /* Where a block of fp32 goes: row-major, or cut into panels of `width` columns (a multiple of
  * HQQ_LANES) that lie `panel_stride` apart, each with rows `ld` apart. */
@@ -91,7 +25,7 @@ HQQ_ALWAYS_INLINE hqq_vec load_view(const void *data, hqq_dtype dtype, int maske
                                     int64_t count)
 {
     hqq_vec value = count >= HQQ_LANES ? hqq_vec_load_dtype(data, dtype, at)
-                                       : load_some(data, dtype, at, count);
+                                       : hqq_vec_load_dtype_part(data, dtype, at, (int)count);
     return masked ? value * hqq_dropout_factors(dropout, (uint64_t)mask_at) : value;
 }
 
@@ -146,7 +80,7 @@ HQQ_ALWAYS_INLINE void copy_columns(const block_target *target, const hqq_view *
                 for (int l = 0; l < HQQ_LANES; l++)
                     tile[l] = load_view(data, dtype, masked, &dropout, at + l * stride,
                                         mask_at + l * mask_stride, HQQ_LANES);
-                transpose_vectors(tile);
+                hqq_vec_transpose(tile);
 #pragma GCC unroll 16
                 for (int l = 0; l < HQQ_LANES; l++)
                     hqq_vec_store(out + (i + l) * to.ld, tile[l]);
@@ -157,7 +91,7 @@ HQQ_ALWAYS_INLINE void copy_columns(const block_target *target, const hqq_view *
                               ? load_view(data, dtype, masked, &dropout, at + l * stride,
                                           mask_at + l * mask_stride, rows - i)
                               : hqq_vec_zero();
-            transpose_vectors(tile);
+            hqq_vec_transpose(tile);
             for (int l = 0; l < HQQ_LANES && l < rows - i; l++)
                 hqq_vec_store(out + (i + l) * to.ld, tile[l]);
         }

@@ -324,14 +324,15 @@ HQQ_ALWAYS_INLINE void store_row(const hqq_gemm *g, int64_t i, int64_t j, int64_
         if (g->dropout) v *= hqq_dropout_factors(g->dropout, (uint64_t)(mask_row + j + at));
         if (g->bias)
             v += whole ? hqq_vec_load_dtype(g->bias, g->bias_dtype, j + at)
-                       : load_some(g->bias, g->bias_dtype, j + at, left);
+                       : hqq_vec_load_dtype_part(g->bias, g->bias_dtype, j + at, (int)left);
         if (g->beta != 0.0f)
             v += hqq_vec_set1(g->beta) *
-                 (whole ? hqq_vec_load_dtype(g->C, dtype, c) : load_some(g->C, dtype, c, left));
+                 (whole ? hqq_vec_load_dtype(g->C, dtype, c)
+                        : hqq_vec_load_dtype_part(g->C, dtype, c, (int)left));
         if (whole)
             hqq_vec_store_dtype(g->C, dtype, c, v);
         else
-            store_some(g->C, dtype, c, left, v);
+            hqq_vec_store_dtype_part(g->C, dtype, c, v, (int)left);
     }
 }
 

@@ -73,48 +73,4 @@ static inline hqq_lane hqq_lane_round_to(hqq_lane a, hqq_dtype dtype)
     return hqq_vec_load_dtype(stored, dtype, 0);
 }
 
-/* rows[i] lane j <-> rows[j] lane i, by swapping blocks of halving size. */
-#if defined(__AVX512F__)
-#define HQQ_SWAP_LOW_8  0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23
-#define HQQ_SWAP_HIGH_8 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31
-#define HQQ_SWAP_LOW_4  0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27
-#define HQQ_SWAP_HIGH_4 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31
-#define HQQ_SWAP_LOW_2  0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29
-#define HQQ_SWAP_HIGH_2 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31
-#define HQQ_SWAP_LOW_1  0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30
-#define HQQ_SWAP_HIGH_1 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31
-#elif defined(__AVX2__)
-#define HQQ_SWAP_LOW_4  0, 1, 2, 3, 8, 9, 10, 11
-#define HQQ_SWAP_HIGH_4 4, 5, 6, 7, 12, 13, 14, 15
-#define HQQ_SWAP_LOW_2  0, 1, 8, 9, 4, 5, 12, 13
-#define HQQ_SWAP_HIGH_2 2, 3, 10, 11, 6, 7, 14, 15
-#define HQQ_SWAP_LOW_1  0, 8, 2, 10, 4, 12, 6, 14
-#define HQQ_SWAP_HIGH_1 1, 9, 3, 11, 5, 13, 7, 15
-#else
-#define HQQ_SWAP_LOW_2  0, 1, 4, 5
-#define HQQ_SWAP_HIGH_2 2, 3, 6, 7
-#define HQQ_SWAP_LOW_1  0, 4, 2, 6
-#define HQQ_SWAP_HIGH_1 1, 5, 3, 7
-#endif
-
-#define HQQ_SWAP(rows, distance)                                                              \
-    for (int i = 0; i < HQQ_LANES; i++)                                                       \
-        if (!(i & (distance))) {                                                              \
-            hqq_lane a = (rows)[i], b = (rows)[i + (distance)];                               \
-            (rows)[i] = __builtin_shufflevector(a, b, HQQ_SWAP_LOW_##distance);               \
-            (rows)[i + (distance)] = __builtin_shufflevector(a, b, HQQ_SWAP_HIGH_##distance); \
-        }
-
-static inline void hqq_lanes_transpose(hqq_lane rows[HQQ_LANES])
-{
-#if HQQ_LANES == 16
-    HQQ_SWAP(rows, 8)
-#endif
-#if HQQ_LANES >= 8
-    HQQ_SWAP(rows, 4)
-#endif
-    HQQ_SWAP(rows, 2)
-    HQQ_SWAP(rows, 1)
-}
-
 #endif

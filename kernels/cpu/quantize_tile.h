@@ -8,6 +8,7 @@
 #define HQQ_KERNELS_CPU_QUANTIZE_TILE_H
 
 #include "lanes.h"
+#include "transpose.h"
 #include "quantize_groups.h"
 #include "solver.h"
 
@@ -36,7 +37,7 @@ static inline void hqq_tile_load_rows(const hqq_tile *t)
                              ? hqq_vec_load_dtype(job->W, job->W_dtype, e)
                              : hqq_vec_load_dtype_part(job->W, job->W_dtype, e, steps);
         }
-        hqq_lanes_transpose(rows);
+        hqq_vec_transpose(rows);
         float *out = t->values + (i - t->begin) * HQQ_LANES;
         for (int step = 0; step < steps; step++)
             hqq_vec_store(out + step * HQQ_LANES, rows[step]);
@@ -180,7 +181,7 @@ static inline void hqq_tile_store_codes(hqq_tile *t, hqq_fit fit, float levels)
                 hqq_lane q = hqq_nearest_code(w * fit.slope + fit.offset, levels);
                 rows[step] = (hqq_lane)(__builtin_convertvector(q, hqq_ivec) << shift);
             }
-            hqq_lanes_transpose(rows);
+            hqq_vec_transpose(rows);
             for (int lane = 0; lane < t->live; lane++)
                 hqq_put_codes(job, (t->band + lane) * l->G + i, (hqq_uvec)rows[lane], steps,
                               t->slot == 0);

@@ -21,6 +21,8 @@
 #define HQQ_LANES 4
 #endif
 
+#define HQQ_ALWAYS_INLINE static inline __attribute__((always_inline))
+
 typedef float hqq_vec __attribute__((vector_size(HQQ_LANES * 4)));
 typedef int32_t hqq_ivec __attribute__((vector_size(HQQ_LANES * 4)));
 typedef uint32_t hqq_uvec __attribute__((vector_size(HQQ_LANES * 4)));
