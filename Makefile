@@ -23,6 +23,7 @@ train: $(VENV)/model
 
 test: test-c $(VENV)/model $(VENV)/test
 	$(BIN)/python -m pytest tests
+	$(MAKE) test-torch-versions
 
 test-c: $(VENV)/built
 	$(BIN)/cmake -S . -B build/c -G Ninja -DHQQLORA_TORCH=OFF >build/c-configure.log
