@@ -43,7 +43,7 @@ test-torch-versions: $(VENV)/built
 bench: $(VENV)/bench
 	$(BIN)/python benchmarks/run.py
 
-lint: $(VENV)/lint $(VENV)/built
+lint: $(VENV)/lint $(VENV)/model # (mypy reads the optional packages' types where they are)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	@rm -rf build/types && mkdir -p build/types # the package as it is installed
