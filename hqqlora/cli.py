@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import hqqlora
 from hqqlora.training.errors import RunError, describe
 from hqqlora.training.options import OneLineParser, add_arguments, from_namespace
+from hqqlora.training.thread_waiting import wait_asleep_if_busy
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -19,6 +20,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = _parser().parse_args(argv)
         options, given = from_namespace(arguments)
+        if argv is None and options.threads != 1:
+            wait_asleep_if_busy()
         from hqqlora.training.job import run  # after the options: it loads much
 
         run(options, given)

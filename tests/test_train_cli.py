@@ -188,4 +188,5 @@ def test_it_runs_as_a_module():
     command = [sys.executable, "-m", "hqqlora", "train", "--model", "/no/model"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
-    assert done.stderr == "hqqlora train: --model /no/model: there is no such folder or file\n"
+    last = done.stderr.splitlines()[-1]  # one before it says so if other programs are busy
+    assert last == "hqqlora train: --model /no/model: there is no such folder or file"
