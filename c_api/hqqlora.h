@@ -52,7 +52,8 @@ typedef enum hqq_status {
     HQQ_UNSUPPORTED = 2, /* well-formed, but no kernel does it */
     HQQ_NO_MEMORY = 3,   /* an allocation failed, or the workspace given is too small */
     HQQ_NON_FINITE = 4,  /* a weight to quantize is NaN or infinite */
-    HQQ_CALLBACK = 5     /* the caller's parallel_for or gemm failed */
+    HQQ_CALLBACK = 5,    /* the caller's parallel_for or gemm failed */
+    HQQ_DEVICE = 6       /* the accelerator's runtime reported an error */
 } hqq_status;
 
 typedef enum hqq_dtype { HQQ_F32 = 0, HQQ_F16 = 1, HQQ_BF16 = 2 } hqq_dtype;

@@ -1,10 +1,6 @@
 /* Entry points of the products: check, settle the empty shapes, find workspace, call. */
-#include <stdlib.h>
-#include <string.h>
-
 #include "checks.h"
-#include "cpu/products.h"
-#include "cpu/reference.h"
+#include "backend.h"
 #include "dtype.h"
 #include "status.h"
 
@@ -28,7 +24,7 @@ static hqq_status borrow_workspace(borrowed_workspace *w, size_t needed, void *g
         return HQQ_OK;
     }
     if (needed == 0) return HQQ_OK;
-    w->memory = aligned_alloc(64, (needed + 63) / 64 * 64);
+    w->memory = hqq_backend_allocate(needed);
     if (!w->memory)
         return hqq_fail(HQQ_NO_MEMORY, "could not allocate %zu bytes of workspace", needed);
     w->owned = 1;
@@ -37,13 +33,21 @@ static hqq_status borrow_workspace(borrowed_workspace *w, size_t needed, void *g
 
 static void return_workspace(borrowed_workspace *w)
 {
-    if (w->owned) free(w->memory);
+    if (w->owned) hqq_backend_free(w->memory);
 }
 
 /* An adapter of rank 0 adds nothing: below this room it does not exist. */
 static const hqq_lora *effective(const hqq_lora *lora)
 {
     return lora && lora->rank > 0 ? lora : NULL;
+}
+
+/* An empty product needs none. */
+static size_t bytes_needed(const hqq_weight *weight, const hqq_lora *lora, int64_t M,
+                           hqq_dtype dtype, const hqq_context *context)
+{
+    if (M == 0 || weight->out_features == 0 || weight->in_features == 0) return 0;
+    return hqq_backend_workspace_size(weight, lora, M, dtype, context);
 }
 
 hqq_status hqq_workspace_size(size_t *bytes, const hqq_weight *weight, const hqq_lora *lora,
@@ -63,9 +67,7 @@ hqq_status hqq_workspace_size(size_t *bytes, const hqq_weight *weight, const hqq
                         "M is %lld; that many rows of %lld are more than 2^56 "
                         "elements",
                         (long long)M, (long long)width);
-    *bytes = 0;
-    if (M == 0 || weight->out_features == 0 || weight->in_features == 0) return HQQ_OK;
-    *bytes = hqq_cpu_workspace_size(weight, effective(lora), M, dtype, context);
+    *bytes = bytes_needed(weight, effective(lora), M, dtype, context);
     return HQQ_OK;
 }
 
@@ -88,14 +90,10 @@ static hqq_status forward(hqq_forward *f, void *workspace, size_t workspace_byte
     if (f->M == 0) return HQQ_OK;
     int wants_xa = f->xa && f->lora;
     if (N == 0 && !wants_xa) return HQQ_OK;
-    if (N == 0 || K == 0) {
-        hqq_reference_forward(f); /* K = 0: y is the bias, xa zero; N = 0: xa alone */
-        return HQQ_OK;
-    }
     borrowed_workspace w;
-    size_t needed = hqq_cpu_workspace_size(f->weight, f->lora, f->M, f->dtype, context);
+    size_t needed = bytes_needed(f->weight, f->lora, f->M, f->dtype, context);
     HQQ_TRY(borrow_workspace(&w, needed, workspace, workspace_bytes));
-    hqq_status status = hqq_cpu_forward(f, w.memory, context);
+    hqq_status status = hqq_backend_forward(f, w.memory, context);
     return_workspace(&w);
     return status;
 }
@@ -136,21 +134,6 @@ hqq_status hqq_lora_linear(void *y, float *xa, const void *x, int64_t ldx,
     return forward(&f, workspace, workspace_bytes, context);
 }
 
-static void fill_zero(void *data, int64_t elements, hqq_dtype dtype)
-{
-    if (data && elements > 0) memset(data, 0, (size_t)(elements * hqq_dtype_bytes(dtype)));
-}
-
-/* Gradients over nothing. */
-static void fill_gradients_with_zero(const hqq_backward *b)
-{
-    int64_t R = b->lora ? b->lora->rank : 0;
-    fill_zero(b->dx, b->M * b->weight->in_features, b->dtype);
-    if (!b->lora) return;
-    fill_zero(b->dA, R * b->weight->in_features, b->lora->dtype);
-    fill_zero(b->dB, b->weight->out_features * R, b->lora->dtype);
-}
-
 static hqq_status backward(hqq_backward *b, void *workspace, size_t workspace_bytes,
                            const hqq_context *context)
 {
@@ -171,14 +154,10 @@ static hqq_status backward(hqq_backward *b, void *workspace, size_t workspace_by
     if (b->dA || (b->dB && !b->xa))
         HQQ_TRY(hqq_check_matrix("x", b->x, b->M, K, b->ldx, b->dtype));
     if (!b->dx && !b->dA && !b->dB) return HQQ_OK;
-    if (b->M == 0 || N == 0 || K == 0) {
-        fill_gradients_with_zero(b);
-        return HQQ_OK;
-    }
     borrowed_workspace w;
-    size_t needed = hqq_cpu_workspace_size(b->weight, b->lora, b->M, b->dtype, context);
+    size_t needed = bytes_needed(b->weight, b->lora, b->M, b->dtype, context);
     HQQ_TRY(borrow_workspace(&w, needed, workspace, workspace_bytes));
-    hqq_status status = hqq_cpu_backward(b, w.memory, context);
+    hqq_status status = hqq_backend_backward(b, w.memory, context);
     return_workspace(&w);
     return status;
 }

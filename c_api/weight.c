@@ -2,7 +2,7 @@
 #include <math.h>
 
 #include "checks.h"
-#include "cpu/products.h"
+#include "backend.h"
 #include "format.h"
 #include "status.h"
 
@@ -83,7 +83,7 @@ hqq_status hqq_quantize(void *packed, void *scale, void *zero, const void *W, hq
     result.scale = scale;
     result.zero = zero;
     HQQ_TRY(hqq_check_weight(&result));
-    return hqq_cpu_quantize(packed, scale, zero, W, W_dtype, weight, options, context);
+    return hqq_backend_quantize(packed, scale, zero, W, W_dtype, weight, options, context);
 }
 
 hqq_status hqq_pack(void *packed, const uint8_t *codes, const hqq_weight *weight,
@@ -97,11 +97,7 @@ hqq_status hqq_pack(void *packed, const uint8_t *codes, const hqq_weight *weight
     if (!packed || !codes)
         return hqq_fail(HQQ_INVALID, "%s is NULL", packed ? "codes" : "packed");
     HQQ_TRY(hqq_check_aligned("packed", packed, layout.word_bytes));
-    for (int64_t e = 0; e < layout.elements; e++)
-        if (codes[e] > hqq_max_code(layout.nbits))
-            return hqq_fail(HQQ_INVALID, "codes[%lld] is %d; %d bits hold 0 to %d",
-                            (long long)e, codes[e], layout.nbits, hqq_max_code(layout.nbits));
-    return hqq_cpu_pack(packed, codes, weight, context);
+    return hqq_backend_pack(packed, codes, weight, context);
 }
 
 hqq_status hqq_unpack(uint8_t *codes, const hqq_weight *weight, const hqq_context *context)
@@ -113,7 +109,7 @@ hqq_status hqq_unpack(uint8_t *codes, const hqq_weight *weight, const hqq_contex
     if (!codes || !weight->packed)
         return hqq_fail(HQQ_INVALID, "%s is NULL", codes ? "weight.packed" : "codes");
     HQQ_TRY(hqq_check_aligned("weight.packed", weight->packed, hqq_word_bytes(weight->nbits)));
-    return hqq_cpu_unpack(codes, weight, context);
+    return hqq_backend_unpack(codes, weight, context);
 }
 
 static hqq_status check_range(const char *name, int64_t begin, int64_t end, int64_t size)
@@ -136,6 +132,6 @@ hqq_status hqq_dequantize(void *out, int64_t ld_out, hqq_dtype out_dtype,
     int64_t rows = row_end - row_begin, columns = column_end - column_begin;
     HQQ_TRY(hqq_check_matrix("out", out, rows, columns, ld_out, out_dtype));
     if (rows == 0 || columns == 0) return HQQ_OK;
-    return hqq_cpu_dequantize(out, ld_out, out_dtype, weight, row_begin, row_end, column_begin,
+    return hqq_backend_dequantize(out, ld_out, out_dtype, weight, row_begin, row_end, column_begin,
                               column_end, context);
 }

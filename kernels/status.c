@@ -33,6 +33,7 @@ const char *hqq_status_name(hqq_status status)
     case HQQ_NO_MEMORY: return "out of memory";
     case HQQ_NON_FINITE: return "non-finite weight";
     case HQQ_CALLBACK: return "callback failed";
+    case HQQ_DEVICE: return "device error";
     }
     return "unknown status";
 }

@@ -12,7 +12,7 @@
 #ifndef HQQ_KERNELS_CPU_BLOCKED_H
 #define HQQ_KERNELS_CPU_BLOCKED_H
 
-#include "products.h"
+#include "backend.h"
 
 /* Bytes of workspace; one size serves both directions. */
 size_t hqq_blocked_workspace(const hqq_weight *weight, hqq_dtype dtype);

@@ -4,7 +4,7 @@
 #include "dtype.h"
 #include "isa.h"
 #include "parallel.h"
-#include "products.h"
+#include "backend.h"
 #include "reference.h"
 #include "row_sets.h"
 
@@ -70,7 +70,7 @@ static hqq_status dequantize_chunk(int64_t chunk, void *scratch, void *data)
     return HQQ_OK;
 }
 
-hqq_status hqq_cpu_dequantize(void *out, int64_t ld_out, hqq_dtype out_dtype,
+hqq_status hqq_backend_dequantize(void *out, int64_t ld_out, hqq_dtype out_dtype,
                               const hqq_weight *weight, int64_t row_begin, int64_t row_end,
                               int64_t column_begin, int64_t column_end,
                               const hqq_context *context)

@@ -6,7 +6,8 @@
 
 #include "format.h"
 #include "parallel.h"
-#include "products.h"
+#include "backend.h"
+#include "status.h"
 
 enum { CHUNK_WORDS = 1 << 14 };
 
@@ -110,13 +111,18 @@ static hqq_status for_each_chunk_of_words(hqq_chunk_fn fn, void *words, uint8_t 
     return hqq_for_each_chunk(chunks, fn, &run, 0, context);
 }
 
-hqq_status hqq_cpu_pack(void *packed, const uint8_t *codes, const hqq_weight *w,
-                        const hqq_context *context)
+hqq_status hqq_backend_pack(void *packed, const uint8_t *codes, const hqq_weight *w,
+                            const hqq_context *context)
 {
+    int64_t elements = w->out_features * w->in_features;
+    for (int64_t e = 0; e < elements; e++)
+        if (codes[e] > hqq_max_code(w->nbits))
+            return hqq_fail(HQQ_INVALID, "codes[%lld] is %d; %d bits hold 0 to %d",
+                            (long long)e, codes[e], w->nbits, hqq_max_code(w->nbits));
     return for_each_chunk_of_words(pack_chunk, packed, (uint8_t *)codes, w, context);
 }
 
-hqq_status hqq_cpu_unpack(uint8_t *codes, const hqq_weight *w, const hqq_context *context)
+hqq_status hqq_backend_unpack(uint8_t *codes, const hqq_weight *w, const hqq_context *context)
 {
     return for_each_chunk_of_words(unpack_chunk, (void *)w->packed, codes, w, context);
 }

@@ -5,11 +5,15 @@
  *   direct    bias + LoRA are an addend in fp32, [M,N] for the few rows M: y is rounded once
  *   blocked   they are rounded to y's dtype before the GEMM adds to them (see blocked.h)
  */
-#include "products.h"
+#include <stdlib.h>
+#include <string.h>
+
+#include "backend.h"
 
 #include "blocked.h"
 #include "direct_dgrad.h"
 #include "direct_linear.h"
+#include "dtype.h"
 #include "lora.h"
 #include "reference.h"
 #include "status.h"
@@ -55,7 +59,7 @@ static product_plan make_plan(hqq_arena *arena, const hqq_weight *weight, const 
     return plan;
 }
 
-size_t hqq_cpu_workspace_size(const hqq_weight *weight, const hqq_lora *lora, int64_t M,
+size_t hqq_backend_workspace_size(const hqq_weight *weight, const hqq_lora *lora, int64_t M,
                               hqq_dtype dtype, const hqq_context *context)
 {
     hqq_arena forward = {0}, backward = {0};
@@ -64,9 +68,13 @@ size_t hqq_cpu_workspace_size(const hqq_weight *weight, const hqq_lora *lora, in
     return forward.used > backward.used ? forward.used : backward.used;
 }
 
-hqq_status hqq_cpu_forward(const hqq_forward *f, void *workspace, const hqq_context *context)
+hqq_status hqq_backend_forward(const hqq_forward *f, void *workspace, const hqq_context *context)
 {
     int64_t M = f->M, N = f->weight->out_features, K = f->weight->in_features;
+    if (N == 0 || K == 0) {
+        hqq_reference_forward(f); /* K = 0: y is the bias, xa zero; N = 0: xa alone */
+        return HQQ_OK;
+    }
     hqq_arena arena = {.base = workspace};
     product_plan plan = make_plan(&arena, f->weight, f->lora, M, f->dtype, 0, context);
     if (plan.kernel == HQQ_KERNEL_REFERENCE) {
@@ -113,9 +121,28 @@ static hqq_status backward_dB(const hqq_backward *b, const product_plan *plan,
     return hqq_lora_dB(b->dB, b->dy, b->lddy, b->dtype, xa, b->lora, M, N, context);
 }
 
-hqq_status hqq_cpu_backward(const hqq_backward *b, void *workspace, const hqq_context *context)
+static void fill_zero(void *data, int64_t elements, hqq_dtype dtype)
+{
+    if (data && elements > 0) memset(data, 0, (size_t)(elements * hqq_dtype_bytes(dtype)));
+}
+
+/* Gradients over nothing. */
+static void fill_gradients_with_zero(const hqq_backward *b)
+{
+    int64_t R = b->lora ? b->lora->rank : 0;
+    fill_zero(b->dx, b->M * b->weight->in_features, b->dtype);
+    if (!b->lora) return;
+    fill_zero(b->dA, R * b->weight->in_features, b->lora->dtype);
+    fill_zero(b->dB, b->weight->out_features * R, b->lora->dtype);
+}
+
+hqq_status hqq_backend_backward(const hqq_backward *b, void *workspace, const hqq_context *context)
 {
     int64_t M = b->M, N = b->weight->out_features, K = b->weight->in_features;
+    if (M == 0 || N == 0 || K == 0) {
+        fill_gradients_with_zero(b);
+        return HQQ_OK;
+    }
     hqq_arena arena = {.base = workspace};
     product_plan plan = make_plan(&arena, b->weight, b->lora, M, b->dtype, 1, context);
     if (plan.kernel == HQQ_KERNEL_REFERENCE) {
@@ -129,4 +156,14 @@ hqq_status hqq_cpu_backward(const hqq_backward *b, void *workspace, const hqq_co
         HQQ_TRY(hqq_lora_dA(b->dA, plan.dyb, b->x, b->ldx, b->dtype, b->lora, M, K, context));
     if (b->dx) HQQ_TRY(backward_dx(b, &plan, context));
     return HQQ_OK;
+}
+
+void *hqq_backend_allocate(size_t bytes)
+{
+    return aligned_alloc(64, (bytes + 63) / 64 * 64);
+}
+
+void hqq_backend_free(void *memory)
+{
+    free(memory);
 }

@@ -6,7 +6,7 @@
 
 #include "dtype.h"
 #include "parallel.h"
-#include "products.h"
+#include "backend.h"
 #include "quantize_groups.h"
 #include "status.h"
 
@@ -149,7 +149,7 @@ static hqq_status run_early_stop(quantize_run *run, const hqq_context *context)
     return run_chunks(run, context);
 }
 
-hqq_status hqq_cpu_quantize(void *packed, void *scale, void *zero, const void *W,
+hqq_status hqq_backend_quantize(void *packed, void *scale, void *zero, const void *W,
                             hqq_dtype W_dtype, const hqq_weight *w,
                             const hqq_quantize_options *options, const hqq_context *context)
 {

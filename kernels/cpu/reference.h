@@ -3,7 +3,7 @@
 #ifndef HQQ_KERNELS_CPU_REFERENCE_H
 #define HQQ_KERNELS_CPU_REFERENCE_H
 
-#include "products.h"
+#include "backend.h"
 
 /* W[n,k] in fp32: (q - zero) * scale, each step rounded. */
 float hqq_reference_element(const hqq_weight *weight, int64_t n, int64_t k);

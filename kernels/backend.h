@@ -1,6 +1,7 @@
-/* The products with a frozen weight, and what they are asked for. */
-#ifndef HQQ_KERNELS_CPU_PRODUCTS_H
-#define HQQ_KERNELS_CPU_PRODUCTS_H
+/* What a backend does, once the arguments are checked: cpu/ and cuda/ each implement all of it,
+ * and a library is the C interface over one of them. */
+#ifndef HQQ_KERNELS_BACKEND_H
+#define HQQ_KERNELS_BACKEND_H
 
 #include "hqqlora.h"
 
@@ -32,28 +33,32 @@ typedef struct hqq_backward {
     hqq_dtype dtype;
 } hqq_backward;
 
-/* Bytes of workspace that hqq_cpu_forward and hqq_cpu_backward need at most. */
-size_t hqq_cpu_workspace_size(const hqq_weight *weight, const hqq_lora *lora, int64_t M,
+/* Bytes of workspace that hqq_backend_forward and hqq_backend_backward need at most. */
+size_t hqq_backend_workspace_size(const hqq_weight *weight, const hqq_lora *lora, int64_t M,
                               hqq_dtype dtype, const hqq_context *context);
 
-/* workspace: 64-byte aligned, of the size above. Shapes are checked and none of M, N, K is 0.
- */
-hqq_status hqq_cpu_forward(const hqq_forward *f, void *workspace, const hqq_context *context);
-hqq_status hqq_cpu_backward(const hqq_backward *b, void *workspace, const hqq_context *context);
+/* workspace: 64-byte aligned, of the size above (none where N or K is 0). N or K may be 0;
+ * M too in a backward pass, whose gradients are then zero. */
+hqq_status hqq_backend_forward(const hqq_forward *f, void *workspace, const hqq_context *context);
+hqq_status hqq_backend_backward(const hqq_backward *b, void *workspace, const hqq_context *context);
 
 /* out = W[row_begin:row_end, column_begin:column_end] */
-hqq_status hqq_cpu_dequantize(void *out, int64_t ld_out, hqq_dtype out_dtype,
+hqq_status hqq_backend_dequantize(void *out, int64_t ld_out, hqq_dtype out_dtype,
                               const hqq_weight *weight, int64_t row_begin, int64_t row_end,
                               int64_t column_begin, int64_t column_end,
                               const hqq_context *context);
 
+/* Memory of one call whose caller brought none; NULL if there is none to be had. */
+void *hqq_backend_allocate(size_t bytes);
+void hqq_backend_free(void *memory);
+
 /* Codes to words and back. */
-hqq_status hqq_cpu_pack(void *packed, const uint8_t *codes, const hqq_weight *weight,
+hqq_status hqq_backend_pack(void *packed, const uint8_t *codes, const hqq_weight *weight,
                         const hqq_context *context);
-hqq_status hqq_cpu_unpack(uint8_t *codes, const hqq_weight *weight, const hqq_context *context);
+hqq_status hqq_backend_unpack(uint8_t *codes, const hqq_weight *weight, const hqq_context *context);
 
 /* See hqq_quantize. */
-hqq_status hqq_cpu_quantize(void *packed, void *scale, void *zero, const void *W,
+hqq_status hqq_backend_quantize(void *packed, void *scale, void *zero, const void *W,
                             hqq_dtype W_dtype, const hqq_weight *weight,
                             const hqq_quantize_options *options, const hqq_context *context);
 

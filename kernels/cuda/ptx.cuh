@@ -1,0 +1,86 @@
+/* Inline PTX, one purpose a wrapper, and nowhere else. Shared memory is named by generic pointers. */
+#ifndef HQQ_KERNELS_CUDA_PTX_CUH
+#define HQQ_KERNELS_CUDA_PTX_CUH
+
+#include "cuda.cuh"
+
+#ifndef __CUDACC__
+#include "ptx_on_cpu.h" /* the same wrappers, for the CPU */
+#else
+
+#define HQQ_PTX static __device__ __forceinline__
+
+HQQ_PTX uint32_t ptx_shared_address(const void *pointer)
+{
+    return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+/* Four 8 x 8 matrices of 16-bit elements; lanes 8i .. 8i+7 name the rows (16 bytes, 16-byte
+ * aligned) of matrix i; lane 4g + t gets elements 2t, 2t+1 of row g of each. */
+HQQ_PTX void ptx_ldmatrix_x4(uint32_t (&r)[4], const void *row)
+{
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(ptx_shared_address(row))
+                 : "memory");
+}
+
+/* The same, each matrix transposed: lane 4g + t gets elements g of rows 2t, 2t+1. */
+HQQ_PTX void ptx_ldmatrix_x4_trans(uint32_t (&r)[4], const void *row)
+{
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(ptx_shared_address(row))
+                 : "memory");
+}
+
+/* d = a b + d on tensor cores: a 16 x 16 (row), b 16 x 8 (column), d 16 x 8 fp32. Lane 4g + t:
+ *   a[0] rows g, k 2t..  a[1] rows g+8, k 2t..  a[2] rows g, k 2t+8..  a[3] rows g+8, k 2t+8..
+ *   b[0] k 2t.., column g  b[1] k 2t+8.., column g
+ *   d[0], d[1] row g, columns 2t, 2t+1  d[2], d[3] row g+8 */
+HQQ_PTX void ptx_mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], __nv_bfloat16)
+{
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+HQQ_PTX void ptx_mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], __half)
+{
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+/* Copies 16 bytes from global to shared memory in the background, or 16 zero bytes if not valid
+ * (global is then not read). Both 16-byte aligned. */
+HQQ_PTX void ptx_cp_async_16(void *shared, const void *global, bool valid = true)
+{
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(ptx_shared_address(shared)),
+                 "l"(global), "r"(valid ? 16 : 0)
+                 : "memory");
+}
+
+/* The copies issued since the last commit become a group. */
+HQQ_PTX void ptx_cp_async_commit()
+{
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+/* Waits until at most N of this thread's groups are still under way. */
+template <int N> HQQ_PTX void ptx_cp_async_wait()
+{
+    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+
+/* Any bitwise function of three words: bit (a b c) of the table. */
+template <int table> HQQ_PTX uint32_t ptx_lop3(uint32_t a, uint32_t b, uint32_t c)
+{
+    uint32_t d;
+    asm("lop3.b32 %0, %1, %2, %3, %4;" : "=r"(d) : "r"(a), "r"(b), "r"(c), "n"(table));
+    return d;
+}
+
+#endif
+#endif
