@@ -2,37 +2,48 @@
 # make test    everything that is checked        make bench   ratios against torch and hqq
 # make lint    formatters, linters, types        make asan    C tests under ASan and UBSan
 #
+# make sass    what nvcc made of the CUDA kernels, read from their machine code (needs nvcc)
+#
 # Each sets up .venv once and installs what it needs. To choose yourself:
 #   make test PYTHON=python3.12 TORCH='torch==2.14.1'
+#   make test HQQLORA_CUDA_ARCHITECTURES='80;90'
+# The latter also compiles the CUDA kernels, for A100 and H100, as CI does. Unless it is given,
+# nothing here calls nvcc, as that takes minutes: the kernels' source is tested all the same, on
+# the CPU. (pip install . compiles them for all GPUs, where it finds nvcc and cublasLt.h.)
 PYTHON ?= python3
 # The version that development and CI use; the package itself takes any torch from 2.10 on.
 TORCH ?= torch==2.13.0
 VENV  ?= .venv
 TRAIN_ARGS ?=
+HQQLORA_CUDA_ARCHITECTURES ?=
+HQQLORA_CUDA := $(if $(HQQLORA_CUDA_ARCHITECTURES),ON,OFF)
+export HQQLORA_CUDA HQQLORA_CUDA_ARCHITECTURES # read by pip (pyproject.toml)
 
 BIN := $(abspath $(VENV))/bin
 export PATH := $(BIN):$(PATH)
 SOURCES := CMakeLists.txt pyproject.toml $(wildcard kernels/CMakeLists.txt kernels/*.[ch] \
-  kernels/cpu/*.[ch] c_api/* ops/CMakeLists.txt ops/*.cpp ops/*.h)
+  kernels/cpu/*.[ch] kernels/cuda/* c_api/* ops/CMakeLists.txt ops/*.cpp ops/*.h)
+C_SOURCES = $$(git ls-files '*.c' '*.h' '*.cpp' '*.cu' '*.cuh')
 
-.PHONY: all train test test-c test-torch-versions bench lint format asan clean
+.PHONY: all train test test-c test-torch-versions bench sass lint format asan clean FORCE
 all: $(VENV)/built
 
 train: $(VENV)/model
 	$(BIN)/hqqlora train $(TRAIN_ARGS)
 
-test: test-c $(VENV)/model $(VENV)/test
+test: test-c $(VENV)/model $(VENV)/test # test-c first: pytest uses libraries of build/c
 	$(BIN)/python -m pytest tests
 	$(MAKE) test-torch-versions
 
 test-c: $(VENV)/built
-	$(BIN)/cmake -S . -B build/c -G Ninja -DHQQLORA_TORCH=OFF >build/c-configure.log
+	$(BIN)/cmake -S . -B build/c -G Ninja -DHQQLORA_TORCH=OFF -DHQQLORA_CUDA=OFF \
+	  >build/c-configure.log
 	$(BIN)/cmake --build build/c
 	$(BIN)/ctest --test-dir build/c --output-on-failure
 
 asan: $(VENV)/built
-	$(BIN)/cmake -S . -B build/asan -G Ninja -DHQQLORA_TORCH=OFF -DCMAKE_BUILD_TYPE=Debug \
-	  -DHQQLORA_SANITIZE=address,undefined >build/asan-configure.log
+	$(BIN)/cmake -S . -B build/asan -G Ninja -DHQQLORA_TORCH=OFF -DHQQLORA_CUDA=OFF \
+	  -DCMAKE_BUILD_TYPE=Debug -DHQQLORA_SANITIZE=address,undefined >build/asan-configure.log
 	$(BIN)/cmake --build build/asan
 	$(BIN)/ctest --test-dir build/asan --output-on-failure
 
@@ -43,18 +54,21 @@ test-torch-versions: $(VENV)/built
 bench: $(VENV)/bench
 	$(BIN)/python benchmarks/run.py
 
+sass: $(VENV)/sass
+	$(BIN)/python benchmarks/sass_report.py
+
 lint: $(VENV)/lint $(VENV)/model # (mypy reads the optional packages' types where they are)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	@rm -rf build/types && mkdir -p build/types # the package as it is installed
 	@cp -r hqqlora build/types/hqqlora && cp -r ops autograd build/types/hqqlora/
 	cd build/types && $(BIN)/mypy --config-file ../../pyproject.toml -p hqqlora
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.c' '*.h' '*.cpp')
+	$(BIN)/clang-format --dry-run --Werror $(C_SOURCES)
 
 format: $(VENV)/lint
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(git ls-files '*.c' '*.h' '*.cpp')
+	$(BIN)/clang-format -i $(C_SOURCES)
 
 clean:
 	rm -rf build dist $(VENV)
@@ -75,7 +89,19 @@ $(VENV)/build-tools: $(VENV)/torch
 	  'scikit-build-core>=0.10' 'cmake>=3.22' ninja
 	@touch $@
 
-$(VENV)/built: $(VENV)/build-tools $(SOURCES)
+# changes where HQQLORA_CUDA_ARCHITECTURES does
+$(VENV)/cuda-architectures: $(VENV)/torch FORCE
+	@echo '$(HQQLORA_CUDA_ARCHITECTURES)' | cmp -s - $@ || \
+	  echo '$(HQQLORA_CUDA_ARCHITECTURES)' >$@
+
+# cublasLt.h, where the CUDA toolkit is the compiler alone; nothing is linked to cuBLASLt
+$(VENV)/cublas: $(VENV)/torch
+	test -e "$${CUDA_HOME:-/usr/local/cuda}/include/cublasLt.h" || $(BIN)/python -m pip install \
+	  --quiet --disable-pip-version-check --no-deps 'nvidia-cublas==13.1.1.3'
+	@touch $@
+
+$(VENV)/built: $(VENV)/build-tools $(VENV)/cuda-architectures $(SOURCES) \
+  $(if $(HQQLORA_CUDA_ARCHITECTURES),$(VENV)/cublas)
 	@mkdir -p build
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -e .
 	@touch $@
@@ -96,6 +122,11 @@ $(VENV)/test: $(VENV)/model
 
 $(VENV)/bench: $(VENV)/built
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'hqq==0.2.8.post1'
+	@touch $@
+
+$(VENV)/sass: $(VENV)/torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	  'nvidia-cuda-cuobjdump>=13' 'nvidia-cuda-nvdisasm>=13'
 	@touch $@
 
 $(VENV)/lint: $(VENV)/torch

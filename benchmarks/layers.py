@@ -24,7 +24,8 @@ def hqq_layer(weight: PackedWeight, dtype: torch.dtype) -> Any:
     """hqq's own HQQLinear around the same tensors (its quantizer would take minutes)."""
     from hqq.core.quantize import HQQLinear, Quantizer
 
-    layer = HQQLinear(None, {"offload_meta": False}, compute_dtype=dtype, device="cpu")
+    device = str(weight.W_q.device)
+    layer = HQQLinear(None, {"offload_meta": False}, compute_dtype=dtype, device=device)
     packing = Quantizer.bit_to_packing[weight.nbits]
     layer.W_q = torch.nn.Parameter(weight.W_q, requires_grad=False)
     layer.meta = {

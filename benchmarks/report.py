@@ -14,15 +14,22 @@ import torch
 Row = dict[str, Any]
 
 
-def table(rows: Iterable[Sequence[str]], header: Sequence[str]) -> None:
-    """Print a Markdown table: the first column to the left, the others to the right."""
+def markdown(rows: Iterable[Sequence[str]], header: Sequence[str]) -> str:
+    """A Markdown table: the first column to the left, the others to the right."""
     lines = [tuple(header), *map(tuple, rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    written = []
     for line in (lines[0], rule, *lines[1:]):
         cells = [line[0].ljust(widths[0])]
         cells += [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)]
-        print(f"| {' | '.join(cells)} |", flush=True)
+        written.append(f"| {' | '.join(cells)} |")
+    return "\n".join(written)
+
+
+def table(rows: Iterable[Sequence[str]], header: Sequence[str]) -> None:
+    """Print it."""
+    print(markdown(rows, header), flush=True)
 
 
 def milliseconds(seconds: float) -> str:

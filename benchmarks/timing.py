@@ -9,6 +9,14 @@ from dataclasses import dataclass
 
 # A contender's work in round i; it may use another copy of its data each round.
 Contender = Callable[[int], object]
+# The seconds of one contender's work in round i.
+Measure = Callable[[Contender, int], float]
+
+
+def wall_clock(contender: Contender, i: int) -> float:
+    begin = time.perf_counter()
+    contender(i)
+    return time.perf_counter() - begin
 
 
 @dataclass
@@ -45,7 +53,11 @@ class Times:
 
 
 def take_turns(
-    contenders: dict[str, Contender], seconds: float, at_least: int = 3, at_most: int = 200
+    contenders: dict[str, Contender],
+    seconds: float,
+    at_least: int = 3,
+    at_most: int = 200,
+    measure: Measure = wall_clock,
 ) -> Times:
     """Run rounds of all contenders until `seconds` are over.
 
@@ -67,9 +79,7 @@ def take_turns(
         for name in names[turn:] + names[:turn]:
             if len(rounds) >= at_least and spent[name] > seconds / 2:
                 continue
-            begin = time.perf_counter()
-            contenders[name](len(rounds))
-            times[name] = time.perf_counter() - begin
+            times[name] = measure(contenders[name], len(rounds))
             spent[name] += times[name]
         rounds.append(times)
     return Times(rounds)

@@ -26,7 +26,10 @@ static hqq_status borrow_workspace(borrowed_workspace *w, size_t needed, void *g
     if (needed == 0) return HQQ_OK;
     w->memory = hqq_backend_allocate(needed);
     if (!w->memory)
-        return hqq_fail(HQQ_NO_MEMORY, "could not allocate %zu bytes of workspace", needed);
+        return hqq_fail(HQQ_NO_MEMORY,
+                        "workspace is NULL; %zu bytes are needed, and the library could not "
+                        "allocate them (on an accelerator it never does: give them)",
+                        needed);
     w->owned = 1;
     return HQQ_OK;
 }
@@ -43,11 +46,12 @@ static const hqq_lora *effective(const hqq_lora *lora)
 }
 
 /* An empty product needs none. */
-static size_t bytes_needed(const hqq_weight *weight, const hqq_lora *lora, int64_t M,
-                           hqq_dtype dtype, const hqq_context *context)
+static hqq_status bytes_needed(size_t *bytes, const hqq_weight *weight, const hqq_lora *lora,
+                               int64_t M, hqq_dtype dtype, const hqq_context *context)
 {
-    if (M == 0 || weight->out_features == 0 || weight->in_features == 0) return 0;
-    return hqq_backend_workspace_size(weight, lora, M, dtype, context);
+    *bytes = 0;
+    if (M == 0 || weight->out_features == 0 || weight->in_features == 0) return HQQ_OK;
+    return hqq_backend_workspace_size(bytes, weight, lora, M, dtype, context);
 }
 
 hqq_status hqq_workspace_size(size_t *bytes, const hqq_weight *weight, const hqq_lora *lora,
@@ -67,8 +71,7 @@ hqq_status hqq_workspace_size(size_t *bytes, const hqq_weight *weight, const hqq
                         "M is %lld; that many rows of %lld are more than 2^56 "
                         "elements",
                         (long long)M, (long long)width);
-    *bytes = bytes_needed(weight, effective(lora), M, dtype, context);
-    return HQQ_OK;
+    return bytes_needed(bytes, weight, effective(lora), M, dtype, context);
 }
 
 static hqq_status forward(hqq_forward *f, void *workspace, size_t workspace_bytes,
@@ -91,7 +94,8 @@ static hqq_status forward(hqq_forward *f, void *workspace, size_t workspace_byte
     int wants_xa = f->xa && f->lora;
     if (N == 0 && !wants_xa) return HQQ_OK;
     borrowed_workspace w;
-    size_t needed = bytes_needed(f->weight, f->lora, f->M, f->dtype, context);
+    size_t needed;
+    HQQ_TRY(bytes_needed(&needed, f->weight, f->lora, f->M, f->dtype, context));
     HQQ_TRY(borrow_workspace(&w, needed, workspace, workspace_bytes));
     hqq_status status = hqq_backend_forward(f, w.memory, context);
     return_workspace(&w);
@@ -155,7 +159,8 @@ static hqq_status backward(hqq_backward *b, void *workspace, size_t workspace_by
         HQQ_TRY(hqq_check_matrix("x", b->x, b->M, K, b->ldx, b->dtype));
     if (!b->dx && !b->dA && !b->dB) return HQQ_OK;
     borrowed_workspace w;
-    size_t needed = bytes_needed(b->weight, b->lora, b->M, b->dtype, context);
+    size_t needed;
+    HQQ_TRY(bytes_needed(&needed, b->weight, b->lora, b->M, b->dtype, context));
     HQQ_TRY(borrow_workspace(&w, needed, workspace, workspace_bytes));
     hqq_status status = hqq_backend_backward(b, w.memory, context);
     return_workspace(&w);

@@ -31,9 +31,6 @@ def quantize_weight(
     if weight.is_meta:
         raise TypeError("a weight on the meta device has no data to quantize")
     group_size = settings.group_size_for(weight.size(0), weight.size(1))
-    if weight.device.type != "cpu":
-        # The kernels there do not report; one read of the weight does.
-        _check_finite(weight)
     try:
         W_q, scale, zero = torch.ops.hqqlora.quantize(
             weight.contiguous(),

@@ -33,33 +33,40 @@ typedef struct hqq_backward {
     hqq_dtype dtype;
 } hqq_backward;
 
-/* Bytes of workspace that hqq_backend_forward and hqq_backend_backward need at most. */
-size_t hqq_backend_workspace_size(const hqq_weight *weight, const hqq_lora *lora, int64_t M,
-                              hqq_dtype dtype, const hqq_context *context);
+/* Bytes of workspace that hqq_backend_forward and hqq_backend_backward need at most. Fails only
+ * where an accelerator cannot be asked. */
+hqq_status hqq_backend_workspace_size(size_t *bytes, const hqq_weight *weight,
+                                      const hqq_lora *lora, int64_t M, hqq_dtype dtype,
+                                      const hqq_context *context);
 
 /* workspace: 64-byte aligned, of the size above (none where N or K is 0). N or K may be 0;
  * M too in a backward pass, whose gradients are then zero. */
-hqq_status hqq_backend_forward(const hqq_forward *f, void *workspace, const hqq_context *context);
-hqq_status hqq_backend_backward(const hqq_backward *b, void *workspace, const hqq_context *context);
+hqq_status hqq_backend_forward(const hqq_forward *f, void *workspace,
+                               const hqq_context *context);
+hqq_status hqq_backend_backward(const hqq_backward *b, void *workspace,
+                                const hqq_context *context);
 
 /* out = W[row_begin:row_end, column_begin:column_end] */
 hqq_status hqq_backend_dequantize(void *out, int64_t ld_out, hqq_dtype out_dtype,
-                              const hqq_weight *weight, int64_t row_begin, int64_t row_end,
-                              int64_t column_begin, int64_t column_end,
-                              const hqq_context *context);
+                                  const hqq_weight *weight, int64_t row_begin, int64_t row_end,
+                                  int64_t column_begin, int64_t column_end,
+                                  const hqq_context *context);
 
-/* Memory of one call whose caller brought none; NULL if there is none to be had. */
+/* Memory of one call whose caller brought none; NULL if there is none to be had, as always on
+ * an accelerator. */
 void *hqq_backend_allocate(size_t bytes);
 void hqq_backend_free(void *memory);
 
 /* Codes to words and back. */
 hqq_status hqq_backend_pack(void *packed, const uint8_t *codes, const hqq_weight *weight,
-                        const hqq_context *context);
-hqq_status hqq_backend_unpack(uint8_t *codes, const hqq_weight *weight, const hqq_context *context);
+                            const hqq_context *context);
+hqq_status hqq_backend_unpack(uint8_t *codes, const hqq_weight *weight,
+                              const hqq_context *context);
 
 /* See hqq_quantize. */
 hqq_status hqq_backend_quantize(void *packed, void *scale, void *zero, const void *W,
-                            hqq_dtype W_dtype, const hqq_weight *weight,
-                            const hqq_quantize_options *options, const hqq_context *context);
+                                hqq_dtype W_dtype, const hqq_weight *weight,
+                                const hqq_quantize_options *options,
+                                const hqq_context *context);
 
 #endif

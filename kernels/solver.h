@@ -335,6 +335,14 @@ HQQ_INLINE float hqq_shrink_threshold(float lp_norm, float inverse_beta)
     return 0.999f * powf(inverse_beta, 1.0f / (2.0f - lp_norm));
 }
 
+/* The threshold for errors that were computed with the inverse of the multiplier instead of a
+ * division: they are off by up to 2^-20 of the group's largest weight. */
+HQQ_INLINE hqq_lane hqq_quick_threshold(float threshold, hqq_lane smallest, hqq_lane largest)
+{
+    hqq_lane size = hqq_lane_max(hqq_lane_abs(smallest), hqq_lane_abs(largest));
+    return threshold - size * 0x1p-19f;
+}
+
 /* What hqq stores; where that is not finite or its scale 0 (which hqq lets pass), what
  * hqq_store_group makes of it. *h becomes what the codes are to be chosen with: as in hqq the
  * unrounded values, but for those groups the stored ones. */

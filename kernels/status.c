@@ -37,3 +37,15 @@ const char *hqq_status_name(hqq_status status)
     }
     return "unknown status";
 }
+
+const char *hqq_isa_name(hqq_isa isa)
+{
+    switch (isa) {
+    case HQQ_ISA_AUTO: return "auto";
+    case HQQ_ISA_PORTABLE: return "portable";
+    case HQQ_ISA_AVX2: return "avx2";
+    case HQQ_ISA_AVX512: return "avx512";
+    case HQQ_ISA_AVX512_BF16: return "avx512_bf16";
+    }
+    return "unknown";
+}

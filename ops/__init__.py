@@ -15,9 +15,13 @@ with N = out_features, K = in_features, A [R,K] and B [N,R]. The ops compute and
 differentiate: results of tensors that require gradients carry none. `hqqlora.autograd` holds
 the differentiable functions. Wrong arguments raise RuntimeError with the values.
 
+They run where their tensors are, on the CPU or on one CUDA device; the seed of a dropout mask
+is on the CPU always. On CUDA they are enqueued on torch's current stream and nothing waits,
+except in `quantize`, which reads one byte back to tell whether the weight was finite.
+
 The environment variables ``HQQLORA_ISA`` (portable, avx2, avx512, avx512_bf16) and
-``HQQLORA_KERNEL`` (reference, direct, blocked), read once as the library loads, cap the
-instruction set and force a kernel.
+``HQQLORA_KERNEL`` (reference, direct, blocked), read once as a library loads, cap the
+instruction set of the CPU kernels and force a kernel on either device.
 """
 
 from typing import Any
@@ -32,7 +36,9 @@ __all__ = ["PackedWeight", "Solver", "meta_shape", "packed_shape"]
 library.load()
 _namespace: Any = torch.ops.hqqlora
 if not getattr(_namespace, "registered_in_python", False):
-    fakes.register()
+    no_cuda = library.load_cuda()
+    fakes.register(no_cuda)
     batching.register()
     _namespace.left_out_autograd = library.leave_out_autograd()
+    _namespace.refused_cuda = library.refuse_cuda(no_cuda) if no_cuda else None
     _namespace.registered_in_python = True  # for this module under a second name

@@ -1,7 +1,7 @@
 /*
  * From torch tensors to the C library's descriptors: every check of an op's arguments and
- * every error text. Header-only and free of any device, so that a CPU and a CUDA half share
- * it. ops/fakes.py makes the same checks with the same words for tensors without data.
+ * every error text. Header-only, and the same for the CPU half and the CUDA half.
+ * ops/checks.py makes the same checks with the same words for tensors without data.
  *
  * Shapes are written as in hqqlora.h: x [..., K], dy and y [..., N], A [R,K], B [N,R].
  */
@@ -88,6 +88,46 @@ inline const char *name_of(ScalarType dtype)
     }
 }
 
+/* ---- devices ----------------------------------------------------------------------- */
+
+/* All tensors of a call must be on one device, the seed apart, which is on the CPU. */
+struct Device {
+    int32_t type;
+    int32_t index; /* which one of its type; meaningless for cpu */
+    bool is_cpu() const { return type == aoti_torch_device_type_cpu(); }
+    bool is_cuda() const { return type == aoti_torch_device_type_cuda(); }
+};
+
+inline bool operator==(const Device &a, const Device &b)
+{
+    return a.type == b.type && (a.index == b.index || a.is_cpu());
+}
+
+inline Device device_of(const Tensor &t)
+{
+    Device device = {};
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &device.type));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(t.get(), &device.index));
+    return device;
+}
+
+/* A device as Python writes it. Tensors on any other kind than these do not get here: torch
+ * finds no kernel for them. */
+inline std::string name_of(const Device &device)
+{
+    if (device.is_cpu()) return "cpu";
+    if (device.type == aoti_torch_device_type_meta()) return "meta";
+    std::string type = device.is_cuda() ? "cuda" : "type " + std::to_string(device.type);
+    return type + ":" + std::to_string(device.index);
+}
+
+inline void check_device(const char *name, const Tensor &t, const Device &device)
+{
+    Device found = device_of(t);
+    HQQ_CHECK(found == device, name, " must be on ", name_of(device), ", got a tensor on ",
+              name_of(found));
+}
+
 /* ---- one tensor -------------------------------------------------------------------- */
 
 inline bool is_floating(ScalarType dtype)
@@ -117,21 +157,6 @@ inline bool has_shape(const Tensor &t, std::initializer_list<int64_t> shape)
     for (int64_t size : shape)
         if (t.size(i++) != size) return false;
     return true;
-}
-
-/* Where the half that asks runs its kernels: cpu, or cuda. All tensors of a call must be
- * there, the seed apart. */
-struct Device {
-    int32_t type;
-    const char *name;
-};
-
-inline void check_device(const char *name, const Tensor &t, const Device &device)
-{
-    int32_t type = 0;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &type));
-    HQQ_CHECK(type == device.type, name, " must be on ", device.name,
-              ", got a tensor on another device (type ", type, ")");
 }
 
 /* ---- x and dy: rows ---------------------------------------------------------------- */
@@ -304,7 +329,8 @@ inline hqq_lora check_adapter(const Tensor &A, const Tensor &B, const hqq_weight
     lora.dtype = dtype_of("A", dtype);
     lora.scaling = static_cast<float>(scaling);
     lora.dropout = static_cast<float>(dropout);
-    HQQ_CHECK(!seed || seed->is_cpu(), "seed must be on cpu, got a tensor on another device");
+    HQQ_CHECK(!seed || seed->is_cpu(), "seed must be on cpu, got a tensor on ",
+              name_of(device_of(*seed)));
     if (dropout > 0) {
         HQQ_CHECK(seed.has_value(), "dropout = ", dropout, " needs a seed");
         HQQ_CHECK(seed->scalar_type() == ScalarType::Long && seed->numel() == 1,

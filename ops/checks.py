@@ -243,7 +243,7 @@ def check_adapter(
         # A meta seed among real tensors has torch call the fakes, whose results hold nothing.
         check(
             seed.device.type == "cpu" or seed.device == x.device == torch.device("meta"),
-            lambda: f"seed must be on cpu, got a tensor on another device ({seed.device})",
+            lambda: f"seed must be on cpu, got a tensor on {seed.device}",
         )
     if dropout > 0:
         check(seed is not None, lambda: f"dropout = {dropout:g} needs a seed")

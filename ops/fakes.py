@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -176,7 +180,22 @@ def lora_linear_backward(
 FAKES = (quantize, dequantize, linear, linear_dgrad, lora_linear, lora_linear_backward)
 
 
-def register() -> None:
-    """Attach the fakes to the ops."""
+def _refusing_cuda(fake: Callable[..., Any], reason: str) -> Callable[..., Any]:
+    """The fake, but for tensors on CUDA devices."""
+
+    @functools.wraps(fake)
+    def refusing(*arguments: Any, **keywords: Any) -> Any:
+        tensors = [a for a in (*arguments, *keywords.values()) if isinstance(a, Tensor)]
+        check(all(t.device.type != "cuda" for t in tensors), lambda: reason)
+        return fake(*arguments, **keywords)
+
+    return refusing
+
+
+def register(no_cuda: str | None) -> None:
+    """Attach the fakes to the ops. `no_cuda`: why CUDA tensors are refused while tracing too,
+    if they are."""
     for fake in FAKES:
-        torch.library.register_fake(f"hqqlora::{fake.__name__}", fake)
+        torch.library.register_fake(
+            f"hqqlora::{fake.__name__}", _refusing_cuda(fake, no_cuda) if no_cuda else fake
+        )

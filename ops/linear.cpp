@@ -1,4 +1,4 @@
-/* y = x W^T + bias and dx = dy W on the CPU. */
+/* y = x W^T + bias and dx = dy W. */
 #include <torch/csrc/stable/library.h>
 
 #include "torch_context.h"
@@ -12,17 +12,17 @@ Tensor linear(const Tensor &x, const Tensor &W_q, const Tensor &scale, const Ten
               const OptionalTensor &bias, int64_t out_features, int64_t in_features,
               int64_t nbits, int64_t group_size, int64_t axis)
 {
-    Device cpu = cpu_device();
-    hqq_weight weight =
-        check_weight(W_q, scale, zero, out_features, in_features, nbits, group_size, axis, cpu);
-    hqq_dtype dtype = check_rows("x", x, in_features, "in_features", cpu);
-    hqq_dtype bias_dtype = check_bias(bias, out_features, x.scalar_type(), cpu);
+    Device device = device_of(x);
+    hqq_weight weight = check_weight(W_q, scale, zero, out_features, in_features, nbits,
+                                     group_size, axis, device);
+    hqq_dtype dtype = check_rows("x", x, in_features, "in_features", device);
+    hqq_dtype bias_dtype = check_bias(bias, out_features, x.scalar_type(), device);
 
     OptionalTensor b;
     if (bias) b = as_contiguous(*bias);
     Rows rows(x);
-    Tensor y = empty(with_width(x, out_features), x.scalar_type());
-    TorchContext context;
+    Tensor y = empty(with_width(x, out_features), x.scalar_type(), device);
+    TorchContext context(device);
     Workspace workspace(weight, nullptr, rows.count, dtype, context);
     context.check(hqq_linear(y.mutable_data_ptr(), rows.data, rows.stride, &weight,
                              b ? b->const_data_ptr() : nullptr, bias_dtype, rows.count, dtype,
@@ -34,14 +34,14 @@ Tensor linear_dgrad(const Tensor &dy, const Tensor &W_q, const Tensor &scale,
                     const Tensor &zero, int64_t out_features, int64_t in_features,
                     int64_t nbits, int64_t group_size, int64_t axis)
 {
-    Device cpu = cpu_device();
-    hqq_weight weight =
-        check_weight(W_q, scale, zero, out_features, in_features, nbits, group_size, axis, cpu);
-    hqq_dtype dtype = check_rows("dy", dy, out_features, "out_features", cpu);
+    Device device = device_of(dy);
+    hqq_weight weight = check_weight(W_q, scale, zero, out_features, in_features, nbits,
+                                     group_size, axis, device);
+    hqq_dtype dtype = check_rows("dy", dy, out_features, "out_features", device);
 
     Rows rows(dy);
-    Tensor dx = empty(with_width(dy, in_features), dy.scalar_type());
-    TorchContext context;
+    Tensor dx = empty(with_width(dy, in_features), dy.scalar_type(), device);
+    TorchContext context(device);
     Workspace workspace(weight, nullptr, rows.count, dtype, context);
     context.check(hqq_linear_dgrad(dx.mutable_data_ptr(), rows.data, rows.stride, &weight,
                                    rows.count, dtype, workspace.data(), workspace.bytes(),
@@ -51,7 +51,7 @@ Tensor linear_dgrad(const Tensor &dy, const Tensor &W_q, const Tensor &scale,
 
 } // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(hqqlora, CPU, m)
+STABLE_TORCH_LIBRARY_IMPL(hqqlora, HQQ_DISPATCH_KEY, m)
 {
     m.impl("linear", TORCH_BOX(&linear));
     m.impl("linear_dgrad", TORCH_BOX(&linear_dgrad));

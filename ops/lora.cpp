@@ -1,4 +1,4 @@
-/* The product with a LoRA adapter, and its gradients, on the CPU. */
+/* The product with a LoRA adapter, and its gradients. */
 #include <tuple>
 
 #include <torch/csrc/stable/library.h>
@@ -14,9 +14,8 @@ namespace
 struct Adapter {
     Adapter(const Tensor &A, const Tensor &B, const hqq_weight &weight,
             const OptionalTensor &seed, double scaling, double dropout, const char *x_name,
-            ScalarType x_dtype)
-        : lora(check_adapter(A, B, weight, seed, scaling, dropout, x_name, x_dtype,
-                             cpu_device())),
+            ScalarType x_dtype, const Device &device)
+        : lora(check_adapter(A, B, weight, seed, scaling, dropout, x_name, x_dtype, device)),
           A_(as_contiguous(A)), B_(as_contiguous(B))
     {
         lora.A = A_.const_data_ptr();
@@ -34,19 +33,19 @@ lora_linear(const Tensor &x, const Tensor &W_q, const Tensor &scale, const Tenso
             const OptionalTensor &seed, double scaling, double dropout, int64_t out_features,
             int64_t in_features, int64_t nbits, int64_t group_size, int64_t axis)
 {
-    Device cpu = cpu_device();
-    hqq_weight weight =
-        check_weight(W_q, scale, zero, out_features, in_features, nbits, group_size, axis, cpu);
-    hqq_dtype dtype = check_rows("x", x, in_features, "in_features", cpu);
-    hqq_dtype bias_dtype = check_bias(bias, out_features, x.scalar_type(), cpu);
-    Adapter adapter(A, B, weight, seed, scaling, dropout, "x", x.scalar_type());
+    Device device = device_of(x);
+    hqq_weight weight = check_weight(W_q, scale, zero, out_features, in_features, nbits,
+                                     group_size, axis, device);
+    hqq_dtype dtype = check_rows("x", x, in_features, "in_features", device);
+    hqq_dtype bias_dtype = check_bias(bias, out_features, x.scalar_type(), device);
+    Adapter adapter(A, B, weight, seed, scaling, dropout, "x", x.scalar_type(), device);
 
     OptionalTensor b;
     if (bias) b = as_contiguous(*bias);
     Rows rows(x);
-    Tensor y = empty(with_width(x, out_features), x.scalar_type());
-    Tensor xa = empty({rows.count, adapter.lora.rank}, ScalarType::Float);
-    TorchContext context;
+    Tensor y = empty(with_width(x, out_features), x.scalar_type(), device);
+    Tensor xa = empty({rows.count, adapter.lora.rank}, ScalarType::Float, device);
+    TorchContext context(device);
     Workspace workspace(weight, &adapter.lora, rows.count, dtype, context);
     context.check(hqq_lora_linear(
         y.mutable_data_ptr(), static_cast<float *>(xa.mutable_data_ptr()), rows.data,
@@ -78,9 +77,9 @@ void check_saved(const Tensor &dy, const OptionalTensor &x, const OptionalTensor
     }
 }
 
-Tensor gradient(bool needed, std::vector<int64_t> shape, ScalarType dtype)
+Tensor gradient(bool needed, std::vector<int64_t> shape, ScalarType dtype, const Device &device)
 {
-    return empty(needed ? std::move(shape) : std::vector<int64_t>{0}, dtype);
+    return empty(needed ? std::move(shape) : std::vector<int64_t>{0}, dtype, device);
 }
 
 std::tuple<Tensor, Tensor, Tensor>
@@ -91,23 +90,23 @@ lora_linear_backward(const Tensor &dy, const OptionalTensor &x, const OptionalTe
                      int64_t nbits, int64_t group_size, int64_t axis, bool needs_dx,
                      bool needs_dA, bool needs_dB)
 {
-    Device cpu = cpu_device();
-    hqq_weight weight =
-        check_weight(W_q, scale, zero, out_features, in_features, nbits, group_size, axis, cpu);
-    hqq_dtype dtype = check_rows("dy", dy, out_features, "out_features", cpu);
-    Adapter adapter(A, B, weight, seed, scaling, dropout, "dy", dy.scalar_type());
+    Device device = device_of(dy);
+    hqq_weight weight = check_weight(W_q, scale, zero, out_features, in_features, nbits,
+                                     group_size, axis, device);
+    hqq_dtype dtype = check_rows("dy", dy, out_features, "out_features", device);
+    Adapter adapter(A, B, weight, seed, scaling, dropout, "dy", dy.scalar_type(), device);
     const hqq_lora &lora = adapter.lora;
-    check_saved(dy, x, xa, weight, lora, needs_dA, needs_dB, cpu);
+    check_saved(dy, x, xa, weight, lora, needs_dA, needs_dB, device);
 
-    Tensor dx = gradient(needs_dx, with_width(dy, in_features), dy.scalar_type());
-    Tensor dA = gradient(needs_dA, {lora.rank, in_features}, A.scalar_type());
-    Tensor dB = gradient(needs_dB, {out_features, lora.rank}, A.scalar_type());
+    Tensor dx = gradient(needs_dx, with_width(dy, in_features), dy.scalar_type(), device);
+    Tensor dA = gradient(needs_dA, {lora.rank, in_features}, A.scalar_type(), device);
+    Tensor dB = gradient(needs_dB, {out_features, lora.rank}, A.scalar_type(), device);
     Rows dy_rows(dy);
     std::optional<Rows> x_rows;
     if (x) x_rows.emplace(*x);
     OptionalTensor xa_rows;
     if (xa) xa_rows = as_contiguous(*xa);
-    TorchContext context;
+    TorchContext context(device);
     Workspace workspace(weight, &lora, dy_rows.count, dtype, context);
     context.check(hqq_lora_linear_backward(
         needs_dx ? dx.mutable_data_ptr() : nullptr, needs_dA ? dA.mutable_data_ptr() : nullptr,
@@ -120,7 +119,7 @@ lora_linear_backward(const Tensor &dy, const OptionalTensor &x, const OptionalTe
 
 } // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(hqqlora, CPU, m)
+STABLE_TORCH_LIBRARY_IMPL(hqqlora, HQQ_DISPATCH_KEY, m)
 {
     m.impl("lora_linear", TORCH_BOX(&lora_linear));
     m.impl("lora_linear_backward", TORCH_BOX(&lora_linear_backward));

@@ -1,8 +1,9 @@
-/* Quantizing a weight, and getting it back, on the CPU. */
+/* Quantizing a weight, and getting it back. */
 #include <tuple>
 
 #include <torch/csrc/stable/library.h>
 
+#include "finite.h"
 #include "torch_context.h"
 
 namespace hqqlora
@@ -28,7 +29,7 @@ std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor &W, int64_t nbits, int6
                                             int64_t iters, bool early_stop, bool round_zero,
                                             double lp_norm, double beta, double kappa)
 {
-    check_device("weight", W, cpu_device());
+    Device device = device_of(W);
     hqq_dtype dtype = dtype_of("weight", W);
     HQQ_CHECK(W.dim() == 2, "weight must have shape [out_features, in_features], got ",
               shape_of(W));
@@ -48,13 +49,14 @@ std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor &W, int64_t nbits, int6
 
     PackedSizes sizes = packed_sizes(weight);
     Tensor source = as_contiguous(W);
-    Tensor W_q = empty(packed_shape(weight, sizes), sizes.word_dtype);
-    Tensor scale = empty(meta_shape(weight, sizes), meta_dtype);
-    Tensor zero = empty(meta_shape(weight, sizes), meta_dtype);
-    TorchContext context;
+    Tensor W_q = empty(packed_shape(weight, sizes), sizes.word_dtype, device);
+    Tensor scale = empty(meta_shape(weight, sizes), meta_dtype, device);
+    Tensor zero = empty(meta_shape(weight, sizes), meta_dtype, device);
+    TorchContext context(device);
     context.check(hqq_quantize(W_q.mutable_data_ptr(), scale.mutable_data_ptr(),
                                zero.mutable_data_ptr(), source.const_data_ptr(), dtype, &weight,
                                &options, context));
+    if (context.enqueues()) check_finite(source, scale);
     return {W_q, scale, zero};
 }
 
@@ -62,11 +64,12 @@ Tensor dequantize(const Tensor &W_q, const Tensor &scale, const Tensor &zero,
                   int64_t out_features, int64_t in_features, int64_t nbits, int64_t group_size,
                   int64_t axis, ScalarType dtype)
 {
+    Device device = device_of(W_q);
     hqq_weight weight = check_weight(W_q, scale, zero, out_features, in_features, nbits,
-                                     group_size, axis, cpu_device());
+                                     group_size, axis, device);
     hqq_dtype out_dtype = dtype_of("dtype", dtype);
-    Tensor W = empty({out_features, in_features}, dtype);
-    TorchContext context;
+    Tensor W = empty({out_features, in_features}, dtype, device);
+    TorchContext context(device);
     context.check(hqq_dequantize(W.mutable_data_ptr(), in_features, out_dtype, &weight, 0,
                                  out_features, 0, in_features, context));
     return W;
@@ -74,7 +77,7 @@ Tensor dequantize(const Tensor &W_q, const Tensor &scale, const Tensor &zero,
 
 } // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(hqqlora, CPU, m)
+STABLE_TORCH_LIBRARY_IMPL(hqqlora, HQQ_DISPATCH_KEY, m)
 {
     m.impl("quantize", TORCH_BOX(&quantize));
     m.impl("dequantize", TORCH_BOX(&dequantize));

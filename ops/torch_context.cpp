@@ -1,39 +1,16 @@
+/* What both halves of the shim ask of torch in the same way. */
 #include "torch_context.h"
 
 #include <cstdlib>
 #include <cstring>
 
-#include <torch/csrc/stable/c/shim.h>
-
-/* torch's generated CPU entry points: stable, but outside the promise of the stable ABI, so
- * weak; without them the library's own GEMM serves. (The dispatcher would be another way, but
- * takes no Scalar, such as beta, from the stable ABI.) The last one tells why an entry point
- * failed, from torch 2.13 on. */
-extern "C" {
-__attribute__((weak)) AOTITorchError aoti_torch_cpu_mm_out(AtenTensorHandle out,
-                                                           AtenTensorHandle self,
-                                                           AtenTensorHandle mat2);
-__attribute__((weak)) AOTITorchError aoti_torch_cpu_addmm_out(AtenTensorHandle out,
-                                                              AtenTensorHandle self,
-                                                              AtenTensorHandle mat1,
-                                                              AtenTensorHandle mat2,
-                                                              double beta, double alpha);
-__attribute__((weak)) const char *torch_exception_get_what_without_backtrace();
-}
+/* Tells why an entry point of torch failed, from torch 2.13 on. */
+extern "C" __attribute__((weak)) const char *torch_exception_get_what_without_backtrace();
 
 namespace hqqlora
 {
 namespace
 {
-
-void torch_check(AOTITorchError error, const char *what)
-{
-    if (C10_LIKELY(error == AOTI_TORCH_SUCCESS)) return;
-    const char *why = torch_exception_get_what_without_backtrace
-                          ? torch_exception_get_what_without_backtrace()
-                          : "torch gives no reason";
-    throw std::runtime_error(message(what, " failed: ", why));
-}
 
 int32_t torch_dtype(ScalarType dtype)
 {
@@ -44,13 +21,6 @@ int32_t torch_dtype(ScalarType dtype)
     case ScalarType::Int: return aoti_torch_dtype_int32();
     default: return aoti_torch_dtype_float32();
     }
-}
-
-int32_t torch_dtype(hqq_dtype dtype)
-{
-    return dtype == HQQ_F32   ? aoti_torch_dtype_float32()
-           : dtype == HQQ_F16 ? aoti_torch_dtype_float16()
-                              : aoti_torch_dtype_bfloat16();
 }
 
 /* ---- HQQLORA_ISA and HQQLORA_KERNEL, read once ------------------------------------- */
@@ -98,75 +68,17 @@ Overrides read_overrides()
 
 const Overrides overrides = read_overrides();
 
-/* ---- GEMM -------------------------------------------------------------------------- */
-
-/* A [rows, columns] window on memory that torch does not own. */
-Tensor window(const void *data, int64_t rows, int64_t columns, int64_t row_stride,
-              int64_t column_stride, hqq_dtype dtype)
-{
-    int64_t shape[2] = {rows, columns}, strides[2] = {row_stride, column_stride};
-    AtenTensorHandle handle = nullptr;
-    torch_check(aoti_torch_create_tensor_from_blob(const_cast<void *>(data), 2, shape, strides,
-                                                   0, torch_dtype(dtype),
-                                                   aoti_torch_device_type_cpu(), 0, &handle),
-                "a window for torch's GEMM");
-    return Tensor(handle);
-}
-
-Tensor operand(const void *data, int64_t ld, int32_t transpose, int64_t rows, int64_t columns,
-               hqq_dtype dtype)
-{
-    return transpose ? window(data, rows, columns, 1, ld, dtype)
-                     : window(data, rows, columns, ld, 1, dtype);
-}
-
-/* out = a b + beta * out; beta 0 or 1. */
-void multiply(const Tensor &out, const Tensor &a, const Tensor &b, float beta)
-{
-    if (beta == 0)
-        torch_check(aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()), "torch's mm");
-    else
-        torch_check(aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), beta, 1),
-                    "torch's addmm");
-}
-
-/* hqq_gemm_fn. Called from C, so nothing may be thrown through it. */
-int32_t torch_gemm(void *C, int64_t ldc, const void *A, int64_t lda, int32_t transpose_a,
-                   const void *B, int64_t ldb, int32_t transpose_b, int64_t m, int64_t n,
-                   int64_t k, float beta, hqq_dtype dtype, void *gemm_data)
-{
-    try {
-        multiply(window(C, m, n, ldc, 1, dtype), operand(A, lda, transpose_a, m, k, dtype),
-                 operand(B, ldb, transpose_b, k, n, dtype), beta);
-        return 0;
-    } catch (const std::exception &failure) {
-        try {
-            *static_cast<std::string *>(gemm_data) = failure.what();
-        } catch (...) { /* out of memory: the status alone must do */
-        }
-        return 1;
-    } catch (...) {
-        return 1;
-    }
-}
-
 } // namespace
 
-/* ---- context ----------------------------------------------------------------------- */
+/* ---- errors ------------------------------------------------------------------------ */
 
-Device cpu_device()
+void torch_check(AOTITorchError error, const char *what)
 {
-    return {aoti_torch_device_type_cpu(), "cpu"};
-}
-
-TorchContext::TorchContext()
-{
-    HQQ_CHECK(overrides.error.empty(), overrides.error.substr(std::strlen("hqqlora: ")));
-    context_.parallel_for = &torch_parallel_for;
-    if (aoti_torch_cpu_mm_out && aoti_torch_cpu_addmm_out) context_.gemm = &torch_gemm;
-    context_.gemm_data = &gemm_error_;
-    context_.isa = overrides.isa;
-    context_.kernel = overrides.kernel;
+    if (C10_LIKELY(error == AOTI_TORCH_SUCCESS)) return;
+    const char *why = torch_exception_get_what_without_backtrace
+                          ? torch_exception_get_what_without_backtrace()
+                          : "torch gives no reason";
+    throw std::runtime_error(message(what, " failed: ", why));
 }
 
 void TorchContext::check(hqq_status status) const
@@ -178,9 +90,16 @@ void TorchContext::check(hqq_status status) const
     throw std::runtime_error(text);
 }
 
+void TorchContext::apply_overrides()
+{
+    HQQ_CHECK(overrides.error.empty(), overrides.error.substr(std::strlen("hqqlora: ")));
+    context_.isa = overrides.isa;
+    context_.kernel = overrides.kernel;
+}
+
 /* ---- memory ------------------------------------------------------------------------ */
 
-Tensor empty(const std::vector<int64_t> &shape, ScalarType dtype)
+Tensor empty(const std::vector<int64_t> &shape, ScalarType dtype, const Device &device)
 {
     std::vector<int64_t> strides(shape.size());
     int64_t stride = 1;
@@ -190,8 +109,8 @@ Tensor empty(const std::vector<int64_t> &shape, ScalarType dtype)
     }
     AtenTensorHandle handle = nullptr;
     torch_check(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(),
-                                         strides.data(), torch_dtype(dtype),
-                                         aoti_torch_device_type_cpu(), 0, &handle),
+                                         strides.data(), torch_dtype(dtype), device.type,
+                                         device.is_cpu() ? 0 : device.index, &handle),
                 "an allocation");
     return Tensor(handle);
 }
@@ -208,7 +127,8 @@ Tensor as_contiguous(const Tensor &t)
 {
     if (t.is_contiguous()) return t;
     const int64_t *sizes = t.sizes().data();
-    Tensor copy = empty(std::vector<int64_t>(sizes, sizes + t.dim()), t.scalar_type());
+    Tensor copy =
+        empty(std::vector<int64_t>(sizes, sizes + t.dim()), t.scalar_type(), device_of(t));
     torch_check(aoti_torch_copy_(copy.get(), t.get(), 0), "a contiguous copy");
     return copy;
 }
@@ -229,7 +149,8 @@ Workspace::Workspace(const hqq_weight &weight, const hqq_lora *lora, int64_t M, 
     context.check(hqq_workspace_size(&bytes_, &weight, lora, M, dtype, context));
     if (bytes_ == 0) return;
     /* torch aligns to 64 bytes, but a replaced allocator need not */
-    memory_ = empty({static_cast<int64_t>(bytes_ + alignment - 1)}, ScalarType::Byte);
+    memory_ = empty({static_cast<int64_t>(bytes_ + alignment - 1)}, ScalarType::Byte,
+                    context.device());
     uintptr_t address = reinterpret_cast<uintptr_t>(memory_->mutable_data_ptr());
     data_ = reinterpret_cast<void *>((address + alignment - 1) / alignment * alignment);
 }

@@ -1,7 +1,8 @@
 """What must work under any torch from 2.10 on: run by second_torch.sh in each environment.
 
-Every op against float64, gradients, opcheck and torch.compile; no test framework. Prints which
-torch ran, and the SHA-256 of the native libraries that it ran.
+Every op against float64, gradients, opcheck and torch.compile; no test framework. On the CPU
+and, where there is a GPU and the package has kernels for it, there too. Prints which torch ran,
+and the SHA-256 of the native libraries that came with the package.
 """
 
 import hashlib
@@ -71,7 +72,8 @@ def check_registration() -> None:
     """torch's own checks of schemas and fakes."""
     weight = quantized(4, 1, torch.float32)
     x, dy = torch.randn(M, K), torch.randn(M, N)
-    adapter = (torch.randn(R, K), torch.randn(N, R), torch.tensor([3]), SCALING, 0.1)
+    seed = torch.tensor([3], device="cpu")
+    adapter = (torch.randn(R, K), torch.randn(N, R), seed, SCALING, 0.1)
     _, xa = ops.lora_linear(x, *weight[:3], None, *adapter, *weight[3:])
     for op, arguments in {
         ops.quantize: (torch.randn(N, K), 4, G, 1, torch.float16),
@@ -120,7 +122,7 @@ def check_errors() -> None:
     assert f"in_features = {K}, got shape [{M}, {K + 1}]" in message, message
 
 
-def main() -> None:
+def check_everything() -> None:
     torch.manual_seed(0)
     for nbits, axis, dtype in (
         (4, 1, torch.float32), (4, 0, torch.bfloat16), (3, 1, torch.float16),
@@ -130,12 +132,28 @@ def main() -> None:
     check_registration()
     check_compile()
     check_errors()
-    print(f"torch {torch.__version__}, Python {sys.version.split()[0]}: all checks hold")
-    for name in ("hqqlora_torch.so", "libhqqlora.so"):
-        path = next(
-            path for folder in hqqlora.__path__ if (path := Path(folder) / name).is_file()
-        )
-        print(hashlib.sha256(path.read_bytes()).hexdigest(), name)
+
+
+def main() -> None:
+    places = ["cpu"]
+    if torch.cuda.is_available() and ops.refused_cuda is None:
+        places.append("cuda")
+    for place in places:
+        with torch.device(place):
+            check_everything()
+    print(
+        f"torch {torch.__version__}, Python {sys.version.split()[0]}: all checks hold on "
+        f"{' and '.join(places)}"
+    )
+    libraries = [
+        path
+        for folder in hqqlora.__path__
+        for path in Path(folder).glob("*.so")
+        if path.name.startswith(("hqqlora_torch", "libhqqlora"))
+    ]
+    assert len(libraries) in (2, 4), libraries
+    for path in sorted(libraries, key=lambda path: path.name):
+        print(hashlib.sha256(path.read_bytes()).hexdigest(), path.name)
 
 
 if __name__ == "__main__":

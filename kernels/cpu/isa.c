@@ -27,15 +27,3 @@ hqq_isa hqq_isa_in_use(const hqq_context *context)
     hqq_isa cap = context ? context->isa : HQQ_ISA_AUTO;
     return cap == HQQ_ISA_AUTO || cap > best ? best : cap;
 }
-
-const char *hqq_isa_name(hqq_isa isa)
-{
-    switch (isa) {
-    case HQQ_ISA_AUTO: return "auto";
-    case HQQ_ISA_PORTABLE: return "portable";
-    case HQQ_ISA_AVX2: return "avx2";
-    case HQQ_ISA_AVX512: return "avx512";
-    case HQQ_ISA_AVX512_BF16: return "avx512_bf16";
-    }
-    return "unknown";
-}

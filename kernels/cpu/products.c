@@ -59,16 +59,19 @@ static product_plan make_plan(hqq_arena *arena, const hqq_weight *weight, const 
     return plan;
 }
 
-size_t hqq_backend_workspace_size(const hqq_weight *weight, const hqq_lora *lora, int64_t M,
-                              hqq_dtype dtype, const hqq_context *context)
+hqq_status hqq_backend_workspace_size(size_t *bytes, const hqq_weight *weight,
+                                      const hqq_lora *lora, int64_t M, hqq_dtype dtype,
+                                      const hqq_context *context)
 {
     hqq_arena forward = {0}, backward = {0};
     make_plan(&forward, weight, lora, M, dtype, 0, context);
     make_plan(&backward, weight, lora, M, dtype, 1, context);
-    return forward.used > backward.used ? forward.used : backward.used;
+    *bytes = forward.used > backward.used ? forward.used : backward.used;
+    return HQQ_OK;
 }
 
-hqq_status hqq_backend_forward(const hqq_forward *f, void *workspace, const hqq_context *context)
+hqq_status hqq_backend_forward(const hqq_forward *f, void *workspace,
+                               const hqq_context *context)
 {
     int64_t M = f->M, N = f->weight->out_features, K = f->weight->in_features;
     if (N == 0 || K == 0) {
@@ -136,7 +139,8 @@ static void fill_gradients_with_zero(const hqq_backward *b)
     fill_zero(b->dB, b->weight->out_features * R, b->lora->dtype);
 }
 
-hqq_status hqq_backend_backward(const hqq_backward *b, void *workspace, const hqq_context *context)
+hqq_status hqq_backend_backward(const hqq_backward *b, void *workspace,
+                                const hqq_context *context)
 {
     int64_t M = b->M, N = b->weight->out_features, K = b->weight->in_features;
     if (M == 0 || N == 0 || K == 0) {

@@ -3,10 +3,7 @@
 #ifndef HQQ_KERNELS_CPU_REFERENCE_H
 #define HQQ_KERNELS_CPU_REFERENCE_H
 
-#include "backend.h"
-
-/* W[n,k] in fp32: (q - zero) * scale, each step rounded. */
-float hqq_reference_element(const hqq_weight *weight, int64_t n, int64_t k);
+#include "reference_elements.h"
 
 void hqq_reference_dequantize(void *out, int64_t ld_out, hqq_dtype out_dtype,
                               const hqq_weight *weight, int64_t row_begin, int64_t row_end,

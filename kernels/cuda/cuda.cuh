@@ -47,10 +47,10 @@ template <class To, class From> HQQ_DEVICE_INLINE To hqq_bit_cast(const From &fr
 }
 
 /* Returns from the enclosing function, with HQQ_DEVICE and what CUDA says, if `call` failed. */
-#define HQQ_CUDA_TRY(call)                                                                \
-    do {                                                                                  \
-        cudaError_t error_ = (call);                                                      \
-        if (error_ != cudaSuccess)                                                        \
+#define HQQ_CUDA_TRY(call)                                                                   \
+    do {                                                                                     \
+        cudaError_t error_ = (call);                                                         \
+        if (error_ != cudaSuccess)                                                           \
             return hqq_fail(HQQ_DEVICE, "CUDA: %s (%s)", cudaGetErrorString(error_), #call); \
     } while (0)
 
@@ -68,13 +68,14 @@ static hqq_status hqq_launch(void (*kernel)(Parameters...), dim3 grid, dim3 bloc
     config.blockDim = block;
     config.dynamicSmemBytes = shared_bytes;
     config.stream = static_cast<cudaStream_t>(stream);
-    cudaError_t error = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+    cudaError_t error =
+        cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
     if (error == cudaSuccess) return HQQ_OK;
     return hqq_fail(HQQ_DEVICE,
                     "CUDA: %s (a launch of %u x %u x %u blocks of %u threads with %zu bytes of "
                     "shared memory)",
-                    cudaGetErrorString(error), grid.x, grid.y, grid.z, block.x * block.y * block.z,
-                    shared_bytes);
+                    cudaGetErrorString(error), grid.x, grid.y, grid.z,
+                    block.x * block.y * block.z, shared_bytes);
 }
 
 #endif

@@ -5,10 +5,10 @@
 #include "hqqlora.h"
 
 typedef struct hqq_cuda_device {
-    int multiprocessors;     /* 132 on an H100 */
-    int compute_capability;  /* 90 */
-    int64_t l2_bytes;        /* 50 MiB */
-    int64_t shared_bytes;    /* of dynamic shared memory that one block may have: 227 KiB */
+    int multiprocessors;    /* 132 on an H100 */
+    int compute_capability; /* 90 */
+    int64_t l2_bytes;       /* 50 MiB */
+    int64_t shared_bytes;   /* of dynamic shared memory that one block may have: 227 KiB */
 } hqq_cuda_device;
 
 #ifdef __cplusplus

@@ -1,4 +1,5 @@
-/* Inline PTX, one purpose a wrapper, and nowhere else. Shared memory is named by generic pointers. */
+/* Inline PTX, one purpose a wrapper, and nowhere else. Shared memory is named by generic
+ * pointers. */
 #ifndef HQQ_KERNELS_CUDA_PTX_CUH
 #define HQQ_KERNELS_CUDA_PTX_CUH
 
@@ -38,7 +39,8 @@ HQQ_PTX void ptx_ldmatrix_x4_trans(uint32_t (&r)[4], const void *row)
  *   a[0] rows g, k 2t..  a[1] rows g+8, k 2t..  a[2] rows g, k 2t+8..  a[3] rows g+8, k 2t+8..
  *   b[0] k 2t.., column g  b[1] k 2t+8.., column g
  *   d[0], d[1] row g, columns 2t, 2t+1  d[2], d[3] row g+8 */
-HQQ_PTX void ptx_mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], __nv_bfloat16)
+HQQ_PTX void ptx_mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                     __nv_bfloat16)
 {
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
                  "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
@@ -57,9 +59,10 @@ HQQ_PTX void ptx_mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[
  * (global is then not read). Both 16-byte aligned. */
 HQQ_PTX void ptx_cp_async_16(void *shared, const void *global, bool valid = true)
 {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(ptx_shared_address(shared)),
-                 "l"(global), "r"(valid ? 16 : 0)
-                 : "memory");
+    asm volatile(
+        "cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(ptx_shared_address(shared)),
+        "l"(global), "r"(valid ? 16 : 0)
+        : "memory");
 }
 
 /* The copies issued since the last commit become a group. */

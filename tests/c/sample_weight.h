@@ -11,6 +11,11 @@
 #include "dtype.h"
 #include "hqqlora.h"
 
+/* 1 where a test is linked with the CUDA library, whose kernels the tests run on the CPU. */
+#ifndef HQQ_TEST_CUDA
+#define HQQ_TEST_CUDA 0
+#endif
+
 static const int all_bits[] = {8, 4, 3, 2, 1};
 static const hqq_dtype all_dtypes[] = {HQQ_F32, HQQ_F16, HQQ_BF16};
 

@@ -25,12 +25,11 @@ static double epsilon_of(hqq_dtype dtype)
 }
 
 static problem make_problem(uint64_t *state, int64_t M, int64_t N, int64_t K, int64_t G,
-                            int nbits, int axis, int64_t R, hqq_dtype dtype)
+                            int nbits, int axis, int64_t R, hqq_dtype dtype, hqq_dtype meta)
 {
     problem p = {
         .M = M, .dtype = dtype, .bias_dtype = random_bits(state) % 2 ? HQQ_F32 : dtype};
-    p.weight =
-        sample_weight(state, N, K, G, nbits, axis, all_dtypes[random_bits(state) % 3], 0.02f);
+    p.weight = sample_weight(state, N, K, G, nbits, axis, meta, 0.02f);
     p.ldx = K + random_bits(state) % 2 * 3;
     p.lddy = N + random_bits(state) % 2 * 5;
     p.x = random_array(state, (M - 1) * p.ldx + K, dtype, -1, 1);
@@ -270,12 +269,51 @@ static int check_shapes(hqq_isa isa)
                 int64_t M = rows[random_bits(&state) % 5], R = ranks[random_bits(&state) % 5];
                 problem p =
                     make_problem(&state, M, weights[w].N, weights[w].K, weights[w].G,
-                                 all_bits[bits], axis, R, all_dtypes[random_bits(&state) % 3]);
+                                 all_bits[bits], axis, R, all_dtypes[random_bits(&state) % 3],
+                                 all_dtypes[random_bits(&state) % 3]);
                 failures += check_problem(&p, isa);
                 free_problem(&p);
             }
     return failures;
 }
+
+/* Weights that a GPU's small-product kernels take: whole rows and groups, 16-bit scales like x.
+ * Row counts on both sides of a tile of 8 and of 32, sums of one chunk and of several, outputs
+ * that fill no tile. */
+static int check_aligned_shapes(hqq_isa isa)
+{
+    static const struct {
+        int64_t N, K, G;
+        int axes; /* 2: both; 1: axis 1 alone, because G does not divide N */
+    } weights[] = {{64, 64, 64, 2}, {128, 192, 64, 2}, {72, 320, 64, 1}, {256, 128, 128, 2}};
+    static const int64_t rows[] = {1, 8, 9, 33, 64}, ranks[] = {4, 8, 1, 16};
+    uint64_t state = 815;
+    int failures = 0, turn = 0;
+    for (int w = 0; w < 4; w++)
+        for (int bits = 0; bits < 5; bits++)
+            for (int axis = 0; axis < 2 && !failures; axis++) {
+                if (all_bits[bits] == 3 || axis + weights[w].axes < 2) continue;
+                hqq_dtype dtype = turn % 2 ? HQQ_F16 : HQQ_BF16;
+                problem p = make_problem(&state, rows[turn % 5], weights[w].N, weights[w].K,
+                                         weights[w].G, all_bits[bits], axis, ranks[turn % 4],
+                                         dtype, dtype);
+                turn++;
+                for (int transpose = 0; transpose < 2; transpose++)
+                    if (hqq_choose_kernel(&p.weight, p.M, dtype, transpose, HQQ_ISA_AUTO) !=
+                        HQQ_KERNEL_DIRECT) {
+                        print_weight(&p.weight);
+                        fprintf(stderr, "M %lld: not served by the direct kernels\n",
+                                (long long)p.M);
+                        failures++;
+                    }
+                failures += check_problem(&p, isa);
+                free_problem(&p);
+            }
+    return failures;
+}
+
+/* Room for the small products below, which an accelerator's library does not make itself. */
+static _Alignas(64) char room[1 << 20];
 
 /* Each gradient alone, with only the inputs that it needs, is the gradient of the full call;
  * linear and linear_dgrad are the products without an adapter. */
@@ -284,33 +322,33 @@ static int check_parts(hqq_isa isa)
     uint64_t state = 11;
     int failures = 0;
     for (int kernel = HQQ_KERNEL_REFERENCE; kernel <= HQQ_KERNEL_BLOCKED; kernel++) {
-        problem p = make_problem(&state, 5, 32, 48, 16, 4, 1, 3, HQQ_BF16);
+        problem p = make_problem(&state, 5, 32, 48, 16, 4, 1, 3, HQQ_BF16, HQQ_F32);
         hqq_context context = {.isa = isa, .kernel = (hqq_kernel)kernel};
         results all = make_results(&p), part = make_results(&p);
         failures += run_all(&all, &p, 1, &context);
         hqq_lora none = {.rank = 0, .dtype = HQQ_F32, .scaling = 1};
         failures += hqq_lora_linear_backward(part.dx, NULL, NULL, p.dy, p.lddy, NULL, 0, NULL,
-                                             &p.weight, &p.lora, p.M, p.dtype, NULL, 0,
-                                             &context) != HQQ_OK;
+                                             &p.weight, &p.lora, p.M, p.dtype, room,
+                                             sizeof room, &context) != HQQ_OK;
         failures += hqq_lora_linear_backward(NULL, part.dA, NULL, p.dy, p.lddy, p.x, p.ldx,
-                                             NULL, &p.weight, &p.lora, p.M, p.dtype, NULL, 0,
-                                             &context) != HQQ_OK;
+                                             NULL, &p.weight, &p.lora, p.M, p.dtype, room,
+                                             sizeof room, &context) != HQQ_OK;
         failures += hqq_lora_linear_backward(NULL, NULL, part.dB, p.dy, p.lddy, NULL, 0, all.xa,
-                                             &p.weight, &p.lora, p.M, p.dtype, NULL, 0,
-                                             &context) != HQQ_OK;
+                                             &p.weight, &p.lora, p.M, p.dtype, room,
+                                             sizeof room, &context) != HQQ_OK;
         size_t half = 2, lora = (size_t)hqq_dtype_bytes(p.lora.dtype);
         failures += memcmp(part.dx, all.dx, 5 * 48 * half) != 0;
         failures += memcmp(part.dA, all.dA, 3 * 48 * lora) != 0;
         failures += memcmp(part.dB, all.dB, 32 * 3 * lora) != 0;
         failures += hqq_linear(all.y, p.x, p.ldx, &p.weight, p.bias, p.bias_dtype, p.M, p.dtype,
-                               NULL, 0, &context) != HQQ_OK;
+                               room, sizeof room, &context) != HQQ_OK;
         failures += hqq_lora_linear(part.y, NULL, p.x, p.ldx, &p.weight, p.bias, p.bias_dtype,
-                                    &none, p.M, p.dtype, NULL, 0, &context) != HQQ_OK;
+                                    &none, p.M, p.dtype, room, sizeof room, &context) != HQQ_OK;
         failures += memcmp(part.y, all.y, 5 * 32 * half) != 0;
-        failures += hqq_linear_dgrad(all.dx, p.dy, p.lddy, &p.weight, p.M, p.dtype, NULL, 0,
-                                     &context) != HQQ_OK;
+        failures += hqq_linear_dgrad(all.dx, p.dy, p.lddy, &p.weight, p.M, p.dtype, room,
+                                     sizeof room, &context) != HQQ_OK;
         failures += hqq_lora_linear_backward(part.dx, NULL, NULL, p.dy, p.lddy, NULL, 0, NULL,
-                                             &p.weight, &none, p.M, p.dtype, NULL, 0,
+                                             &p.weight, &none, p.M, p.dtype, room, sizeof room,
                                              &context) != HQQ_OK;
         failures += memcmp(part.dx, all.dx, 5 * 48 * half) != 0;
         if (failures) fprintf(stderr, "parts differ from the whole, kernel %d\n", kernel);
@@ -329,7 +367,7 @@ static int check_non_finite(hqq_isa isa)
     uint64_t state = 23;
     int failures = 0;
     for (int kernel = HQQ_KERNEL_DIRECT; kernel <= HQQ_KERNEL_BLOCKED; kernel++) {
-        problem p = make_problem(&state, 4, 32, 64, 32, 4, 1, 2, HQQ_F32);
+        problem p = make_problem(&state, 4, 32, 64, 32, 4, 1, 2, HQQ_F32, HQQ_F32);
         hqq_context context = {.isa = isa, .kernel = (hqq_kernel)kernel};
         results r = make_results(&p);
         ((float *)p.x)[2 * p.ldx + 63] = INFINITY;
@@ -352,7 +390,8 @@ static int check_non_finite(hqq_isa isa)
 
 static int check_isa(hqq_isa isa)
 {
-    return check_shapes(isa) + check_parts(isa) + check_non_finite(isa);
+    return check_shapes(isa) + (HQQ_TEST_CUDA ? check_aligned_shapes(isa) : 0) +
+           check_parts(isa) + check_non_finite(isa);
 }
 
 int main(void)

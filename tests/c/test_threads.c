@@ -12,6 +12,14 @@ enum { THREADS = 8, ROUNDS = 40, N = 96, K = 160, G = 32, M = 21, R = 4 };
 static float W[N * K], x[M * K], dy[M * N], A[R * K], B[N * R];
 static hqq_lora lora = {R, HQQ_F32, A, B, 0.5f, 0.1f, 42};
 
+/* A thread's own workspace, for the library that allocates none. */
+#if HQQ_TEST_CUDA
+static _Thread_local _Alignas(64) char room[1 << 20];
+#define WORKSPACE room, sizeof room
+#else
+#define WORKSPACE NULL, 0
+#endif
+
 typedef struct results {
     uint8_t packed[N * K];
     float scale[N * K / G], zero[N * K / G];
@@ -55,10 +63,10 @@ static hqq_status run(results *r, int nbits, int axis, const hqq_context *contex
         hqq_quantize(r->packed, r->scale, r->zero, W, HQQ_F32, &weight, &options, context);
     if (status == HQQ_OK)
         status = hqq_lora_linear(r->y, r->xa, x, K, &weight, NULL, HQQ_F32, &lora, M, HQQ_F32,
-                                 NULL, 0, context);
+                                 WORKSPACE, context);
     if (status == HQQ_OK)
         status = hqq_lora_linear_backward(r->dx, r->dA, r->dB, dy, N, x, K, r->xa, &weight,
-                                          &lora, M, HQQ_F32, NULL, 0, context);
+                                          &lora, M, HQQ_F32, WORKSPACE, context);
     return status;
 }
 

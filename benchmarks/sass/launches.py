@@ -1,0 +1,117 @@
+"""What the library's host code decides: asked of itself, through launch_plan.cu."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+from . import toolchain
+from .assumptions import Device
+from .occupancy import LIMITS
+
+KERNELS = toolchain.ROOT / "kernels"
+SOURCES = (
+    Path(__file__).with_name("launch_plan.cu"),
+    KERNELS / "cuda/device.cu",
+    KERNELS / "cuda/small_dot.cu",
+    KERNELS / "cuda/block_width.c",
+    KERNELS / "cuda/choose_kernel.c",
+    KERNELS / "status.c",
+)
+
+
+class Product(NamedTuple):
+    """One product with a weight, forward (transpose 0) or dgrad (1)."""
+
+    N: int
+    K: int
+    M: int
+    transpose: int
+    axis: int
+    nbits: int = 4
+    group: int = 64
+
+    @property
+    def outputs(self) -> int:
+        return self.K if self.transpose else self.N
+
+    @property
+    def length(self) -> int:
+        """What is summed over."""
+        return self.N if self.transpose else self.K
+
+
+class Plan(NamedTuple):
+    small: int
+    """Whether the small product serves, else blocks of `width` outputs."""
+    tokens: int
+    token_tiles: int
+    units: int
+    chunks: int
+    splits: int
+    chunks_per_split: int
+    width: int
+
+    @property
+    def blocks(self) -> int:
+        """Of the small product, each of 4 units."""
+        return -(-self.units // 4) * self.token_tiles * self.splits
+
+
+class Launch(NamedTuple):
+    threads: int
+    dynamic_shared_bytes: int
+
+
+@dataclass(frozen=True)
+class Launches:
+    program: Path
+
+    @cache  # noqa: B019  (few, and as long-lived as the process)
+    def instances(self) -> dict[str, Launch]:
+        """By name, as in the machine code: hqq_small<__nv_bfloat16, 4, 0, 1, 8>."""
+        found = {}
+        for line in toolchain.run(str(self.program), "instances").splitlines():
+            name, threads, shared = line.split(" | ")
+            found[name] = Launch(int(threads), int(shared))
+        return found
+
+    def of(self, kernel: str) -> Launch | None:
+        instance = small_instance(kernel)
+        return self.instances().get(instance) if instance else None
+
+    def plans(self, device: Device, products: Sequence[Product]) -> dict[Product, Plan]:
+        shared = LIMITS[device.arch].shared_bytes_a_block
+        capability = device.arch.removeprefix("sm_")
+        asked = [str(device.multiprocessors), capability, str(device.cache_bytes), str(shared)]
+        given = "".join(" ".join(map(str, product)) + "\n" for product in products)
+        printed = toolchain.run(str(self.program), "plan", *asked, given=given).splitlines()
+        return {
+            product: Plan(*map(int, line.split()))
+            for product, line in zip(products, printed, strict=True)
+        }
+
+
+def small_instance(kernel: str) -> str | None:
+    """The hqq_small<...> of a small product's name."""
+    found = re.search(r"hqq_small<[^<>]*>", kernel)
+    return found.group(0) if found else None
+
+
+def build(kernel_names: Iterable[str], folder: Path) -> Launches:
+    """Compiles launch_plan.cu for the instances among these kernels (again only if something
+    changed). Its device code is never run, so it is not optimised."""
+    instances = sorted({name for name in map(small_instance, kernel_names) if name})
+    folder.mkdir(parents=True, exist_ok=True)
+    listed = folder / "instances.inc"
+    text = "".join(f"INSTANCE({name})\n" for name in instances)
+    if not listed.exists() or listed.read_text() != text:
+        listed.write_text(text)
+    includes = [f"-I{toolchain.ROOT / path}" for path in toolchain.INCLUDES]
+    flags = ["-std=c++17", "-O0", "-Xcicc", "-O0", "-Xptxas", "-O0", "-arch=sm_80"]
+    flags += [f"-I{folder}", *includes]
+    return Launches(toolchain.build_program(SOURCES, flags, folder / "launch_plan"))

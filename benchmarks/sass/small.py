@@ -1,0 +1,199 @@
+"""The small product: packed codes straight to the tensor cores (kernels/cuda/small_*.cuh)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .assumptions import ARRIVAL, ATTAINED, CACHE_LATENCY, LAUNCH, MEMSET, SECTOR, Device
+from .hot_loop import fast_path, hot_loop, innermost, loops, mma_count
+from .instructions import Instruction, count_units, widths
+from .launches import Plan, Product
+from .occupancy import occupancy
+from .toolchain import Kernel
+from .work import Work
+
+BYTES = 2
+UNIT = CHUNK = 64
+WARPS = 4
+MMA_CODES = 16 * 16
+
+
+@dataclass(frozen=True)
+class Instance:
+    """hqq_small<T, bits, transpose, axis, token tiles of 8>"""
+
+    dtype: str
+    nbits: int
+    transpose: int
+    axis: int
+    token_tiles: int
+
+    @classmethod
+    def parse(cls, name: str) -> Instance | None:
+        found = re.search(r"hqq_small<(\w+), (\d+), (\d+), (\d+), (\d+)>", name)
+        return cls(found[1], *map(int, found.groups()[1:])) if found else None
+
+    @property
+    def tokens(self) -> int:
+        return 8 * self.token_tiles
+
+    @property
+    def mma_a_chunk(self) -> int:
+        """A unit of 64 outputs times a chunk of 64, for each tile of 8 tokens."""
+        return UNIT * CHUNK // MMA_CODES * self.token_tiles
+
+
+@dataclass
+class Parts:
+    """The kernel's instructions by what they are for; all of one warp."""
+
+    chunk: Work
+    """One chunk of one unit."""
+    stage: Work
+    """Staging the tokens of one chunk: this warp's quarter, all tokens there."""
+    stage_idle: Work
+    """The same where there are no tokens."""
+    reduce_steps_a_split: float
+    """Waits for L2 of the block that adds the parts up, for each of them."""
+
+
+def parts_of(kernel: Kernel, instance: Instance) -> Parts:
+    """Tells the loops apart by what they move. Of several for the same thing (for memory that
+    is aligned or not) the shortest."""
+    hot = fast_path(hot_loop(kernel.code))
+    chunk = Work()
+    chunk.add(Work.of(hot), instance.mma_a_chunk / mma_count(hot))
+
+    pieces = instance.tokens * CHUNK * BYTES / 16 / (32 * WARPS)  # of 16 bytes, a thread
+    sums = instance.tokens / (32 * WARPS)
+    stagings, summings, waits = [], [], [1.0]
+    for body in innermost(loops(kernel.code)):
+        path = fast_path(body)
+        stores, loads = widths(path, ["STS"]), widths(path, ["LDG"])
+        if mma_count(path):
+            continue
+        if stores.get(128) and loads:  # tokens to shared memory
+            idle = fast_path(body, idle=True)
+            stagings.append([_times(way, pieces / stores[128]) for way in (path, idle)])
+        elif _sums_tokens(path):
+            summings.append(_times(path, sums / stores[32]))
+        elif _adds_parts(path):
+            moved = sum(bits // 32 * count for bits, count in loads.items())
+            waits.append(16 * instance.token_tiles / moved)
+    stage, idle_stage = min(stagings, key=lambda w: w[0].instructions, default=[Work(), Work()])
+    if summings:
+        shortest = min(summings, key=lambda work: work.instructions)
+        for work in (stage, idle_stage):
+            work.add(shortest)
+    return Parts(chunk, stage, idle_stage, waits[-1])
+
+
+def _times(path: Sequence[Instruction], times: float) -> Work:
+    work = Work()
+    work.add(Work.of(path), times)
+    return work
+
+
+def _sums_tokens(path: Sequence[Instruction]) -> bool:
+    return bool(
+        widths(path, ["LDS"]).get(128)
+        and widths(path, ["STS"]).get(32)
+        and not widths(path, ["LDG"])
+    )
+
+
+def _adds_parts(path: Sequence[Instruction]) -> bool:
+    """Loads that become sums, and nothing else."""
+    loads = sum(widths(path, ["LDG"]).values())
+    return loads >= 8 and count_units(path)["float"] >= loads
+
+
+def meta_bytes(instance: Instance) -> float:
+    """What scale and zero of one unit and chunk move between the caches. At axis 1 each of the
+    64 rows has its own sector, of which two bytes are used; in dgrad the block's four warps use
+    the same ones."""
+    if instance.axis == 0:
+        return 2 * BYTES * UNIT
+    return 2 * SECTOR * UNIT / (WARPS if instance.transpose else 1)
+
+
+def packed_bytes(product: Product) -> float:
+    return product.N * product.K * (product.nbits / 8 + 2 * BYTES / product.group)
+
+
+@dataclass
+class Bounds:
+    """Seconds that each resource needs at least; the longest decides."""
+
+    seconds: dict[str, float]
+    launches: float
+    tail: float
+    """After the last chunk: adding the parts of a split sum."""
+
+    @property
+    def longest(self) -> str:
+        return max(self.seconds, key=lambda name: self.seconds[name])
+
+    @property
+    def bound(self) -> float:
+        """If everything overlaps that can."""
+        return self.launches + self.seconds[self.longest] + self.tail
+
+    @property
+    def predicted(self) -> float:
+        return self.launches + self.seconds[self.longest] / ATTAINED + self.tail
+
+
+def bounds(
+    device: Device,
+    kernel: Kernel,
+    instance: Instance,
+    shared_bytes: int,
+    plan: Plan,
+    p: Product,
+) -> Bounds:
+    parts = parts_of(kernel, instance)
+    chunks = plan.units * plan.chunks * plan.token_tiles  # of all warps that have a unit
+    staged = -(-plan.units // WARPS) * WARPS * plan.chunks * plan.token_tiles
+    alive = p.M / (plan.tokens * plan.token_tiles)
+    work = Work()
+    work.add(parts.chunk, chunks)
+    work.add(parts.stage, staged * alive)
+    work.add(parts.stage_idle, staged * (1 - alive))
+
+    resident = occupancy(
+        device.arch, kernel.registers, 32 * WARPS, kernel.static_shared_bytes + shared_bytes
+    ).blocks
+    uneven = _unevenness(plan.blocks, device.multiprocessors, resident)
+    seconds = {name: value * uneven for name, value in work.seconds(device).items()}
+
+    split = plan.splits > 1
+    part_bytes = 4 * UNIT * plan.tokens * plan.units * plan.splits * plan.token_tiles
+    rows = BYTES * p.M * (p.N + p.K)
+    seconds["memory"] = (packed_bytes(p) + rows) / device.memory
+    codes = UNIT * CHUNK * p.nbits / 8
+    tokens = BYTES * p.M * p.length * -(-plan.units // WARPS)
+    moved = chunks * (codes + meta_bytes(instance)) + tokens + 2 * part_bytes * split
+    seconds["L2"] = moved / device.cache
+    tail = ARRIVAL + plan.splits * parts.reduce_steps_a_split * CACHE_LATENCY if split else 0.0
+    return Bounds(seconds, LAUNCH + MEMSET * split, tail)
+
+
+def _unevenness(blocks: int, multiprocessors: int, resident: int) -> float:
+    """The busiest multiprocessor's blocks over the mean, blocks being handed out in waves."""
+    if resident == 0:
+        return float("inf")
+    in_a_wave = multiprocessors * resident
+    full, rest = divmod(blocks, in_a_wave)
+    busiest = full * resident + -(-rest // multiprocessors)
+    return busiest * multiprocessors / blocks
+
+
+def roofline(device: Device, p: Product) -> float:
+    """One launch, each byte once, and the product's mma instructions, if nothing else took
+    time."""
+    memory = (packed_bytes(p) + BYTES * p.M * (p.N + p.K)) / device.memory
+    mma = 2.0 * p.M * p.N * p.K / device.mma_flops
+    return LAUNCH + max(memory, mma)

@@ -1,0 +1,19 @@
+/* How many outputs a block of a large product has. A pure function: tests can ask. */
+#ifndef HQQ_KERNELS_CUDA_BLOCK_WIDTH_H
+#define HQQ_KERNELS_CUDA_BLOCK_WIDTH_H
+
+#include "device.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* For out [M,outputs] that sums over `length` (forward: N and K; dgrad: K and N). A multiple of
+ * 64, or `outputs` itself. At least 1 where outputs is. */
+int64_t hqq_cuda_block_width(int64_t outputs, int64_t length, int64_t M, hqq_dtype dtype,
+                             const hqq_cuda_device *device);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,51 @@
+/*
+ * Which kernel serves which shape on a GPU: the one place.
+ *
+ * The small products read each packed code once, whatever M is, and are bound by memory up to
+ * about 16 rows; from about 64 rows on they are bound by their tensor-core instructions
+ * (mma.sync, with the unpacking beside it), and a GEMM on dequantized blocks, which has neither
+ * limit, is the better one. Both thresholds are predictions from instruction counts. fp32 has
+ * no tensor-core path: its dot products cost M times the codes, and 8 rows are what hides
+ * behind the memory.
+ */
+#include "plan.h"
+
+#include "format.h"
+#include "small_product.h"
+
+enum { SMALL_ROWS_MOST = 64, SMALL_ROWS_MOST_F32 = 8 };
+
+/* A question about a weight that does not exist must still have an answer. */
+static int is_sound(const hqq_weight *w)
+{
+    int64_t elements;
+    return hqq_slots_per_word(w->nbits) > 0 && (w->axis == 0 || w->axis == 1) &&
+           w->out_features > 0 && w->in_features > 0 && w->group_size > 0 &&
+           !__builtin_mul_overflow(w->out_features, w->in_features, &elements) &&
+           elements % w->group_size == 0;
+}
+
+hqq_kernel hqq_cuda_kernel_for(const hqq_weight *weight, int64_t M, hqq_dtype dtype,
+                               int transpose, hqq_kernel forced)
+{
+    if (forced == HQQ_KERNEL_REFERENCE || forced == HQQ_KERNEL_BLOCKED) return forced;
+    int64_t most = dtype == HQQ_F32 ? SMALL_ROWS_MOST_F32 : SMALL_ROWS_MOST;
+    if (forced != HQQ_KERNEL_DIRECT && M > most) return HQQ_KERNEL_BLOCKED;
+    return is_sound(weight) && hqq_cuda_small_serves(weight, M, dtype, transpose)
+               ? HQQ_KERNEL_DIRECT
+               : HQQ_KERNEL_BLOCKED;
+}
+
+hqq_kernel hqq_choose_kernel(const hqq_weight *weight, int64_t M, hqq_dtype dtype,
+                             int32_t transpose, hqq_isa isa)
+{
+    (void)isa;
+    return hqq_cuda_kernel_for(weight, M, dtype, transpose, HQQ_KERNEL_AUTO);
+}
+
+/* Instruction sets are the CPU's; here there is one set of kernels. */
+hqq_isa hqq_isa_in_use(const hqq_context *context)
+{
+    (void)context;
+    return HQQ_ISA_PORTABLE;
+}

@@ -1,0 +1,376 @@
+/*
+ * The skinny products of an adapter, all four of them:
+ *
+ *     out[j,r] = scaling * sum_i in(i,j) * right(i,r)          j < J, r < R, summed over i < I
+ *
+ *     lora_projection.cu       xa, dyb   j = m, i = k or n, right = A^T or B
+ *     lora_weight_gradient.cu  dA, dB    j = k or n, i = m, right = dyb or xa
+ *
+ * `in` is x, with dropout, or dy, in its own dtype. A projection's rows run along i, a
+ * gradient's along j: `in_runs_along_i` says which, and is all that differs.
+ *
+ * A block of 8 warps does 64 j and `ranks` (16, 32 or 64) r, over one part of the i. It goes
+ * through them in chunks that hold 8 KiB of `in`, the next one on its way in registers:
+ *
+ *     in    [chunk][64 j]     fp32 in shared memory, dropout applied
+ *     right [chunk][ranks]    fp32 in shared memory
+ *
+ *     warp     1024 outputs: 64 x 16, 32 x 32 or 16 x 64. The warps beyond those that cover
+ *              the block's outputs take other i of the chunk.
+ *     thread   8 j (two runs of 4, half a warp's j apart) x 4 r in registers: 3 loads of
+ *              16 bytes for 32 multiply-adds.
+ *
+ * Where rows of `in` run along i they are stored transposed, element (i, j) at column
+ * j ^ 4 (i / run % 8): so a warp's scattered stores meet 32 banks, and runs of 4 j stay whole.
+ *
+ * Then the warps' sums are added, the upper half's to the lower half's, until one is left.
+ * Where a part is not the whole sum, `parts` gets it, and hqq_lora_add_parts adds them in their
+ * order: results depend on the shapes and the device alone.
+ *
+ * For M = K = 4096 in bf16: 34 MB, 11 us at 3.0 TB/s; M K R multiply-adds, 9.3 us at R = 16 and
+ * 37 us at R = 64 if nothing else were issued (132 multiprocessors, 1.7 GHz). A warp issues 290
+ * instructions for 256 of them, and 390 with what else a chunk takes at R = 16 (nvcc 13.0,
+ * sm_90): 14 us; 1480 for 1024 at R = 64: 54 us. Dropout adds 330 a chunk: Philox is 10 rounds.
+ */
+#ifndef HQQ_KERNELS_CUDA_LORA_PRODUCT_CUH
+#define HQQ_KERNELS_CUDA_LORA_PRODUCT_CUH
+
+#include "dropout.cuh"
+#include "elements.cuh"
+#include "lora_product.h"
+
+enum { LORA_WARPS = 8, LORA_THREADS = 32 * LORA_WARPS, LORA_WARP_OUTPUTS = 1024 };
+
+template <class T, int ranks> struct lora_tile {
+    static constexpr int run = 16 / sizeof(T);    /* elements in a 16-byte load */
+    static constexpr int chunk = 128 / sizeof(T); /* i in a chunk */
+    static constexpr int rank_lanes = ranks / 4;  /* lanes side by side along r */
+    static constexpr int warp_j = LORA_WARP_OUTPUTS / ranks;
+    static constexpr int j_warps = HQQ_LORA_TILE / warp_j;
+    static constexpr int i_warps = LORA_WARPS / j_warps;
+    static constexpr int warp_i = chunk / i_warps; /* i of a chunk that a warp does */
+    static constexpr int unrolled = warp_i < 8 ? warp_i : 8;
+    static constexpr int same_row = unrolled < run ? unrolled : run; /* rows swizzled alike */
+    static constexpr int in_loads = HQQ_LORA_TILE * chunk / run / LORA_THREADS;
+    static constexpr int right_items = chunk * ranks / 4; /* of four elements */
+    static constexpr int right_loads = (right_items + LORA_THREADS - 1) / LORA_THREADS;
+    static constexpr int in_floats = chunk * HQQ_LORA_TILE, right_floats = chunk * ranks;
+    /* the sums of half the warps, and then the block's, take the place of the chunk */
+    static constexpr int chunk_floats = in_floats + right_floats;
+    static constexpr int warp_floats = LORA_WARPS / 2 * LORA_WARP_OUTPUTS;
+    static constexpr int row = ranks + 1; /* of the block's sums: odd, so that columns spread */
+    static constexpr int block_floats = HQQ_LORA_TILE * row;
+    static constexpr int sum_floats = warp_floats > block_floats ? warp_floats : block_floats;
+    static constexpr int floats = chunk_floats > sum_floats ? chunk_floats : sum_floats;
+    static_assert(in_loads == 2, "8 KiB a chunk");
+    static_assert(run % same_row == 0 && warp_i % unrolled == 0, "rows come in whole runs");
+};
+
+/* A chunk's elements on their way: as they lie in memory. */
+template <class T, int ranks> struct lora_ahead {
+    uint32_t in[lora_tile<T, ranks>::in_loads][4];
+    uint32_t right[lora_tile<T, ranks>::right_loads][4];
+};
+
+/* Four words of elements of `bytes` bytes from `from`, the first `valid` of them; the others
+ * are 0, and nothing behind is read. One load where memory is aligned and all are valid. */
+template <int bytes, int words>
+HQQ_DEVICE_INLINE void load_elements(uint32_t *raw, const void *from, int64_t valid,
+                                     int aligned)
+{
+    constexpr int n = 4 * words / bytes;
+    if (aligned && valid >= n) {
+        uint32_t loaded[words];
+        hqq_load_words(loaded, from);
+#pragma unroll
+        for (int i = 0; i < words; i++) raw[i] = loaded[i];
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < words; i++) raw[i] = 0;
+#pragma unroll
+    for (int i = 0; i < n; i++) {
+        if (i >= valid) continue;
+        if (bytes == 4)
+            raw[i] = static_cast<const uint32_t *>(from)[i];
+        else
+            raw[i / 2] |= static_cast<uint32_t>(static_cast<const uint16_t *>(from)[i])
+                          << i % 2 * 16;
+    }
+}
+
+/* Which run of `in` a thread's load l is: row and column of the chunk, as memory has them. */
+template <class T, bool in_runs_along_i>
+HQQ_DEVICE_INLINE void in_place(int &row, int &column, int l)
+{
+    constexpr int run = 16 / sizeof(T);
+    constexpr int width = in_runs_along_i ? 128 / static_cast<int>(sizeof(T)) : HQQ_LORA_TILE;
+    int v = threadIdx.x + l * LORA_THREADS;
+    row = v / (width / run);
+    column = v % (width / run) * run;
+}
+
+template <class T, int ranks, bool in_runs_along_i>
+HQQ_DEVICE_INLINE void load_ahead(lora_ahead<T, ranks> &ahead, const hqq_lora_product &p,
+                                  int64_t j0, int64_t r0, int64_t i0, int64_t i_end)
+{
+    using tile = lora_tile<T, ranks>;
+    int64_t j_left = p.J - j0, i_left = i_end - i0, r_left = p.R - r0;
+#pragma unroll
+    for (int l = 0; l < tile::in_loads; l++) {
+        int row, column;
+        in_place<T, in_runs_along_i>(row, column, l);
+        int64_t rows_left = in_runs_along_i ? j_left : i_left;
+        int64_t columns_left = in_runs_along_i ? i_left : j_left;
+        int64_t at = in_runs_along_i ? (j0 + row) * p.ld_in + i0 + column
+                                     : (i0 + row) * p.ld_in + j0 + column;
+        load_elements<sizeof(T), 4>(ahead.in[l], static_cast<const T *>(p.in) + at,
+                                    row < rows_left ? columns_left - column : 0, p.in_aligned);
+    }
+#pragma unroll
+    for (int l = 0; l < tile::right_loads; l++) {
+        int v = threadIdx.x + l * LORA_THREADS;
+        int i = p.right_runs_along_i ? v / ranks * 4 : v / (ranks / 4);
+        int r = p.right_runs_along_i ? v % ranks : v % (ranks / 4) * 4;
+        int64_t valid = p.right_runs_along_i ? (r < r_left ? i_left - i : 0)
+                                             : (i < i_left ? r_left - r : 0);
+        if (v >= tile::right_items) valid = 0;
+        int64_t at = (i0 + i) * p.right_i_stride + (r0 + r) * p.right_r_stride;
+        const void *from =
+            static_cast<const char *>(p.right) + at * (p.right_dtype == HQQ_F32 ? 4 : 2);
+        if (p.right_dtype == HQQ_F32)
+            load_elements<4, 4>(ahead.right[l], from, valid, p.right_aligned);
+        else
+            load_elements<2, 2>(ahead.right[l], from, valid, p.right_aligned);
+    }
+}
+
+HQQ_DEVICE_INLINE void unpack_right(float (&values)[4], const uint32_t (&raw)[4],
+                                    hqq_dtype dtype)
+{
+    if (dtype == HQQ_F32) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) values[i] = hqq_bit_cast<float>(raw[i]);
+    } else if (dtype == HQQ_BF16) {
+        hqq_split_word(values[0], values[1], raw[0], __nv_bfloat16());
+        hqq_split_word(values[2], values[3], raw[1], __nv_bfloat16());
+    } else {
+        hqq_split_word(values[0], values[1], raw[0], __half());
+        hqq_split_word(values[2], values[3], raw[1], __half());
+    }
+}
+
+template <class T>
+HQQ_DEVICE_INLINE void unpack_in(float (&values)[16 / sizeof(T)], const uint32_t (&raw)[4])
+{
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        if constexpr (sizeof(T) == 4)
+            values[i] = hqq_bit_cast<float>(raw[i]);
+        else
+            hqq_split_word(values[2 * i], values[2 * i + 1], raw[i], T());
+    }
+}
+
+/* Where element (i, j) of the chunk lies. */
+template <class T, bool in_runs_along_i> HQQ_DEVICE_INLINE int in_at(int i, int j)
+{
+    constexpr int run = 16 / sizeof(T);
+    return i * HQQ_LORA_TILE + (in_runs_along_i ? j ^ (i / run % 8 * 4) : j);
+}
+
+template <class T, int ranks, bool in_runs_along_i>
+HQQ_DEVICE_INLINE void store_chunk(float *in, float *right, const lora_ahead<T, ranks> &ahead,
+                                   const hqq_lora_product &p, int64_t j0, int64_t i0)
+{
+    using tile = lora_tile<T, ranks>;
+#pragma unroll
+    for (int l = 0; l < tile::in_loads; l++) {
+        int row, column;
+        in_place<T, in_runs_along_i>(row, column, l);
+        float values[tile::run];
+        unpack_in<T>(values, ahead.in[l]);
+        if (p.drops) {
+            int64_t m = in_runs_along_i ? j0 + row : i0 + row;
+            int64_t k = in_runs_along_i ? i0 + column : j0 + column;
+            hqq_drop_run(values, p.dropout, static_cast<uint64_t>(m * p.in_width + k));
+        }
+        if (in_runs_along_i) {
+#pragma unroll
+            for (int e = 0; e < tile::run; e++) in[in_at<T, true>(column + e, row)] = values[e];
+        } else {
+            hqq_store_run(in + in_at<T, false>(row, column), values);
+        }
+    }
+#pragma unroll
+    for (int l = 0; l < tile::right_loads; l++) {
+        int v = threadIdx.x + l * LORA_THREADS;
+        float values[4];
+        unpack_right(values, ahead.right[l], p.right_dtype);
+        if (v >= tile::right_items) continue;
+        if (p.right_runs_along_i) {
+#pragma unroll
+            for (int e = 0; e < 4; e++)
+                right[(v / ranks * 4 + e) * ranks + v % ranks] = values[e];
+        } else {
+            hqq_store_run(right + v * 4, values);
+        }
+    }
+}
+
+/* sums [8 j][4 r] += the chunk's products, of this warp's j and i. */
+template <class T, int ranks, bool in_runs_along_i>
+HQQ_DEVICE_INLINE void multiply_chunk(float (&sums)[8][4], const float *in, const float *right)
+{
+    using tile = lora_tile<T, ranks>;
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    int j = warp % tile::j_warps * tile::warp_j + lane / tile::rank_lanes * 4;
+    int r = lane % tile::rank_lanes * 4;
+    int first = warp / tile::j_warps * tile::warp_i;
+#pragma unroll 1
+    for (int i = first; i < first + tile::warp_i; i += tile::unrolled) {
+#pragma unroll
+        for (int step = 0; step < tile::unrolled; step += tile::same_row) {
+            /* one address for rows that are swizzled alike */
+            const float *low = in + in_at<T, in_runs_along_i>(i + step, j);
+            const float *high = in + in_at<T, in_runs_along_i>(i + step, j + tile::warp_j / 2);
+#pragma unroll
+            for (int row = 0; row < tile::same_row; row++) {
+                float a[4], b[4], c[4];
+                hqq_load_run(a, low + row * HQQ_LORA_TILE);
+                hqq_load_run(b, high + row * HQQ_LORA_TILE);
+                hqq_load_run(c, right + (i + step + row) * ranks + r);
+#pragma unroll
+                for (int u = 0; u < 4; u++)
+#pragma unroll
+                    for (int v = 0; v < 4; v++) {
+                        sums[u][v] += a[u] * c[v];
+                        sums[4 + u][v] += b[u] * c[v];
+                    }
+            }
+        }
+    }
+}
+
+/* The sum of the warps' sums, in `shared` as [64 j][row]. */
+template <class T, int ranks>
+HQQ_DEVICE_INLINE void add_warps(float *shared, float (&sums)[8][4])
+{
+    using tile = lora_tile<T, ranks>;
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    int j_warp = warp % tile::j_warps, i_warp = warp / tile::j_warps;
+#pragma unroll
+    for (int half = tile::i_warps / 2; half > 0; half /= 2) {
+        __syncthreads();
+        float *slot =
+            shared + ((i_warp % half) * tile::j_warps + j_warp) * LORA_WARP_OUTPUTS + lane;
+        if (i_warp >= half && i_warp < 2 * half)
+#pragma unroll
+            for (int e = 0; e < 32; e++) slot[e * 32] = sums[e / 4][e % 4];
+        __syncthreads();
+        if (i_warp < half)
+#pragma unroll
+            for (int e = 0; e < 32; e++) sums[e / 4][e % 4] += slot[e * 32];
+    }
+    __syncthreads();
+    if (i_warp == 0)
+#pragma unroll
+        for (int e = 0; e < 32; e++) {
+            int j = j_warp * tile::warp_j + lane / tile::rank_lanes * 4 + e / 4 % 4 +
+                    e / 16 * (tile::warp_j / 2);
+            shared[j * tile::row + lane % tile::rank_lanes * 4 + e % 4] = sums[e / 4][e % 4];
+        }
+    __syncthreads();
+}
+
+/* Lanes go along whichever of j and r is contiguous in out. */
+template <class T, int ranks>
+HQQ_DEVICE_INLINE void write_sums(const float *shared, const hqq_lora_product &p, int64_t j0,
+                                  int64_t r0)
+{
+    using tile = lora_tile<T, ranks>;
+    int64_t base = blockIdx.y * p.J * p.R;
+    for (int v = threadIdx.x; v < HQQ_LORA_TILE * ranks; v += LORA_THREADS) {
+        int j = p.out_r_stride == 1 ? v / ranks : v % HQQ_LORA_TILE;
+        int r = p.out_r_stride == 1 ? v % ranks : v / HQQ_LORA_TILE;
+        if (j0 + j >= p.J || r0 + r >= p.R) continue;
+        int64_t at = (j0 + j) * p.out_j_stride + (r0 + r) * p.out_r_stride;
+        float sum = shared[j * tile::row + r];
+        if (p.parts)
+            p.parts[base + at] = sum;
+        else
+            hqq_store(p.out, p.out_dtype, at, sum * p.scaling);
+    }
+}
+
+template <class T, int ranks, bool in_runs_along_i>
+static __global__ void __launch_bounds__(LORA_THREADS, 2) lora_product(const hqq_lora_product p)
+{
+    using tile = lora_tile<T, ranks>;
+    constexpr int floats = tile::floats;
+    HQQ_SHARED(float[floats], shared);
+    float *in = shared, *right = shared + tile::in_floats;
+    int64_t j0 = static_cast<int64_t>(blockIdx.x) * HQQ_LORA_TILE;
+    int64_t r0 = static_cast<int64_t>(blockIdx.z) * ranks;
+    int64_t i0 = blockIdx.y * p.part_length;
+    int64_t i_end = i0 + p.part_length < p.I ? i0 + p.part_length : p.I;
+
+    lora_ahead<T, ranks> ahead;
+    float sums[8][4] = {};
+    if (i0 < i_end) load_ahead<T, ranks, in_runs_along_i>(ahead, p, j0, r0, i0, i_end);
+    for (; i0 < i_end; i0 += tile::chunk) {
+        __syncthreads();
+        store_chunk<T, ranks, in_runs_along_i>(in, right, ahead, p, j0, i0);
+        __syncthreads();
+        if (i0 + tile::chunk < i_end)
+            load_ahead<T, ranks, in_runs_along_i>(ahead, p, j0, r0, i0 + tile::chunk, i_end);
+        multiply_chunk<T, ranks, in_runs_along_i>(sums, in, right);
+    }
+    add_warps<T, ranks>(shared, sums);
+    write_sums<T, ranks>(shared, p, j0, r0);
+}
+
+/* ---- host -------------------------------------------------------------------------- */
+
+template <class T, bool in_runs_along_i>
+static hqq_status launch_product(const hqq_lora_product *p, dim3 grid, void *stream)
+{
+    dim3 block(LORA_THREADS);
+    switch (hqq_lora_tile_ranks(p->R)) {
+    case 16:
+        return hqq_launch(lora_product<T, 16, in_runs_along_i>, grid, block, 0, stream, *p);
+    case 32:
+        return hqq_launch(lora_product<T, 32, in_runs_along_i>, grid, block, 0, stream, *p);
+    default:
+        return hqq_launch(lora_product<T, 64, in_runs_along_i>, grid, block, 0, stream, *p);
+    }
+}
+
+static int right_runs_aligned(const hqq_lora_product *p)
+{
+    int64_t bytes = hqq_dtype_bytes(p->right_dtype);
+    int64_t stride = p->right_runs_along_i ? p->right_r_stride : p->right_i_stride;
+    return reinterpret_cast<uintptr_t>(p->right) % (4 * bytes) == 0 && stride % 4 == 0;
+}
+
+template <bool in_runs_along_i>
+static hqq_status run_product(hqq_lora_product *p, hqq_dtype dtype, void *workspace,
+                              const hqq_cuda_device *device, void *stream)
+{
+    if (p->J == 0 || p->R == 0) return HQQ_OK;
+    int ranks = hqq_lora_tile_ranks(p->R);
+    int64_t parts = hqq_lora_parts(&p->part_length, p->I, p->J, p->R, device);
+    p->parts = parts > 1 ? static_cast<float *>(workspace) : NULL;
+    p->in_aligned = hqq_rows_aligned(p->in, p->ld_in, hqq_dtype_bytes(dtype));
+    p->right_aligned = right_runs_aligned(p);
+    dim3 grid(static_cast<unsigned>((p->J + HQQ_LORA_TILE - 1) / HQQ_LORA_TILE),
+              static_cast<unsigned>(parts), static_cast<unsigned>((p->R + ranks - 1) / ranks));
+    hqq_status status =
+        dtype == HQQ_F16    ? launch_product<__half, in_runs_along_i>(p, grid, stream)
+        : dtype == HQQ_BF16 ? launch_product<__nv_bfloat16, in_runs_along_i>(p, grid, stream)
+                            : launch_product<float, in_runs_along_i>(p, grid, stream);
+    if (status != HQQ_OK || parts == 1) return status;
+    return hqq_lora_add_parts(p, parts, stream);
+}
+
+#endif

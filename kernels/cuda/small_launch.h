@@ -1,0 +1,45 @@
+/* What the small-M kernels are told, and their launch. */
+#ifndef HQQ_KERNELS_CUDA_SMALL_LAUNCH_H
+#define HQQ_KERNELS_CUDA_SMALL_LAUNCH_H
+
+#include "addend.h"
+
+/* A warp computes a unit of outputs, and walks the reduction in chunks: see small_layout.cuh.
+ */
+enum { HQQ_UNIT = 64, HQQ_CHUNK = 64, HQQ_SMALL_WARPS = 4 };
+
+typedef struct hqq_small_arguments {
+    const unsigned char *packed; /* [N/P, K] */
+    const void *scale, *zero;    /* of T */
+    const void *in;              /* of T, row m at in + m ld_in */
+    int64_t ld_in;
+    void *out;         /* of T, [M, outputs] */
+    float *partial;    /* [splits][tiles][accumulators][threads], where splits > 1 */
+    unsigned *arrived; /* [tiles], zero */
+    int M, N, K;
+    int groups_per_row;   /* axis 1: K/G */
+    int residues;         /* axis 0: Q = N/G */
+    int chunks_per_group; /* G/64 */
+    int units, chunks, chunks_per_split;
+    int in_aligned;  /* in's rows can be read 16 bytes at a time */
+    int out_aligned; /* and out's written */
+    hqq_addend addend;
+    /* the grid */
+    int tokens; /* of a block: 8, 16 or 64 */
+    int token_tiles, splits, unit_blocks;
+} hqq_small_arguments;
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* nbits: 8, 4, 2 or 1. */
+hqq_status hqq_small_launch_bf16(const hqq_small_arguments *a, int nbits, int transpose,
+                                 int axis, void *stream);
+hqq_status hqq_small_launch_f16(const hqq_small_arguments *a, int nbits, int transpose,
+                                int axis, void *stream);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

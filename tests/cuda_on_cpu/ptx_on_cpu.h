@@ -1,0 +1,89 @@
+/* The wrappers of kernels/cuda/ptx.cuh for the CPU: same names, same parameters, same meaning.
+ * What the instructions do stands in machine/tensor_core.cpp and machine/cp_async.cpp. */
+#ifndef HQQ_TESTS_PTX_ON_CPU_H
+#define HQQ_TESTS_PTX_ON_CPU_H
+
+#include "cuda_on_cpu.h"
+
+namespace on_cpu
+{
+void ldmatrix_x4(uint32_t (&registers)[4], const void *row, bool transposed, Site site);
+void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Half,
+                  Site site);
+void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Bfloat16,
+                  Site site);
+void cp_async_16(void *shared, const void *global, bool valid, Site site);
+void cp_async_commit();
+void cp_async_wait(unsigned groups_left);
+
+/* One of the 16 functions of two bits: bit 2a + b of table. */
+template <int table> inline uint32_t lop2(uint32_t a, uint32_t b)
+{
+    /* clang-format off */
+    switch (table) {
+    case 0x0: return 0;
+    case 0x1: return ~(a | b);
+    case 0x2: return ~a & b;
+    case 0x3: return ~a;
+    case 0x4: return a & ~b;
+    case 0x5: return ~b;
+    case 0x6: return a ^ b;
+    case 0x7: return ~(a & b);
+    case 0x8: return a & b;
+    case 0x9: return ~(a ^ b);
+    case 0xa: return b;
+    case 0xb: return ~a | b;
+    case 0xc: return a;
+    case 0xd: return a | ~b;
+    case 0xe: return a | b;
+    default: return 0xffffffffu;
+    }
+    /* clang-format on */
+}
+} // namespace on_cpu
+
+inline void ptx_ldmatrix_x4(uint32_t (&r)[4], const void *row, ON_CPU_CALLER)
+{
+    on_cpu::ldmatrix_x4(r, row, false, ON_CPU_SITE);
+}
+
+inline void ptx_ldmatrix_x4_trans(uint32_t (&r)[4], const void *row, ON_CPU_CALLER)
+{
+    on_cpu::ldmatrix_x4(r, row, true, ON_CPU_SITE);
+}
+
+template <class Format>
+inline void ptx_mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                    on_cpu::Float16<Format>, ON_CPU_CALLER)
+{
+    on_cpu::mma_m16n8k16(d, a, b, Format(), ON_CPU_SITE);
+}
+
+inline void ptx_cp_async_16(void *shared, const void *global, bool valid = true, ON_CPU_CALLER)
+{
+    on_cpu::cp_async_16(shared, global, valid, ON_CPU_SITE);
+}
+
+inline void ptx_cp_async_commit()
+{
+    on_cpu::cp_async_commit();
+}
+
+template <int N> inline void ptx_cp_async_wait()
+{
+    on_cpu::cp_async_wait(N);
+}
+
+/* Bit (4a + 2b + c) of the table: c chooses between two functions of a and b, which a few plain
+ * operations express. */
+template <int table> inline uint32_t ptx_lop3(uint32_t a, uint32_t b, uint32_t c)
+{
+    constexpr int bit0 = table & 1, bit2 = table >> 2 & 1, bit4 = table >> 4 & 1;
+    constexpr int bit6 = table >> 6 & 1, bit1 = table >> 1 & 1, bit3 = table >> 3 & 1;
+    constexpr int bit5 = table >> 5 & 1, bit7 = table >> 7 & 1;
+    constexpr int without_c = bit0 | bit2 << 1 | bit4 << 2 | bit6 << 3;
+    constexpr int with_c = bit1 | bit3 << 1 | bit5 << 2 | bit7 << 3;
+    return on_cpu::lop2<without_c>(a, b) ^ (on_cpu::lop2<without_c ^ with_c>(a, b) & c);
+}
+
+#endif
