@@ -1,7 +1,9 @@
 /*
  * hqqlora: LoRA fine-tuning on frozen low-bit HQQ weights. The C interface.
  *
- * This one header is all that a program needs; nothing here knows of torch or Python.
+ * This one header is all that a program needs; nothing here knows of torch or Python. Two
+ * libraries have this interface, libhqqlora for the CPU and libhqqlora_cuda for NVIDIA GPUs
+ * from compute capability 8.0 on; one process may use both.
  *
  * Notation, used in every file of the project:
  *   M  tokens (all leading dimensions of x flattened)
@@ -22,9 +24,19 @@
  *   - Outputs are overwritten (=), never added to. On a non-zero status of an argument check
  *     nothing has been written.
  *   - M, N, K and R may be 0: an empty product is zero, so y is then the bias.
- *   - There is no global state but immutable tables: any number of threads may call at once.
+ *   - There is no global state but immutable tables (and, on a GPU, cuBLASLt's handles and its
+ *     choices): any number of threads may call at once.
  *   - Results repeat bitwise, and do not depend on the number of threads: those of large M
  *     insofar as the caller's GEMM does not (torch's own does, in its last bits).
+ *
+ * On a GPU (libhqqlora_cuda)
+ *   - Data pointers are device pointers, of the calling thread's current device. Work is
+ *     enqueued on context->stream; nothing waits, and nothing is allocated: a workspace must be
+ *     given. A CUDA graph can capture all calls but the first large product on a device, which
+ *     loads cuBLASLt.
+ *   - Nobody looks at the values: hqq_pack does not refuse codes of too many bits, and
+ *     hqq_quantize gives a group that is not finite NaN for scale and zero, not HQQ_NON_FINITE.
+ *   - context->parallel_for and isa are not used. A gemm that is lent must enqueue on stream.
  */
 #ifndef HQQLORA_H
 #define HQQLORA_H
@@ -68,7 +80,8 @@ typedef enum hqq_isa {
     HQQ_ISA_AVX512_BF16 = 4 /* and AVX512_BF16, AVX512_VBMI */
 } hqq_isa;
 
-/* How a product with the frozen weight is computed. */
+/* How a product with the frozen weight is computed. On a GPU a forced DIRECT gives way to
+ * BLOCKED where its format, alignment or dtypes do not suit it. */
 typedef enum hqq_kernel {
     HQQ_KERNEL_AUTO = 0,
     HQQ_KERNEL_REFERENCE = 1, /* plain loops, the yardstick of the tests */
@@ -124,7 +137,7 @@ typedef struct hqq_context {
     hqq_parallel_for_fn parallel_for; /* NULL: the calling thread alone */
     hqq_gemm_fn gemm;                 /* NULL: the library's own */
     void *gemm_data;                  /* handed to gemm */
-    void *stream;                     /* of an accelerator; NULL on a CPU */
+    void *stream;                     /* a cudaStream_t; NULL: the default one; CPU: unused */
     hqq_isa isa;                      /* the highest instruction set to use; 0: any */
     hqq_kernel kernel;                /* force a kernel (tests, benchmarks); 0: chosen */
 } hqq_context;
@@ -205,13 +218,15 @@ HQQ_API hqq_status hqq_dequantize(void *out, int64_t ld_out, hqq_dtype out_dtype
                                   const hqq_context *context);
 
 /* Bytes of workspace for a product of M rows of dtype with weight; lora may be NULL. The
- * same bound serves forward and backward. */
+ * same bound serves forward and backward. On a GPU it is that of the current device, and
+ * depends on the alignment of weight->packed. */
 HQQ_API hqq_status hqq_workspace_size(size_t *bytes, const hqq_weight *weight,
                                       const hqq_lora *lora, int64_t M, hqq_dtype dtype,
                                       const hqq_context *context);
 
 /* For all products: `workspace` is 64-byte aligned memory of workspace_bytes, at least what
- * hqq_workspace_size says, used during the call alone; NULL: the library allocates it. */
+ * hqq_workspace_size says, used during the call alone (on a GPU: until the work that the call
+ * enqueued is done); NULL: the library allocates it, on a CPU. */
 
 /* y [M,N] (contiguous) = x W^T + bias. bias [N] in bias_dtype, may be NULL. */
 HQQ_API hqq_status hqq_linear(void *y, const void *x, int64_t ldx, const hqq_weight *weight,

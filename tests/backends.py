@@ -1,5 +1,5 @@
-"""The CUDA library on the CPU: its kernels, compiled as plain C++ and run by an emulator, behind
-the names and arguments of torch.ops.hqqlora, for CPU tensors."""
+"""The CUDA library on the CPU: its kernels, compiled as plain C++ and run by an emulator,
+behind the names and arguments of torch.ops.hqqlora, for CPU tensors."""
 
 from __future__ import annotations
 
@@ -124,7 +124,14 @@ class EmulatedOps:
 
     def weight(self, W_q, scale, zero, N, K, nbits, G, axis) -> Weight:
         return Weight(
-            N, K, G, nbits, axis, DTYPES[scale.dtype], pointer(W_q), pointer(scale),
+            N,
+            K,
+            G,
+            nbits,
+            axis,
+            DTYPES[scale.dtype],
+            pointer(W_q),
+            pointer(scale),
             pointer(zero),
         )
 
@@ -141,8 +148,12 @@ class EmulatedOps:
         size = ct.c_size_t()
         check(
             library().hqq_workspace_size(
-                ct.byref(size), ct.byref(weight), ct.byref(lora) if lora else None,
-                ct.c_int64(M), dtype, ct.byref(self.context),
+                ct.byref(size),
+                ct.byref(weight),
+                ct.byref(lora) if lora else None,
+                ct.c_int64(M),
+                dtype,
+                ct.byref(self.context),
             )
         )
         memory = torch.full((size.value + 64,), 0xFF, dtype=torch.uint8)
@@ -165,7 +176,8 @@ class EmulatedOps:
         N, K = weight.shape
         dense = weight.contiguous()
         W_q = torch.full(
-            packed_shape(N, K, nbits, group_size, axis), 0x55,
+            packed_shape(N, K, nbits, group_size, axis),
+            0x55,
             dtype=torch.int32 if nbits == 3 else torch.uint8,
         )
         scale, zero = (
@@ -178,8 +190,13 @@ class EmulatedOps:
         )
         check(
             library().hqq_quantize(
-                pointer(W_q), pointer(scale), pointer(zero), pointer(dense),
-                DTYPES[dense.dtype], ct.byref(described), ct.byref(options),
+                pointer(W_q),
+                pointer(scale),
+                pointer(zero),
+                pointer(dense),
+                DTYPES[dense.dtype],
+                ct.byref(described),
+                ct.byref(options),
                 ct.byref(self.context),
             )
         )
@@ -191,7 +208,11 @@ class EmulatedOps:
         bounds = (ct.c_int64(v) for v in (0, N, 0, K))
         check(
             library().hqq_dequantize(
-                pointer(out), ct.c_int64(K), DTYPES[dtype], ct.byref(weight), *bounds,
+                pointer(out),
+                ct.c_int64(K),
+                DTYPES[dtype],
+                ct.byref(weight),
+                *bounds,
                 ct.byref(self.context),
             )
         )
@@ -219,8 +240,13 @@ class EmulatedOps:
             )
         else:
             status = library().hqq_lora_linear(
-                pointer(y), pointer(xa), *matrix(rows), ct.byref(weight), *bias_of,
-                ct.byref(lora), *tail,
+                pointer(y),
+                pointer(xa),
+                *matrix(rows),
+                ct.byref(weight),
+                *bias_of,
+                ct.byref(lora),
+                *tail,
             )
         check(status)
         return y, xa
@@ -232,8 +258,14 @@ class EmulatedOps:
         memory, size = self.workspace(weight, None, M, dtype)
         check(
             library().hqq_linear_dgrad(
-                pointer(dx), *matrix(rows), ct.byref(weight), ct.c_int64(M), dtype,
-                pointer(memory), size, ct.byref(self.context),
+                pointer(dx),
+                *matrix(rows),
+                ct.byref(weight),
+                ct.c_int64(M),
+                dtype,
+                pointer(memory),
+                size,
+                ct.byref(self.context),
             )
         )
         return dx
@@ -250,7 +282,9 @@ class EmulatedOps:
         results = [
             torch.full(shape if needed else (0,), float("nan"), dtype=kind)
             for shape, needed, kind in zip(
-                shapes, (needs_dx, needs_dA, needs_dB), (dy.dtype, A.dtype, B.dtype),
+                shapes,
+                (needs_dx, needs_dA, needs_dB),
+                (dy.dtype, A.dtype, B.dtype),
                 strict=True,
             )
         ]
@@ -260,8 +294,17 @@ class EmulatedOps:
         memory, size = self.workspace(weight, lora, M, dtype)
         check(
             library().hqq_lora_linear_backward(
-                *wanted, *matrix(rows), *x_of, pointer(xa), ct.byref(weight), ct.byref(lora),
-                ct.c_int64(M), dtype, pointer(memory), size, ct.byref(self.context),
+                *wanted,
+                *matrix(rows),
+                *x_of,
+                pointer(xa),
+                ct.byref(weight),
+                ct.byref(lora),
+                ct.c_int64(M),
+                dtype,
+                pointer(memory),
+                size,
+                ct.byref(self.context),
             )
         )
         return tuple(results)

@@ -1,4 +1,4 @@
-"""The installed C library as a program outside the project meets it."""
+"""The installed C libraries as a program outside the project meets them."""
 
 import os
 import re
@@ -13,18 +13,31 @@ def declared() -> set[str]:
     return set(re.findall(r"HQQ_API[^;]*?\b(hqq_\w+)\(", c_library.header().read_text()))
 
 
-def test_it_exports_what_the_header_declares_and_nothing_else():
+LIBRARIES = {"libhqqlora.so": "HQQLORA_0", "libhqqlora_cuda.so": "HQQLORA_CUDA_0"}
+
+
+@pytest.fixture(params=LIBRARIES)
+def library(request):
+    """Each library; that for CUDA where it was built."""
+    try:
+        return c_library.installed(request.param)
+    except FileNotFoundError:
+        if request.param == "libhqqlora.so":
+            raise
+        pytest.skip("the package was built without its CUDA library")
+
+
+def test_it_exports_what_the_header_declares_and_nothing_else(library):
+    """Under a version of its own, so that both libraries can be in one process."""
     nm = shutil.which("nm")
     assert nm, "nm (binutils) comes with every C compiler"
     symbols = subprocess.run(
-        [nm, "-D", "--defined-only", c_library.path()],
-        capture_output=True,
-        text=True,
-        check=True,
+        [nm, "-D", "--defined-only", library], capture_output=True, text=True, check=True
     ).stdout
+    version = LIBRARIES[library.name]
     exported = {line.split()[-1] for line in symbols.splitlines()}
-    assert exported == declared()
-    assert len(exported) == 17
+    assert exported == {f"{name}@@{version}" for name in declared()} | {version}
+    assert len(exported) == 17 + 1
 
 
 @pytest.mark.parametrize(
@@ -47,11 +60,15 @@ def test_the_header_alone_compiles(compiler, language, tmp_path):
     assert (result.returncode, result.stderr) == (0, "")
 
 
-def test_it_needs_no_torch_and_no_python():
+def test_it_needs_no_torch_no_python_and_no_cuda(library):
+    """The CUDA library brings the CUDA runtime along, and finds cuBLASLt when it needs it."""
     readelf = shutil.which("readelf")
     assert readelf, "readelf (binutils) comes with every C compiler"
     dynamic = subprocess.run(
-        [readelf, "-d", c_library.path()], capture_output=True, text=True, check=True
+        [readelf, "-d", library], capture_output=True, text=True, check=True
     ).stdout
     needed = re.findall(r"NEEDED.*\[(.*?)\]", dynamic)
-    assert all(name.startswith(("libc.", "libm.", "ld-linux")) for name in needed), needed
+    allowed = ("libc.", "libm.", "ld-linux")
+    if library.name == "libhqqlora_cuda.so":
+        allowed += ("libdl.", "libpthread.", "librt.", "libgcc_s.", "libstdc++.")
+    assert all(name.startswith(allowed) for name in needed), needed

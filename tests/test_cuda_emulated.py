@@ -1,5 +1,5 @@
-"""The CUDA library's kernels, run on the CPU by the emulator, against float64: the very tests of
-the CPU ops, and shapes that reach each of the kernels."""
+"""The CUDA library's kernels, run on the CPU by the emulator, against float64: the very tests
+of the CPU ops, and shapes that reach each of the kernels."""
 
 import itertools
 
@@ -195,6 +195,27 @@ def test_quantized_to_the_bytes_of_the_cpu(ops, nbits, axis, solver):
         theirs = cpu.quantize(W, nbits, G, axis, meta, int(solver))
         for name, found, right in zip(("W_q", "scale", "zero"), ours, theirs, strict=True):
             assert torch.equal(found, right), name
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("solver", list(Solver), ids=str)
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_group_that_is_not_finite_is_nan(ops, axis, solver, value):
+    """Nobody waits for the device to say so; no other group is touched by it."""
+    W = torch.randn(24, 64)
+    if solver == Solver.REFERENCE:
+        options = {"early_stop": False}  # it looks at the mean error of all groups
+    else:
+        options = {}
+    before = ops.quantize(W, 4, 8, axis, torch.float32, int(solver), **options)
+    W[17, 23] = value
+    after = ops.quantize(W, 4, 8, axis, torch.float32, int(solver), **options)
+    element = 17 * 64 + 23
+    group = element // 8 if axis == 1 else element % (24 * 64 // 8)
+    others = torch.arange(24 * 64 // 8) != group
+    for found, clean in zip(after[1:], before[1:], strict=True):
+        assert found.reshape(-1)[group].isnan()
+        assert torch.equal(found.reshape(-1)[others], clean.reshape(-1)[others])
 
 
 # ---- schedules ---------------------------------------------------------------------------

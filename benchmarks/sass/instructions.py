@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,10 @@ class Instruction:
     @property
     def branch_target(self) -> int | None:
         """Of a direct branch."""
+        if self.base != "BRA":
+            return None
         target = re.search(r"(?:^|[\s(`,])0x([0-9a-f]+)", self.operands)
-        return int(target.group(1), 16) if self.base == "BRA" and target else None
+        return int(target.group(1), 16) if target else None
 
 
 _FUNCTION = re.compile(r"\s*Function : (\S+)")
@@ -85,10 +88,13 @@ _UNITS = {unit: re.compile(pattern) for unit, pattern in UNITS.items()}
 
 def unit_of(instruction: Instruction) -> str:
     """A key of UNITS, or "unknown"."""
-    for unit, pattern in _UNITS.items():
-        if pattern.match(instruction.opcode):
-            return unit
-    return "unknown"
+    return _unit_of_opcode(instruction.opcode)
+
+
+@cache
+def _unit_of_opcode(opcode: str) -> str:
+    matching = (unit for unit, pattern in _UNITS.items() if pattern.match(opcode))
+    return next(matching, "unknown")
 
 
 def count_units(code: Iterable[Instruction]) -> Counter[str]:

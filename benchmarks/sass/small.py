@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from .assumptions import ARRIVAL, ATTAINED, CACHE_LATENCY, LAUNCH, MEMSET, SECTOR, Device
 from .hot_loop import fast_path, hot_loop, innermost, loops, mma_count
@@ -59,6 +60,7 @@ class Parts:
     """Waits for L2 of the block that adds the parts up, for each of them."""
 
 
+@cache
 def parts_of(kernel: Kernel, instance: Instance) -> Parts:
     """Tells the loops apart by what they move. Of several for the same thing (for memory that
     is aligned or not) the shortest."""

@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 INCLUDES = ("kernels/cuda", "kernels", "c_api")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # each is itself
 class Kernel:
     name: str
     """Demangled, without its parameters: hqq_product<__nv_bfloat16, 4, 1>"""
@@ -132,8 +132,13 @@ def _is_current(record: Path) -> bool:
     return all(_digest_file(path) == digest for path, digest in known.items())
 
 
+@cache
+def _compiler() -> str:
+    return run("nvcc", "--version")
+
+
 def _key(*parts: object) -> str:
-    return _digest(json.dumps([*map(str, parts), run("nvcc", "--version")]).encode())
+    return _digest(json.dumps([*map(str, parts), _compiler()]).encode())
 
 
 def _record(record: Path, rules: Sequence[str]) -> None:

@@ -1,63 +1,26 @@
 /*
  * hqq's own solver on tiles of HQQ_LANES groups: what hqq 0.2.8 computes in fp32 on a CPU
- * (optimize_weights_proximal_legacy), operation by operation, the order of sums included.
- *
- * The codes hang on the last bit of zero, and zero is a mean. torch adds up a group of n in a
- * fixed order (cascade_sum, checked bit for bit): element i goes to sum i mod `width`; a sum
- * that has added 2^p elements is passed on to the next of four levels; what does not fill a row
- * of `width` comes last. Its code of eight AVX2 lanes gives
- *
- *     axis 1, n >= 8    width 32 = 4 x 8; left over: whole eights, then single elements
- *     axis 1, n < 8     width 4
- *     axis 0            width 1; 4 for the groups behind the last multiple of 32
+ * (optimize_weights_proximal_legacy), operation by operation, the order of sums
+ * (mean_order.h) included.
  *
  * Cycles of a step on 16 weights: 10 for the one division (with AVX-512), the other 16
  * operations beside it. Most tiles of 64 steps come to a fixed point of zero after 7 to 11
  * steps, which ends them: 6 cycles a weight in steps, 160 to 260 M weights/s a thread. The
  * division and the sum of errors are there for the stop and fall away without it.
  */
+#include "mean_order.h"
 #include "quantize_tile.h"
 
-enum { LEVELS = 4, WIDEST = 32, EIGHT = 8 };
-
-typedef struct mean_order {
-    int width;
-    int unit;           /* what is left over is added to the first `unit` sums */
-    int chunk;          /* elements between checks for a full level */
-    int levels;         /* that can fill up: 1 or all */
-    int64_t rows_end;   /* elements in full rows */
-    int64_t units_end;  /* and in full units behind them */
-    int64_t level_mask; /* 2^p - 1 */
-    int level_power;    /* p */
-} mean_order;
-
-static mean_order mean_order_of(const hqq_layout *l, int64_t first_group)
-{
-    int wide = l->axis == 1 && l->G >= EIGHT;
-    int single = l->axis == 0 && first_group < l->groups / WIDEST * WIDEST;
-    mean_order o = {.width = wide ? WIDEST : single ? 1 : 4, .unit = wide ? EIGHT : 1};
-    int64_t rows = l->G / o.width;
-    int log2_rows = 0;
-    while ((INT64_C(1) << log2_rows) < rows) log2_rows++;
-    o.level_power = log2_rows / LEVELS > 4 ? log2_rows / LEVELS : 4;
-    o.level_mask = (INT64_C(1) << o.level_power) - 1;
-    o.chunk = single ? 1 << o.level_power : o.width;
-    o.levels = rows > o.level_mask ? LEVELS : 1;
-    o.rows_end = rows * o.width;
-    o.units_end = l->G / o.unit * o.unit;
-    return o;
-}
-
 typedef struct mean_sums {
-    hqq_lane level[LEVELS][WIDEST];
+    hqq_lane level[HQQ_MEAN_LEVELS][HQQ_MEAN_WIDEST];
     hqq_lane rest;
 } mean_sums;
 
 /* Passes full levels on, when `rows` rows have been added. */
-static void pass_on(mean_sums *s, const mean_order *o, int64_t rows)
+static void pass_on(mean_sums *s, const hqq_mean_order *o, int64_t rows)
 {
     if (o->levels == 1 || rows & o->level_mask) return;
-    for (int j = 1; j < LEVELS; j++) {
+    for (int j = 1; j < HQQ_MEAN_LEVELS; j++) {
         for (int c = 0; c < o->width; c++) {
             s->level[j][c] += s->level[j - 1][c];
             s->level[j - 1][c] = hqq_lane_set(0.0f);
@@ -66,13 +29,13 @@ static void pass_on(mean_sums *s, const mean_order *o, int64_t rows)
     }
 }
 
-static void join_levels(mean_sums *s, const mean_order *o)
+static void join_levels(mean_sums *s, const hqq_mean_order *o)
 {
     for (int c = 0; c < o->width; c++)
         for (int j = 1; j < o->levels; j++) s->level[0][c] += s->level[j][c];
 }
 
-static hqq_lane mean_of(const mean_sums *s, const mean_order *o, int64_t n)
+static hqq_lane mean_of(const mean_sums *s, const hqq_mean_order *o, int64_t n)
 {
     hqq_lane sum = s->rest;
     for (int first = 0; first < o->unit; first++) {
@@ -86,9 +49,9 @@ static hqq_lane mean_of(const mean_sums *s, const mean_order *o, int64_t n)
 /* One step of hqq, with everything that is constant in it. */
 typedef struct hqq_step {
     hqq_lane multiplier, zero;
-    hqq_lane error; /* sum of |w - w'| */
+    hqq_lane error;     /* sum of |w - w'| */
+    hqq_lane threshold; /* up to which hqq_shrink gives 0 for sure */
     float levels, lp_norm, inverse_beta;
-    float threshold; /* of hqq_shrink */
     int want_error;
 } hqq_step;
 
@@ -108,7 +71,7 @@ static inline void add_terms(hqq_step *s, const float *values, int64_t n, hqq_la
                              int stride, int want_error)
 {
     hqq_lane multiplier = s->multiplier, zero = s->zero, error = s->error;
-    hqq_lane inverse = 1.0f / multiplier, threshold = hqq_lane_set(s->threshold);
+    hqq_lane inverse = 1.0f / multiplier, threshold = s->threshold;
     for (int64_t i = 0; i < n; i++, values += HQQ_LANES) {
         hqq_lane w = hqq_vec_load(values);
         hqq_lane scaled = w * multiplier;
@@ -124,7 +87,7 @@ static inline void add_terms(hqq_step *s, const float *values, int64_t n, hqq_la
 }
 
 /* The mean of the terms of one step: the next zero. */
-static hqq_lane next_zero(hqq_tile *t, hqq_step *s, const mean_order *o)
+static hqq_lane next_zero(hqq_tile *t, hqq_step *s, const hqq_mean_order *o)
 {
     mean_sums sums;
     sums.rest = hqq_lane_set(0.0f);
@@ -166,10 +129,11 @@ static void add_errors(double *sum, hqq_lane error, int live)
 }
 
 /* steps->iters steps on one tile; *h becomes their result. */
-static void run_steps(hqq_tile *t, hqq_half_quadratic *h, const hqq_steps *steps)
+static void run_steps(hqq_tile *t, hqq_half_quadratic *h, hqq_lane smallest, hqq_lane largest,
+                      const hqq_steps *steps)
 {
     const hqq_quantize_options *options = steps->options;
-    mean_order order = mean_order_of(&t->job->layout, t->first);
+    hqq_mean_order order = hqq_mean_order_of(&t->job->layout, t->first);
     double beta = (double)options->beta;
     for (int i = 0; i < steps->iters; i++, beta *= (double)options->kappa) {
         hqq_step step = {.multiplier = h->multiplier,
@@ -178,7 +142,9 @@ static void run_steps(hqq_tile *t, hqq_half_quadratic *h, const hqq_steps *steps
                          .lp_norm = options->lp_norm,
                          .inverse_beta = (float)(1.0 / beta),
                          .want_error = steps->errors != NULL};
-        step.threshold = hqq_shrink_threshold(options->lp_norm, step.inverse_beta);
+        float threshold = hqq_shrink_threshold(options->lp_norm, step.inverse_beta);
+        step.threshold = step.want_error ? hqq_lane_set(threshold)
+                                         : hqq_quick_threshold(threshold, smallest, largest);
         h->zero = next_zero(t, &step, &order);
         int fixed = options->kappa == 1.0f && !hqq_lane_any(~(h->zero == step.zero));
         if (steps->errors) { /* all steps from a fixed point on are this one */
@@ -197,7 +163,7 @@ static void solve_hqq(hqq_tile *t, void *data)
     hqq_tile_range(t, &smallest, &largest);
     hqq_half_quadratic h =
         hqq_half_quadratic_start(smallest, largest, levels, steps->options->round_zero);
-    run_steps(t, &h, steps);
+    run_steps(t, &h, smallest, largest, steps);
     hqq_stored stored = hqq_store_half_quadratic(&h, smallest * 0.5f + largest * 0.5f, levels,
                                                  t->job->meta_dtype);
     hqq_tile_store_meta(t, &stored);

@@ -59,7 +59,7 @@ template <class... Parameters, class... Arguments>
 static hqq_status hqq_launch(void (*kernel)(Parameters...), dim3 grid, dim3 block,
                              size_t shared_bytes, void *stream, Arguments &&...arguments)
 {
-    if (shared_bytes > 48 * 1024)
+    if (shared_bytes > 40 * 1024) /* 48 KiB, static shared memory included, need no asking */
         HQQ_CUDA_TRY(cudaFuncSetAttribute(reinterpret_cast<const void *>(kernel),
                                           cudaFuncAttributeMaxDynamicSharedMemorySize,
                                           static_cast<int>(shared_bytes)));

@@ -47,7 +47,8 @@ static void destroy_descriptors(const hqq_cublaslt *lt, gemm_descriptors *d)
     if (d->result) lt->MatrixLayoutDestroy(d->result);
 }
 
-#define LT_TRY(call) HQQ_TRY(hqq_cublaslt_check(lt, lt->call, "cublasLt" #call))
+#define LT_TRY(name, ...) \
+    HQQ_TRY(hqq_cublaslt_check(lt, lt->name(__VA_ARGS__), "cublasLt" #name))
 
 static hqq_status make_descriptors(const hqq_cublaslt *lt, gemm_descriptors *d,
                                    const gemm_key *g)
@@ -55,13 +56,13 @@ static hqq_status make_descriptors(const hqq_cublaslt *lt, gemm_descriptors *d,
     cudaDataType_t type = cuda_type(g->dtype);
     cublasOperation_t operation = g->transpose_b ? CUBLAS_OP_T : CUBLAS_OP_N;
     uint64_t m = (uint64_t)g->m, n = (uint64_t)g->n, k = (uint64_t)g->k;
-    LT_TRY(MatmulDescCreate(&d->product, CUBLAS_COMPUTE_32F, CUDA_R_32F));
-    LT_TRY(MatmulDescSetAttribute(d->product, CUBLASLT_MATMUL_DESC_TRANSA, &operation,
-                                  sizeof operation));
-    LT_TRY(MatrixLayoutCreate(&d->first, type, g->transpose_b ? k : n, g->transpose_b ? n : k,
-                              g->ldb));
-    LT_TRY(MatrixLayoutCreate(&d->second, type, k, m, g->lda));
-    LT_TRY(MatrixLayoutCreate(&d->result, type, n, m, g->ldc));
+    LT_TRY(MatmulDescCreate, &d->product, CUBLAS_COMPUTE_32F, CUDA_R_32F);
+    LT_TRY(MatmulDescSetAttribute, d->product, CUBLASLT_MATMUL_DESC_TRANSA, &operation,
+           sizeof operation);
+    LT_TRY(MatrixLayoutCreate, &d->first, type, g->transpose_b ? k : n, g->transpose_b ? n : k,
+           g->ldb);
+    LT_TRY(MatrixLayoutCreate, &d->second, type, k, m, g->lda);
+    LT_TRY(MatrixLayoutCreate, &d->result, type, n, m, g->ldc);
     return HQQ_OK;
 }
 
@@ -71,9 +72,9 @@ static hqq_status set_preferences(const hqq_cublaslt *lt, cublasLtMatmulPreferen
                                   const gemm_key *g)
 {
     const uint32_t reduction = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
-#define PREFER(name, value)                                                            \
-    LT_TRY(MatmulPreferenceSetAttribute(wishes, CUBLASLT_MATMUL_PREF_##name, &(value), \
-                                        sizeof(value)))
+#define PREFER(name, value)                                                             \
+    LT_TRY(MatmulPreferenceSetAttribute, wishes, CUBLASLT_MATMUL_PREF_##name, &(value), \
+           sizeof(value))
     PREFER(MAX_WORKSPACE_BYTES, g->workspace_bytes);
     PREFER(REDUCTION_SCHEME_MASK, reduction);
     PREFER(MIN_ALIGNMENT_A_BYTES, g->align_B);
@@ -89,7 +90,7 @@ static hqq_status ask_cublaslt(cublasLtMatmulAlgo_t *algorithm, const hqq_cublas
                                const gemm_key *g)
 {
     cublasLtMatmulPreference_t wishes;
-    LT_TRY(MatmulPreferenceCreate(&wishes));
+    LT_TRY(MatmulPreferenceCreate, &wishes);
     cublasLtMatmulHeuristicResult_t found;
     int count = 0;
     hqq_status status = set_preferences(lt, wishes, g);

@@ -302,6 +302,7 @@ HQQ_DEVICE_INLINE uint32_t hqq_code(float value, float slope, float offset, floa
 HQQ_DEVICE_INLINE void hqq_tile_store_rows(hqq_tile *t, const hqq_quantize_job *job,
                                            const hqq_fit *fit)
 {
+    /* free: whoever read the tile before has passed the barrier of this one's load */
     t->fits[t->lane] = make_float2(fit->slope, fit->offset);
     int64_t G = job->layout.G;
 #pragma unroll 1
@@ -325,7 +326,6 @@ HQQ_DEVICE_INLINE void hqq_tile_store_rows(hqq_tile *t, const hqq_quantize_job *
             hqq_walk_on(&walk, &by, steps, G);
         }
     }
-    __syncwarp(); /* before fits is written again */
 }
 
 /* Axis 0: a lane along its own column of words. Groups longer than a run come from memory: the

@@ -540,11 +540,12 @@ static void walk_sound(void)
     }
     /* a choice is a choice, whatever it is asked about */
     for (int i = 0; i < COUNT(bad_shapes); i++)
-        for (int isa = -1; isa <= 5; isa++) {
-            hqq_kernel chosen =
-                hqq_choose_kernel(&bad_shapes[i].weight, INT64_MAX, HQQ_F32, isa, (hqq_isa)isa);
-            if (chosen < HQQ_KERNEL_AUTO || chosen > HQQ_KERNEL_BLOCKED) failures++;
-        }
+        for (int isa = -1; isa <= 5; isa++)
+            for (int few = 0; few <= 1; few++) {
+                hqq_kernel chosen = hqq_choose_kernel(
+                    &bad_shapes[i].weight, few ? 2 : INT64_MAX, HQQ_F32, isa, (hqq_isa)isa);
+                if (chosen < HQQ_KERNEL_AUTO || chosen > HQQ_KERNEL_BLOCKED) failures++;
+            }
 }
 
 int main(void)

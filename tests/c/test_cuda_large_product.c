@@ -151,6 +151,10 @@ static int check_forced(void)
     force.kernel = HQQ_KERNEL_BLOCKED;
     hqq_linear(blocked, x, K, &w, NULL, HQQ_F32, M, HQQ_F32, room, sizeof room, &force);
     failures += expect(memcmp(direct, blocked, sizeof direct) == 0, "to the blocked one");
+    failures += expect(hqq_linear(direct, x, -7, &w, NULL, HQQ_F32, 1, HQQ_F32, room,
+                                  sizeof room, &force) == HQQ_OK &&
+                           memcmp(direct, blocked, N * sizeof(float)) == 0,
+                       "the stride of a single row does not matter");
     free(x);
     free_weight(&w);
     return failures;

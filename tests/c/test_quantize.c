@@ -177,6 +177,47 @@ static int check_reference(hqq_isa isa)
     return failures;
 }
 
+/* Groups far from zero beside groups at it: what one needs in a step must not show in another,
+ * so that every width of lanes gives the same bits. */
+static int check_wild(hqq_isa isa)
+{
+    enum { N = 96, K = 64, G = 32 };
+    uint64_t state = 521288629u;
+    int failures = 0;
+    for (int axis = 0; axis < 2; axis++)
+        for (int repeat = 0; repeat < 8; repeat++) {
+            float *W = random_array(&state, N * K, HQQ_F32, -1.0f, 1.0f);
+            hqq_layout l = hqq_layout_make(N, K, G, 4, axis);
+            for (int64_t g = 0; g < l.groups; g++) {
+                float offset = powf(10.0f, (float)(random_bits(&state) % 10));
+                for (int64_t i = 0; i < G; i++) {
+                    float *w = W + element_of(&l, g, i);
+                    *w = *w * 4.0f + offset; /* so that e, of a few units, has lost its bits */
+                }
+            }
+            hqq_weight w = {.out_features = N,
+                            .in_features = K,
+                            .group_size = G,
+                            .nbits = 4,
+                            .axis = axis,
+                            .meta_dtype = HQQ_F32};
+            hqq_quantize_options o = hqq_quantize_defaults();
+            o.solver = HQQ_SOLVER_REFERENCE;
+            o.early_stop = 0;
+            hqq_context plain = {.isa = HQQ_ISA_PORTABLE}, context = {.isa = isa};
+            result a = quantize(W, HQQ_F32, w, &o, &plain);
+            result b = quantize(W, HQQ_F32, w, &o, &context);
+            if (!same_result(&a, &b)) {
+                fprintf(stderr, "axis %d, case %d: not the portable result\n", axis, repeat);
+                failures++;
+            }
+            free(W);
+            free_weight(&a.weight);
+            free_weight(&b.weight);
+        }
+    return failures;
+}
+
 /* ---- refusals -------------------------------------------------------------------------- */
 
 static int check_non_finite(hqq_isa isa)
@@ -223,6 +264,7 @@ int main(void)
 {
     int failures = for_each_isa(check_formats);
     failures += for_each_isa(check_reference);
+    failures += for_each_isa(check_wild);
     if (!HQQ_TEST_CUDA) /* there, groups of NaN are the answer: nobody waits for the device */
         failures += for_each_isa(check_non_finite);
     return failures != 0;

@@ -62,7 +62,11 @@ static const Expectation EXPECTED[] = {
     {"overflow of static shared memory", "s", nullptr},
     {"load past the end", "s", nullptr},
     {"cp.async past the end", "s", nullptr},
+#ifdef __clang__ /* which turns it into a memcpy and forgets what it knew of the alignment */
+    {"misaligned load", "s", nullptr},
+#else
     {"misaligned load", "cs", "misaligned access"},
+#endif
     {"float4 in an array of float", "s", nullptr},
     {"unwritten shared memory", "flrp", nullptr},
     {"counter read too early", "flrpc", "shared memory race"},
