@@ -107,10 +107,13 @@ class Weights:
             "hqqlora axis 0": lambda dy: ops.linear_dgrad(dy, *self.packed[0]),
             "dense": lambda dy: dy @ self.dense,
         }
+
+        def whole(read: Callable[[], Tensor]) -> Callable[[Tensor], Tensor]:
+            return lambda dy: dy @ read()
+
+        readers = self.readers()
         return found | {
-            name: (lambda dy, read=read: dy @ read())
-            for name, read in self.readers().items()
-            if name in ("hqq", "bitsandbytes")
+            name: whole(readers[name]) for name in ("hqq", "bitsandbytes") if name in readers
         }
 
     def readers(self) -> dict[str, Callable[[], Tensor]]:
@@ -127,6 +130,11 @@ class Weights:
 
             found["bitsandbytes"] = lambda: bnb.dequantize_4bit(*self.nf4)
         return found
+
+
+def _each_round(work: Callable[..., object], *arguments: object) -> Contender:
+    """The same in every round."""
+    return lambda i: work(*arguments)
 
 
 def _fused(name: str) -> bool:
@@ -161,33 +169,36 @@ def quantize(w: Weights, M: int) -> Contenders:
 
 
 def dequantize(w: Weights, M: int) -> Contenders:
-    return {name: (lambda i, read=read: read()) for name, read in w.readers().items()}
+    return {name: _each_round(read) for name, read in w.readers().items()}
 
 
 def linear(w: Weights, M: int) -> Contenders:
     x = w.random_rows(M, w.K)
-    return {name: (lambda i, f=f: f(x)) for name, f in w.products().items()}
+    return {name: _each_round(product, x) for name, product in w.products().items()}
 
 
 def linear_dgrad(w: Weights, M: int) -> Contenders:
     dy = w.random_rows(M, w.N)
-    return {name: (lambda i, f=f: f(dy)) for name, f in w.gradients().items()}
+    return {name: _each_round(gradient, dy) for name, gradient in w.gradients().items()}
+
+
+def _apart(product: Callable[[Tensor], Tensor], x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    """A product, and a LoRA beside it as torch ops."""
+    return torch.addmm(product(x), F.linear(x, A), B.t(), alpha=SCALING)
 
 
 def lora_linear(w: Weights, M: int) -> Contenders:
     x = w.random_rows(M, w.K)
-    found: Contenders = {}
-    for name, product in w.products().items():
-        packed = w.packed[_axis(name)]
-        if _fused(name):
-            found[name] = lambda i, p=packed: ops.lora_linear(
-                x, *p[:3], None, w.A, w.B, None, SCALING, 0.0, *p[3:]
-            )
-        else:
-            found[name] = lambda i, f=product: torch.addmm(
-                f(x), F.linear(x, w.A), w.B.t(), alpha=SCALING
-            )
-    return found
+
+    def ours(p: PackedWeight) -> object:
+        return ops.lora_linear(x, *p[:3], None, w.A, w.B, None, SCALING, 0.0, *p[3:])
+
+    return {
+        name: _each_round(ours, w.packed[_axis(name)])
+        if _fused(name)
+        else _each_round(_apart, product, x, w.A, w.B)
+        for name, product in w.products().items()
+    }
 
 
 def lora_linear_backward(w: Weights, M: int) -> Contenders:
@@ -221,25 +232,19 @@ def lora_step(w: Weights, M: int) -> Contenders:
     dy = w.random_rows(M, w.N)
     A, B = w.A.clone().requires_grad_(), w.B.clone().requires_grad_()
 
-    def step(forward: Callable[[], Tensor]) -> Contender:
-        def run(i: int) -> None:
-            forward().backward(dy)  # type: ignore[no-untyped-call]
-            x.grad = A.grad = B.grad = None
+    def step(forward: Callable[..., Tensor], *arguments: object) -> None:
+        forward(*arguments).backward(dy)  # type: ignore[no-untyped-call]
+        x.grad = A.grad = B.grad = None
 
-        return run
+    def ours(p: PackedWeight) -> Tensor:
+        return hqqlora.autograd.lora_linear(x, p, None, A, B, SCALING, 0.0)
 
-    found: Contenders = {}
-    for name, product in w.products().items():
-        packed = w.packed[_axis(name)]
-        if _fused(name):
-            found[name] = step(
-                lambda p=packed: hqqlora.autograd.lora_linear(x, p, None, A, B, SCALING, 0.0)
-            )
-        else:
-            found[name] = step(
-                lambda f=product: torch.addmm(f(x), F.linear(x, A), B.t(), alpha=SCALING)
-            )
-    return found
+    return {
+        name: _each_round(step, ours, w.packed[_axis(name)])
+        if _fused(name)
+        else _each_round(step, _apart, product, x, A, B)
+        for name, product in w.products().items()
+    }
 
 
 OPS: dict[str, Callable[[Weights, int], Contenders]] = {

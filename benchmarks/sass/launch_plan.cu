@@ -1,7 +1,7 @@
 /*
  * Prints what the library's own host code decides, so that the predictions repeat none of it.
- * Needs no GPU. instances.inc, which sass/launches.py writes, lists INSTANCE(hqq_small<...>) for
- * each small product that was compiled.
+ * Needs no GPU. instances.inc, which sass/launches.py writes, lists INSTANCE(hqq_small<...>)
+ * for each small product that was compiled.
  *
  *     launch_plan instances
  *         name | threads | dynamic shared memory
@@ -30,8 +30,8 @@ hqq_status hqq_small_launch_f16(const hqq_small_arguments *, int, int, int, void
     return HQQ_UNSUPPORTED;
 }
 
-#define INSTANCE(...)                                                                         \
-    printf("%s | %d | %d\n", #__VA_ARGS__, (int)__VA_ARGS__::THREADS,                         \
+#define INSTANCE(...)                                                 \
+    printf("%s | %d | %d\n", #__VA_ARGS__, (int)__VA_ARGS__::THREADS, \
            (int)__VA_ARGS__::SHARED_BYTES);
 
 static void print_instances(void)
@@ -44,7 +44,8 @@ static void print_plans(const hqq_cuda_device *device)
     static char storage[16];
     long long N, K, M, G;
     int transpose, axis, nbits;
-    while (scanf("%lld %lld %lld %d %d %d %lld", &N, &K, &M, &transpose, &axis, &nbits, &G) == 7) {
+    while (scanf("%lld %lld %lld %d %d %d %lld", &N, &K, &M, &transpose, &axis, &nbits, &G) ==
+           7) {
         hqq_weight w = {};
         w.packed = w.scale = w.zero = storage;
         w.out_features = N, w.in_features = K, w.group_size = G;

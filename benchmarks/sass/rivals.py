@@ -5,17 +5,17 @@ from __future__ import annotations
 from .assumptions import ATTAINED, HQQ_BYTES_A_WEIGHT, HQQ_KERNELS, LAUNCH, Device
 
 BYTES = 2
-TILE_ROWS = 128
+TILES = {(128, 256): 1.0, (128, 128): 1.15, (64, 128): 1.3, (16, 128): 1.6}
+"""Rows and columns of a GEMM's tiles, and what loading each element more often costs."""
 
 
 def _waves_seconds(device: Device, M: int, outputs: int, length: int) -> float:
-    """Arithmetic of a GEMM as its tiles fill the multiprocessors: of 128 x 256, or of
-    128 x 128, which load each element more often (1.15), or with the sum split (1.25) where
-    there are too few."""
+    """Arithmetic of a GEMM as its tiles fill the multiprocessors, with the sum split (1.25)
+    where there are too few: the best choice of tiles."""
     best = float("inf")
-    for width, factor in ((256, 1.0), (128, 1.15)):
-        tiles = -(-M // TILE_ROWS) * -(-outputs // width)
-        tile = 2.0 * TILE_ROWS * width * length * factor * device.multiprocessors / device.dense
+    for (rows, width), factor in TILES.items():
+        tiles = -(-M // rows) * -(-outputs // width)
+        tile = 2.0 * rows * width * length * factor * device.multiprocessors / device.dense
         splits = min(device.multiprocessors // tiles, 16)
         waves = -(-tiles // device.multiprocessors)
         best = min(best, 1.25 * tile / splits if splits >= 2 else waves * tile)

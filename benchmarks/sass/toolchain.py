@@ -184,7 +184,7 @@ def compile_all(
     """(cubin, architecture, source's name) of each pair."""
     pairs = [(source, arch) for source in sources for arch in archs]
     with ThreadPoolExecutor(jobs) as pool:
-        cubins = list(pool.map(lambda pair: compile_source(*pair, folder), pairs))
+        cubins = list(pool.map(lambda pair: compile_source(pair[0], pair[1], folder), pairs))
     return [
         (cubin, arch, source.name) for cubin, (source, arch) in zip(cubins, pairs, strict=True)
     ]

@@ -22,7 +22,7 @@ static int is_sound(const hqq_weight *w)
     return hqq_slots_per_word(w->nbits) > 0 && (w->axis == 0 || w->axis == 1) &&
            w->out_features > 0 && w->in_features > 0 && w->group_size > 0 &&
            !__builtin_mul_overflow(w->out_features, w->in_features, &elements) &&
-           elements % w->group_size == 0;
+           elements <= INT64_C(1) << 60 && elements % w->group_size == 0;
 }
 
 hqq_kernel hqq_cuda_kernel_for(const hqq_weight *weight, int64_t M, hqq_dtype dtype,

@@ -122,8 +122,9 @@ HQQ_DEVICE_INLINE void write_run(const addend_job &job, float (&values)[4],
 template <class T>
 static __global__ void __launch_bounds__(THREADS, 2) write_addend(const addend_job job)
 {
-    HQQ_SHARED(float[CHUNK * TILE_M], left);
-    HQQ_SHARED(float[CHUNK * TILE_O], right);
+    HQQ_SHARED(float4[CHUNK * TILE_M / 4], left_fours); /* its alignment is what loads need */
+    HQQ_SHARED(float4[CHUNK * TILE_O / 4], right_fours);
+    float *left = &left_fours[0].x, *right = &right_fours[0].x;
     int64_t m0 = static_cast<int64_t>(blockIdx.x) * TILE_M;
     int64_t o0 = job.o_begin + static_cast<int64_t>(blockIdx.y) * TILE_O;
     float sums[8][4] = {};

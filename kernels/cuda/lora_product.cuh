@@ -307,8 +307,9 @@ template <class T, int ranks, bool in_runs_along_i>
 static __global__ void __launch_bounds__(LORA_THREADS, 2) lora_product(const hqq_lora_product p)
 {
     using tile = lora_tile<T, ranks>;
-    constexpr int floats = tile::floats;
-    HQQ_SHARED(float[floats], shared);
+    constexpr int fours = (tile::floats + 3) / 4; /* float4: its alignment is what loads need */
+    HQQ_SHARED(float4[fours], shared_fours);
+    float *shared = &shared_fours[0].x;
     float *in = shared, *right = shared + tile::in_floats;
     int64_t j0 = static_cast<int64_t>(blockIdx.x) * HQQ_LORA_TILE;
     int64_t r0 = static_cast<int64_t>(blockIdx.z) * ranks;

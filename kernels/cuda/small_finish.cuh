@@ -61,15 +61,22 @@ HQQ_DEVICE_INLINE void hqq_small_gather_parts(const hqq_small_arguments &a,
         for (int mt = 0; mt < C::MT; mt++)
 #pragma unroll
             for (int j = 0; j < 4; j++) acc[f][mt][j] = 0.0f;
-    for (int split = 0; split < (int)gridDim.y; split++)
+    /* several splits on their way at once, or each would cost the whole latency of L2 */
+    for (int split = 0; split < (int)gridDim.y; split += C::SPLITS_AT_ONCE) {
+        float part[C::SPLITS_AT_ONCE][C::ACCUMULATORS];
 #pragma unroll
-        for (int f = 0; f < 4; f++)
+        for (int s = 0; s < C::SPLITS_AT_ONCE; s++)
 #pragma unroll
-            for (int mt = 0; mt < C::MT; mt++)
+            for (int i = 0; i < C::ACCUMULATORS; i++)
+                part[s][i] = split + s < (int)gridDim.y
+                                 ? __ldcg(hqq_small_partial<C>(a, split + s, i))
+                                 : 0.0f;
 #pragma unroll
-                for (int j = 0; j < 4; j++)
-                    acc[f][mt][j] +=
-                        __ldcg(hqq_small_partial<C>(a, split, (f * C::MT + mt) * 4 + j));
+        for (int s = 0; s < C::SPLITS_AT_ONCE; s++)
+#pragma unroll
+            for (int i = 0; i < C::ACCUMULATORS; i++)
+                acc[i / 4 / C::MT][i / 4 % C::MT][i % 4] += part[s][i];
+    }
 }
 
 /* Which of outputs `output` .. + 7 dropout keeps, for tokens m and m + 1: bit 8 b + i. The loop

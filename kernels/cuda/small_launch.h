@@ -6,7 +6,13 @@
 
 /* A warp computes a unit of outputs, and walks the reduction in chunks: see small_layout.cuh.
  */
-enum { HQQ_UNIT = 64, HQQ_CHUNK = 64, HQQ_SMALL_WARPS = 4 };
+enum { HQQ_UNIT = 64, HQQ_CHUNK = 64 };
+
+/* Warps of a block for up to `tokens` tokens: hqq_small::WARPS. */
+static inline int hqq_small_warps(int tokens, int nbits)
+{
+    return tokens == 64 && nbits < 8 ? 8 : 4;
+}
 
 typedef struct hqq_small_arguments {
     const unsigned char *packed; /* [N/P, K] */
@@ -21,8 +27,9 @@ typedef struct hqq_small_arguments {
     int residues;         /* axis 0: Q = N/G */
     int chunks_per_group; /* G/64 */
     int units, chunks, chunks_per_split;
-    int in_aligned;  /* in's rows can be read 16 bytes at a time */
-    int out_aligned; /* and out's written */
+    int meta_aligned; /* a row's scales of four chunks can be read at once */
+    int in_aligned;   /* in's rows can be read 16 bytes at a time */
+    int out_aligned;  /* and out's written */
     hqq_addend addend;
     /* the grid */
     int tokens; /* of a block: 8, 16 or 64 */

@@ -65,7 +65,10 @@ template <class T_, int BITS_, int TRANSPOSE_, int AXIS_, int MT_> struct hqq_sm
         OCTETS = 8 / P,
         ROWS = 64 / P, /* byte rows of a unit or chunk */
         TOKENS = 8 * MT,
-        THREADS = 32 * HQQ_SMALL_WARPS,
+        /* More warps share the tokens, where those are many; 99 KiB of shared memory is what
+         * compute capability 8.6 allows. */
+        WARPS = MT == 8 && BITS < 8 ? 8 : 4,
+        THREADS = 32 * WARPS,
         /* Chunks of codes under way or in use in a warp, of 512 * bits bytes each. */
         STAGES = BITS == 8 ? 2
         : BITS == 4        ? 3
@@ -73,22 +76,28 @@ template <class T_, int BITS_, int TRANSPOSE_, int AXIS_, int MT_> struct hqq_sm
         STAGE_BYTES = 512 * BITS,
         /* Chunks whose tokens are in shared memory at a time; rows are padded by 16 bytes, so
          * that the 8 lanes that load together hit 8 different groups of banks. */
-        PANEL = MT == 1                       ? 16
-        : MT == 2 || (TRANSPOSE && AXIS == 0) ? 8
-                                              : 4,
+        PANEL = MT <= 2 ? 8 : 4,
         PANEL_STRIDE = PANEL * HQQ_CHUNK + 8,
         META_BYTES = 256, /* 64 scales, 64 zeros */
+        /* Where a row's scales lie side by side from chunk to chunk, a load of one would move a
+         * sector of 16 of them: a panel's are loaded at once, four chunks' in 8 bytes. */
+        META_BATCHES = ALONG && !TRANSPOSE,
+        META_AHEAD = !META_BATCHES || MT <= 2, /* loaded before they are due; costs registers */
+        METAS = META_BATCHES ? PANEL : 2,
         /* shared memory */
         CODES_AT = 0,
-        META_AT = HQQ_SMALL_WARPS * STAGES * STAGE_BYTES,
-        PANEL_AT = META_AT + HQQ_SMALL_WARPS * 2 * META_BYTES,
+        META_AT = WARPS * STAGES * STAGE_BYTES,
+        PANEL_AT = META_AT + WARPS * METAS * META_BYTES,
         SUMS_AT = PANEL_AT + TOKENS * PANEL_STRIDE * 2,
         SHARED_BYTES = SUMS_AT + (INSIDE ? PANEL * TOKENS * 4 : 0),
         ACCUMULATORS = 16 * MT, /* of a lane */
-        MIN_BLOCKS = MT == 8 ? 2
-        : MT == 2            ? 3
-                             : 4 /* on a multiprocessor: bounds the registers */
+        SPLITS_AT_ONCE = MT == 1 ? 4
+        : MT == 2                ? 2
+                                 : 1,
+        /* on a multiprocessor: bounds the registers */
+        MIN_BLOCKS = MT == 8 ? 8 / WARPS : MT == 2 ? 3 : 4
     };
+    static_assert(SHARED_BYTES <= 99 * 1024, "compute capability 8.6");
 };
 
 /* Byte row i of a unit or chunk is first + i * step. */

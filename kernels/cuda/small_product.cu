@@ -31,20 +31,37 @@ typedef struct small_grid {
     int token_tiles, tokens; /* of 8, 16 or 64 */
     int64_t units, unit_blocks, chunks;
     int64_t tiles; /* unit_blocks * token_tiles */
+    int warps;     /* of a block */
     int splits, chunks_per_split;
 } small_grid;
 
-/* Time of a split count, in chunks: the waves of blocks that it takes, the chunks of one, and
- * what writing and adding the parts costs (a part of a unit is 1/8 to 1/2 of the bytes of a
- * chunk's codes at 4 bits, there and back through L2). */
+/* Blocks of a multiprocessor: by their registers for 64 tokens, else by their shared memory, of
+ * which compute capability 8.6 and 8.9 have less than half. */
+static int resident_blocks(const small_grid *g, const hqq_cuda_device *device)
+{
+    if (g->tokens == 64) return 8 / g->warps;
+    return device->shared_bytes >= 160 * 1024 ? 3 : 2;
+}
+
+/* Chunks of a block, where the reduction is split so many times. */
+static int chunks_of_split(const small_grid *g, int splits)
+{
+    int64_t chunks = (g->chunks + splits - 1) / splits;
+    if (splits > 1) chunks = (chunks + 3) / 4 * 4; /* see meta_aligned */
+    return (int)chunks;
+}
+
+/* A prediction of the time, in chunks (about a microsecond on an H100): the waves of blocks,
+ * each with a chunk's time to start and end; and for a split the counters' memset, the wait for
+ * the last part, and adding the parts, of which a block has 4, 2 or 1 on their way at a time.
+ */
 static double cost_of_splits(const small_grid *g, int splits, const hqq_cuda_device *device)
 {
-    const int resident = g->tokens == 64 ? 2 : 3; /* blocks of a multiprocessor */
-    int64_t per_split = (g->chunks + splits - 1) / splits;
-    double waves = (double)(g->tiles * splits) / (resident * device->multiprocessors);
-    double whole = (double)(int64_t)waves + (waves > (double)(int64_t)waves);
-    double cost = whole * (double)(per_split + 2); /* 2: start and end of a block */
-    return splits == 1 ? cost : cost + 2.0 + waves * g->tokens / 16.0;
+    int64_t slots = (int64_t)resident_blocks(g, device) * device->multiprocessors;
+    int64_t waves = (g->tiles * splits + slots - 1) / slots;
+    double cost = (double)waves * (chunks_of_split(g, splits) + 1);
+    double add = g->tokens == 8 ? 0.05 : g->tokens == 16 ? 0.1 : 0.25;
+    return splits == 1 ? cost : cost + 2.0 + add * splits;
 }
 
 static small_grid small_grid_of(const hqq_weight *w, int64_t M, int transpose,
@@ -57,13 +74,14 @@ static small_grid small_grid_of(const hqq_weight *w, int64_t M, int transpose,
     g.token_tiles = (int)((M + g.tokens - 1) / g.tokens);
     g.units = (outputs + HQQ_UNIT - 1) / HQQ_UNIT;
     g.chunks = (reduced + HQQ_CHUNK - 1) / HQQ_CHUNK;
-    g.unit_blocks = (g.units + HQQ_SMALL_WARPS - 1) / HQQ_SMALL_WARPS;
+    g.warps = hqq_small_warps(g.tokens, w->nbits);
+    g.unit_blocks = (g.units + g.warps - 1) / g.warps;
     g.tiles = g.unit_blocks * g.token_tiles;
     int best = 1;
     for (int splits = 2; splits <= 64 && splits * 2 <= g.chunks; splits++)
         if (cost_of_splits(&g, splits, device) < cost_of_splits(&g, best, device))
             best = splits;
-    g.chunks_per_split = (int)((g.chunks + best - 1) / best);
+    g.chunks_per_split = chunks_of_split(&g, best);
     g.splits = (int)((g.chunks + g.chunks_per_split - 1) / g.chunks_per_split);
     return g;
 }
@@ -80,7 +98,7 @@ size_t hqq_cuda_small_workspace(const hqq_weight *w, int64_t M, hqq_dtype dtype,
     if (!tensor_cores_serve(w, M, dtype)) return 0;
     small_grid g = small_grid_of(w, M, transpose, device);
     if (g.splits == 1) return 0;
-    size_t part = (size_t)HQQ_SMALL_WARPS * HQQ_UNIT * (size_t)g.tokens * sizeof(float);
+    size_t part = (size_t)g.warps * HQQ_UNIT * (size_t)g.tokens * sizeof(float);
     return counter_bytes(&g) + (size_t)g.tiles * (size_t)g.splits * part;
 }
 
@@ -110,6 +128,9 @@ hqq_status hqq_cuda_small_product(void *out, const void *in, int64_t ld_in, cons
     a.units = (int)g.units;
     a.chunks = (int)g.chunks;
     a.chunks_per_split = g.chunks_per_split;
+    a.meta_aligned = a.chunks_per_group == 1 && a.groups_per_row % 4 == 0 &&
+                     g.chunks_per_split % 4 == 0 &&
+                     ((uintptr_t)w->scale | (uintptr_t)w->zero) % 8 == 0;
     a.in_aligned = (uintptr_t)in % 16 == 0 && ld_in % 8 == 0;
     a.out_aligned = (uintptr_t)out % 16 == 0;
     a.addend = *addend;

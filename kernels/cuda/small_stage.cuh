@@ -146,6 +146,71 @@ HQQ_DEVICE_INLINE void hqq_small_load_meta(hqq_small_meta_cursor *m,
     }
 }
 
+/* META_BATCHES: the lane's two entries of a panel's chunks, four in each uint2. */
+template <class C> struct hqq_small_meta_batch {
+    uint2 scale[2][C::PANEL / 4], zero[2][C::PANEL / 4];
+};
+
+template <class C>
+HQQ_DEVICE_INLINE void hqq_small_load_batch(hqq_small_meta_batch<C> *batch,
+                                            const hqq_small_meta_cursor &m,
+                                            const hqq_small_arguments &a, int chunk)
+{
+    const unsigned short *scale = static_cast<const unsigned short *>(a.scale);
+    const unsigned short *zero = static_cast<const unsigned short *>(a.zero);
+#pragma unroll
+    for (int b = 0; b < 2; b++)
+#pragma unroll
+        for (int i = 0; i < C::PANEL / 4; i++) {
+            if (chunk + 4 * i >= a.chunks) break;
+            int at = m.base[b] + chunk + 4 * i;
+            batch->scale[b][i] = __ldg(reinterpret_cast<const uint2 *>(scale + at));
+            batch->zero[b][i] = __ldg(reinterpret_cast<const uint2 *>(zero + at));
+        }
+}
+
+/* Stores four chunks' 16-bit entries of a and b as pairs, chunk by chunk. */
+template <class C>
+HQQ_DEVICE_INLINE void hqq_small_store_pairs(unsigned char *at, uint2 a, uint2 b)
+{
+#pragma unroll
+    for (int j = 0; j < 4; j++)
+        *reinterpret_cast<uint32_t *>(at + j * C::META_BYTES) =
+            __byte_perm(j < 2 ? a.x : a.y, j < 2 ? b.x : b.y, j % 2 ? 0x7632 : 0x5410);
+}
+
+/* Chunk j of the panel at metas + j * META_BYTES, as hqq_small_store_meta has it. */
+template <class C>
+HQQ_DEVICE_INLINE void hqq_small_store_batch(unsigned char *metas,
+                                             const hqq_small_meta_batch<C> &batch, int lane)
+{
+#pragma unroll
+    for (int i = 0; i < C::PANEL / 4; i++) {
+        unsigned char *at = metas + 4 * i * C::META_BYTES + 4 * lane;
+        hqq_small_store_pairs<C>(at, batch.scale[0][i], batch.scale[1][i]);
+        hqq_small_store_pairs<C>(at + 128, batch.zero[0][i], batch.zero[1][i]);
+    }
+}
+
+/* The same where scales cannot be read four at a time: one by one, waiting for each. */
+template <class C>
+HQQ_DEVICE_INLINE void
+hqq_small_fetch_batch(unsigned char *metas, const hqq_small_meta_cursor &m,
+                      const hqq_small_arguments &a, int chunk, int count, int lane)
+{
+    const unsigned short *scale = static_cast<const unsigned short *>(a.scale);
+    const unsigned short *zero = static_cast<const unsigned short *>(a.zero);
+#pragma unroll 1
+    for (int j = 0; j < count; j++) {
+        uint32_t *meta = reinterpret_cast<uint32_t *>(metas + j * C::META_BYTES);
+        int group = (chunk + j) / a.chunks_per_group;
+        meta[lane] = __ldg(scale + (m.base[0] + group)) |
+                     (uint32_t)__ldg(scale + (m.base[1] + group)) << 16;
+        meta[32 + lane] = __ldg(zero + (m.base[0] + group)) |
+                          (uint32_t)__ldg(zero + (m.base[1] + group)) << 16;
+    }
+}
+
 HQQ_DEVICE_INLINE void hqq_small_store_meta(unsigned char *shared,
                                             const hqq_small_meta_cursor &meta, int lane)
 {
@@ -155,7 +220,8 @@ HQQ_DEVICE_INLINE void hqq_small_store_meta(unsigned char *shared,
 
 /* ---- tokens ----------------------------------------------------------------------------- */
 
-/* Elements 8 part .. 8 part + 7 of a chunk, in order of position, of a row of `in`. */
+/* Elements 8 part .. 8 part + 7 of a chunk, in order of position, of a row of `in`; transpose
+ * 1: `row` begins at the chunk's first byte row. */
 template <class C>
 HQQ_DEVICE_INLINE uint4 hqq_small_gather(const hqq_small_arguments &a,
                                          const unsigned short *row, int chunk, int part)
@@ -174,17 +240,31 @@ HQQ_DEVICE_INLINE uint4 hqq_small_gather(const hqq_small_arguments &a,
         return make_uint4(__byte_perm(x.x, x.y, 0x5410), __byte_perm(x.x, x.y, 0x7632),
                           __byte_perm(x.z, x.w, 0x5410), __byte_perm(x.z, x.w, 0x7632));
     }
-    hqq_small_rows rows = hqq_small_rows_of<C>(a, chunk);
-    int t = part / 2;
+    /* halves h .. h + 3; the slots of a byte row are N/P apart, octets 8 byte rows */
+    const int per_slot = a.N / C::P, step = C::AXIS == 1 ? 1 : a.residues, h = part % 2 * 4;
+    int first = (h / C::P * 8 + part / 2 * 2) * step + h % C::P * per_slot;
+    const unsigned short *from = row + first;
+    int left = C::AXIS == 1 ? per_slot - chunk * C::ROWS - h / C::P * 8 - part / 2 * 2 : 0;
 #pragma unroll
     for (int i = 0; i < 8; i++) {
-        int half = 2 * (part % 2 * 2 + i / 4) + i % 4 / 2;
-        int64_t p = rows.first + (int64_t)(half / C::P * 8 + 2 * t + i % 2) * rows.step;
-        bool exists = C::AXIS == 0 || p < a.N / C::P;
-        v[i] = exists ? row[p + (int64_t)(half % C::P) * (a.N / C::P)] : 0;
+        int octet = i / 2 / C::P * 8, slot = i / 2 % C::P;
+        bool exists = C::AXIS == 0 || octet + i % 2 < left;
+        v[i] = exists ? __ldg(from + ((octet + i % 2) * step + slot * per_slot)) : 0;
     }
     return make_uint4(v[0] | (uint32_t)v[1] << 16, v[2] | (uint32_t)v[3] << 16,
                       v[4] | (uint32_t)v[5] << 16, v[6] | (uint32_t)v[7] << 16);
+}
+
+/* The first byte row of chunk first + c, without dividing where it is in the same round of
+ * residues. */
+template <class C>
+HQQ_DEVICE_INLINE int hqq_small_first_row(const hqq_small_arguments &a, int first, int residue,
+                                          int c)
+{
+    if (C::AXIS == 1) return (first + c) * C::ROWS;
+    if (residue + c < a.residues)
+        return residue + c + (first - residue) / a.residues * C::ROWS * a.residues;
+    return (int)hqq_small_rows_of<C>(a, first + c).first;
 }
 
 /* The block's tokens for `count` chunks from `chunk`: panel[token][position]. Neighbouring
@@ -196,14 +276,24 @@ HQQ_DEVICE_INLINE void hqq_small_stage_tokens(unsigned short *panel,
                                               int chunk, int count)
 {
     const unsigned short *in = static_cast<const unsigned short *>(a.in);
+    const bool by_residue = C::TRANSPOSE && C::AXIS == 0;
+    const int residue = by_residue ? chunk % a.residues : 0;
+    const int full = count == C::PANEL; /* then no division is left */
     for (int i = threadIdx.x; i < C::TOKENS * 8 * count; i += C::THREADS) {
-        int token = i / (8 * count), rest = i % (8 * count);
-        bool by_residue = C::TRANSPOSE && C::AXIS == 0;
-        int c = by_residue ? rest % count : rest / 8,
-            part = by_residue ? rest / count : rest % 8;
+        int token = full ? i / (8 * C::PANEL) : i / (8 * count);
+        int rest = full ? i % (8 * C::PANEL) : i % (8 * count);
+        int c = rest / 8, part = rest % 8;
+        if (by_residue) {
+            c = full ? rest % C::PANEL : rest % count;
+            part = full ? rest / C::PANEL : rest / count;
+        }
         int m = first_token + token;
         uint4 x = make_uint4(0, 0, 0, 0);
-        if (m < a.M) x = hqq_small_gather<C>(a, in + m * a.ld_in, chunk + c, part);
+        if (m < a.M) {
+            const unsigned short *row = in + m * a.ld_in;
+            if (C::TRANSPOSE) row += hqq_small_first_row<C>(a, chunk, residue, c);
+            x = hqq_small_gather<C>(a, row, chunk + c, part);
+        }
         *reinterpret_cast<uint4 *>(panel + token * C::PANEL_STRIDE + HQQ_CHUNK * c + 8 * part) =
             x;
     }
