@@ -17,7 +17,6 @@ from .work import Work
 
 BYTES = 2
 UNIT = CHUNK = 64
-WARPS = 4
 MMA_CODES = 16 * 16
 
 
@@ -41,6 +40,16 @@ class Instance:
         return 8 * self.token_tiles
 
     @property
+    def warps(self) -> int:
+        """Of a block, each with a unit."""
+        return 8 if self.token_tiles == 8 and self.nbits < 8 else 4
+
+    @property
+    def panel(self) -> int:
+        """Chunks whose tokens, and forward at axis 1 whose scales, are loaded together."""
+        return 8 if self.token_tiles <= 2 else 4
+
+    @property
     def mma_a_chunk(self) -> int:
         """A unit of 64 outputs times a chunk of 64, for each tile of 8 tokens."""
         return UNIT * CHUNK // MMA_CODES * self.token_tiles
@@ -53,7 +62,7 @@ class Parts:
     chunk: Work
     """One chunk of one unit."""
     stage: Work
-    """Staging the tokens of one chunk: this warp's quarter, all tokens there."""
+    """Staging the tokens of one chunk: this warp's share, all tokens there."""
     stage_idle: Work
     """The same where there are no tokens."""
     reduce_steps_a_split: float
@@ -68,8 +77,8 @@ def parts_of(kernel: Kernel, instance: Instance) -> Parts:
     chunk = Work()
     chunk.add(Work.of(hot), instance.mma_a_chunk / mma_count(hot))
 
-    pieces = instance.tokens * CHUNK * BYTES / 16 / (32 * WARPS)  # of 16 bytes, a thread
-    sums = instance.tokens / (32 * WARPS)
+    pieces = instance.tokens * CHUNK * BYTES / 16 / (32 * instance.warps)  # of 16 bytes, a thread
+    sums = instance.tokens / (32 * instance.warps)
     stagings, summings, waits = [], [], [1.0]
     for body in innermost(loops(kernel.code)):
         path = fast_path(body)
@@ -114,11 +123,11 @@ def _adds_parts(path: Sequence[Instruction]) -> bool:
 
 def meta_bytes(instance: Instance) -> float:
     """What scale and zero of one unit and chunk move between the caches. At axis 1 each of the
-    64 rows has its own sector, of which two bytes are used; in dgrad the block's four warps use
-    the same ones."""
+    64 rows has its own sector: forward, a panel's chunks are read from it at once; in dgrad the
+    block's warps use the same ones, for two bytes each."""
     if instance.axis == 0:
         return 2 * BYTES * UNIT
-    return 2 * SECTOR * UNIT / (WARPS if instance.transpose else 1)
+    return 2 * SECTOR * UNIT / (instance.warps if instance.transpose else instance.panel)
 
 
 def packed_bytes(product: Product) -> float:
@@ -158,7 +167,8 @@ def bounds(
 ) -> Bounds:
     parts = parts_of(kernel, instance)
     chunks = plan.units * plan.chunks * plan.token_tiles  # of all warps that have a unit
-    staged = -(-plan.units // WARPS) * WARPS * plan.chunks * plan.token_tiles
+    warps = instance.warps
+    staged = -(-plan.units // warps) * warps * plan.chunks * plan.token_tiles
     alive = p.M / (plan.tokens * plan.token_tiles)
     work = Work()
     work.add(parts.chunk, chunks)
@@ -166,7 +176,7 @@ def bounds(
     work.add(parts.stage_idle, staged * (1 - alive))
 
     resident = occupancy(
-        device.arch, kernel.registers, 32 * WARPS, kernel.static_shared_bytes + shared_bytes
+        device.arch, kernel.registers, 32 * warps, kernel.static_shared_bytes + shared_bytes
     ).blocks
     uneven = _unevenness(plan.blocks, device.multiprocessors, resident)
     seconds = {name: value * uneven for name, value in work.seconds(device).items()}
@@ -176,7 +186,7 @@ def bounds(
     rows = BYTES * p.M * (p.N + p.K)
     seconds["memory"] = (packed_bytes(p) + rows) / device.memory
     codes = UNIT * CHUNK * p.nbits / 8
-    tokens = BYTES * p.M * p.length * -(-plan.units // WARPS)
+    tokens = BYTES * p.M * p.length * -(-plan.units // warps)
     moved = chunks * (codes + meta_bytes(instance)) + tokens + 2 * part_bytes * split
     seconds["L2"] = moved / device.cache
     tail = ARRIVAL + plan.splits * parts.reduce_steps_a_split * CACHE_LATENCY if split else 0.0

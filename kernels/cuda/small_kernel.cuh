@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(C::THREADS, C::MIN_BLOCKS)
     float acc[4][C::MT][4] = {};
     hqq_small_code_cursor codes = hqq_small_code_cursor_at<C>(a, works ? unit : 0, begin, lane);
     hqq_small_meta_cursor meta = hqq_small_meta_cursor_at<C>(a, works ? unit : 0, begin, lane);
-    hqq_small_meta_batch<C> batch;
+    hqq_small_meta_batch<C> batch = {};
     if (works) {
 #pragma unroll
         for (int s = 0; s < C::STAGES - 1; s++) {
