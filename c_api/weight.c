@@ -132,6 +132,6 @@ hqq_status hqq_dequantize(void *out, int64_t ld_out, hqq_dtype out_dtype,
     int64_t rows = row_end - row_begin, columns = column_end - column_begin;
     HQQ_TRY(hqq_check_matrix("out", out, rows, columns, ld_out, out_dtype));
     if (rows == 0 || columns == 0) return HQQ_OK;
-    return hqq_backend_dequantize(out, ld_out, out_dtype, weight, row_begin, row_end, column_begin,
-                              column_end, context);
+    return hqq_backend_dequantize(out, ld_out, out_dtype, weight, row_begin, row_end,
+                                  column_begin, column_end, context);
 }

@@ -62,7 +62,8 @@ hqq_status hqq_blocked_linear(const hqq_forward *f, const float *xa, void *works
         if (add)
             HQQ_TRY(hqq_lora_addend(y, N, f->dtype, xa, f->bias, f->bias_dtype, f->lora, M, n,
                                     end, context));
-        HQQ_TRY(hqq_backend_dequantize(workspace, K, f->dtype, f->weight, n, end, 0, K, context));
+        HQQ_TRY(
+            hqq_backend_dequantize(workspace, K, f->dtype, f->weight, n, end, 0, K, context));
         HQQ_TRY(hqq_gemm_of_context(y, N, f->x, f->ldx, 0, workspace, K, 1, M, end - n, K,
                                     add ? 1.0f : 0.0f, f->dtype, context));
     }
@@ -79,8 +80,8 @@ hqq_status hqq_blocked_dgrad(const hqq_backward *b, const float *dyb, void *work
         void *dx = hqq_at_mut(b->dx, b->dtype, k);
         if (b->lora)
             HQQ_TRY(hqq_lora_dx_addend(dx, K, b->dtype, dyb, b->lora, M, K, k, end, context));
-        HQQ_TRY(
-            hqq_backend_dequantize(workspace, columns, b->dtype, b->weight, 0, N, k, end, context));
+        HQQ_TRY(hqq_backend_dequantize(workspace, columns, b->dtype, b->weight, 0, N, k, end,
+                                       context));
         HQQ_TRY(hqq_gemm_of_context(dx, K, b->dy, b->lddy, 0, workspace, columns, 0, M, columns,
                                     N, b->lora ? 1.0f : 0.0f, b->dtype, context));
     }

@@ -71,9 +71,9 @@ static hqq_status dequantize_chunk(int64_t chunk, void *scratch, void *data)
 }
 
 hqq_status hqq_backend_dequantize(void *out, int64_t ld_out, hqq_dtype out_dtype,
-                              const hqq_weight *weight, int64_t row_begin, int64_t row_end,
-                              int64_t column_begin, int64_t column_end,
-                              const hqq_context *context)
+                                  const hqq_weight *weight, int64_t row_begin, int64_t row_end,
+                                  int64_t column_begin, int64_t column_end,
+                                  const hqq_context *context)
 {
     if (context && context->kernel == HQQ_KERNEL_REFERENCE) {
         hqq_reference_dequantize(out, ld_out, out_dtype, weight, row_begin, row_end,

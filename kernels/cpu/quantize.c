@@ -150,8 +150,8 @@ static hqq_status run_early_stop(quantize_run *run, const hqq_context *context)
 }
 
 hqq_status hqq_backend_quantize(void *packed, void *scale, void *zero, const void *W,
-                            hqq_dtype W_dtype, const hqq_weight *w,
-                            const hqq_quantize_options *options, const hqq_context *context)
+                                hqq_dtype W_dtype, const hqq_weight *w,
+                                const hqq_quantize_options *options, const hqq_context *context)
 {
     hqq_layout l =
         hqq_layout_make(w->out_features, w->in_features, w->group_size, w->nbits, w->axis);

@@ -1,5 +1,5 @@
-/* out = W[row_begin:row_end, column_begin:column_end], row i at out + i * ld_out, rounded once to
- * out_dtype. Any bits, axis, group size, alignment. */
+/* out = W[row_begin:row_end, column_begin:column_end], row i at out + i * ld_out, rounded once
+ * to out_dtype. Any bits, axis, group size, alignment. */
 #ifndef HQQ_KERNELS_CUDA_DEQUANTIZE_H
 #define HQQ_KERNELS_CUDA_DEQUANTIZE_H
 

@@ -95,7 +95,9 @@ template <class T_, int BITS_, int TRANSPOSE_, int AXIS_, int MT_> struct hqq_sm
         : MT == 2                ? 2
                                  : 1,
         /* on a multiprocessor: bounds the registers */
-        MIN_BLOCKS = MT == 8 ? 8 / WARPS : MT == 2 ? 3 : 4
+        MIN_BLOCKS = MT == 8 ? 8 / WARPS
+        : MT == 2            ? 3
+                             : 4
     };
     static_assert(SHARED_BYTES <= 99 * 1024, "compute capability 8.6");
 };

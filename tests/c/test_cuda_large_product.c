@@ -123,8 +123,8 @@ static int check_choice(void)
                            #kernel " for " #M " rows, " #dtype ", " #change); \
     } while (0)
     CHOOSES(DIRECT, 1, HQQ_BF16, (void)0);
-    CHOOSES(DIRECT, 64, HQQ_BF16, (void)0);
-    CHOOSES(BLOCKED, 65, HQQ_BF16, (void)0);
+    CHOOSES(DIRECT, 192, HQQ_BF16, (void)0);
+    CHOOSES(BLOCKED, 193, HQQ_BF16, (void)0);
     CHOOSES(BLOCKED, 9, HQQ_F32, changed.meta_dtype = HQQ_F32);
     for (int b = 0; b < 5; b++)
         if (all_bits[b] != 3) CHOOSES(DIRECT, 16, HQQ_BF16, changed.nbits = all_bits[b]);
