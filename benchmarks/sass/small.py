@@ -77,7 +77,9 @@ def parts_of(kernel: Kernel, instance: Instance) -> Parts:
     chunk = Work()
     chunk.add(Work.of(hot), instance.mma_a_chunk / mma_count(hot))
 
-    pieces = instance.tokens * CHUNK * BYTES / 16 / (32 * instance.warps)  # of 16 bytes, a thread
+    pieces = (
+        instance.tokens * CHUNK * BYTES / 16 / (32 * instance.warps)
+    )  # of 16 bytes, a thread
     sums = instance.tokens / (32 * instance.warps)
     stagings, summings, waits = [], [], [1.0]
     for body in innermost(loops(kernel.code)):
