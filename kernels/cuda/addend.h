@@ -4,8 +4,7 @@
  *     addend[m,o] = bias[o] + scaling * factor(m,o) * sum_r left[m,r] * right(r,o)
  *
  * forward   o = n, left = xa [M,R], right(r,n) = B[n,r]
- * dgrad     o = k, left = dyb [M,R], right(r,k) = A[r,k], factor = dropout's, of element m*K +
- * k
+ * dgrad     o = k, left = dyb [M,R], right(r,k) = A[r,k], factor = dropout's (element m*K + k)
  */
 #ifndef HQQ_KERNELS_CUDA_ADDEND_H
 #define HQQ_KERNELS_CUDA_ADDEND_H

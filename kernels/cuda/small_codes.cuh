@@ -2,8 +2,9 @@
  * Codes as T, exactly, in pairs, without a conversion instruction: or-ing q into the mantissa
  * of a power of two gives 2^7 + q in bf16 and 2^10 + q in fp16; subtracting the power leaves q.
  *
- *     word:  byte 3 | byte 2 | byte 1 | byte 0        pair {0, 2}: byte 0 low half, byte 2 high
- * half (word >> shift) & mask | power                  one shift, one LOP3, one HADD2
+ *     word           byte 3 | byte 2 | byte 1 | byte 0
+ *     pair {0, 2}    byte 0 in the low half, byte 2 in the high one
+ *     (word >> shift) & mask | power           a shift, a LOP3; then a HADD2
  *
  * bf16 has 7 bits of mantissa, a code of 8 bits 8: its low 7 bits go into the mantissa of 128,
  * its top bit into the exponent (128 or 256), and low + (power - 256) is exact.

@@ -6,10 +6,10 @@
  *
  * with P = 8 / bits slots: byte (p, k) of [N/P, K] holds W[p + s N/P, k] in slot s.
  *
- *     transpose 0                                  transpose 1
- *     lane l reads bytes 512 i + 16 l .. + 15      lane l reads byte (p, 32 b + l); warp w of
- * 32 of its warp's row; 5 shuffles add up the     takes p = w, w + 32, ...; the warps' sums
- * meet 32 lanes                                     in shared memory, in the order of the warps
+ *     transpose 0: lane l reads bytes 128 i + 4 l .. + 3 of its warp's row; shuffles add up
+ *                  the 32 lanes
+ *     transpose 1: lane l reads byte (p, 32 b + l); warp w of 32 takes p = w, w + 32, ...; the
+ *                  warps' sums meet in shared memory, in the order of the warps
  *
  * A weight is decoded and scaled in fp32 once, (q - z) s, and used for all M tokens: about 5 +
  * M instructions a weight, so at 4 bits and M = 1 an H100 is predicted to spend as long on them

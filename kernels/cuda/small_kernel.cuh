@@ -5,9 +5,10 @@
  *     block   4 or 8 warps = units of 64 outputs, 8 MT tokens
  *     grid    x: tiles of tokens, so that blocks that read the same codes run together
  *             y: splits of the reduction        z: WARPS units each
- *     warp    codes of a unit x chunk stream through its own ring of STAGES in shared memory:
- * each lane waits for its own copies and a __syncwarp shares them, so warps run freely block
- * barriers only around a new panel of tokens, every PANEL chunks
+ *
+ * The codes of a warp's unit stream through its own ring of STAGES in shared memory: each lane
+ * waits for its own copies and a __syncwarp shares them, so warps run freely. The block's
+ * barriers are around a new panel of tokens, every PANEL chunks.
  */
 #ifndef HQQ_KERNELS_CUDA_SMALL_KERNEL_CUH
 #define HQQ_KERNELS_CUDA_SMALL_KERNEL_CUH

@@ -16,35 +16,38 @@
  * mma.m16n8k16 with W as its A operand: 16 outputs x 16 of the reduction, times 8 tokens; four
  * such tiles f are the unit, four steps e the chunk. Lane = 4 g + t.
  *
- *     transpose 0                                     transpose 1
- *                  k = 16t + 4e +                                   byte rows 2t, 2t+1 of the
- * octets of {0, 2}    {1, 3}                                 half 2e       half 2e+1
- *               +---------+---------+                            +-------------+-------------+
- *     half 2f   |  a[0]   |  a[2]   | row g          col 8g+2f   |    a[0]     |    a[2]     |
- *     half 2f+1 |  a[1]   |  a[3]   | row g of it    col 8g+2f+1 |    a[1]     |    a[3]     |
- *               +---------+---------+                            +-------------+-------------+
+ *     transpose 0                                transpose 1
+ *
+ *                  k = 16t + 4e +                             byte rows 2t, 2t+1 of
+ *                   {0, 2}   {1, 3}                           half 2e     half 2e+1
+ *                 +--------+--------+                        +----------+----------+
+ *     half 2f     |  a[0]  |  a[2]  |            col 8g+2f   |   a[0]   |   a[2]   |
+ *     half 2f+1   |  a[1]  |  a[3]  |            col 8g+2f+1 |   a[1]   |   a[3]   |
+ *     (row g)     +--------+--------+                        +----------+----------+
  *
  * so that one 32-bit word (four bytes of a row; or columns 2f, 2f+1 of two rows, by one PRMT)
  * gives its codes in pairs, bytes {0, 2} and {1, 3}, by a shift and a LOP3 each
  * (small_codes.cuh). The tokens' side is put into the same order of the reduction when it is
- * staged (small_stage.cuh):
+ * staged (small_stage.cuh): position 16 t + 4 e + j of a chunk c is, for j = 0..3,
  *
- *     position 16 t + 4 e + j of a chunk is, for j = 0..3,
- *         transpose 0: k = 64 c + 16 t + 4 e + {0, 2, 1, 3}
- *         transpose 1: slot and octet of half 2e + j/2, byte row 2t + j%2 of that octet
+ *     transpose 0   k = 64 c + 16 t + 4 e + {0, 2, 1, 3}
+ *     transpose 1   slot and octet of half 2e + j/2, byte row 2t + j%2 of that octet
  *
- * Byte rows of a unit or chunk a (an axis-0 group holds the rows n = r mod Q, Q = N/G
- * residues): axis 1: 64/P neighbours         a * 64/P + i axis 0: 64/P of one residue     a % Q
- * + (a / Q * 64/P + i) * Q
+ * Byte row i of a unit or chunk a (an axis-0 group holds the rows n = r mod Q, Q = N/G):
+ *
+ *     axis 1   64/P neighbours         a * 64/P + i
+ *     axis 0   64/P of one residue     a % Q + (a / Q * 64/P + i) * Q
  *
  * Two ways to apply scale and zero:
- *   INSIDE   the raw codes are multiplied, exactly; acc += s (sum of x q - z sum of x) once a
- * chunk. Where groups lie ALONG the reduction (transpose 0 at axis 1, transpose 1 at axis 0),
- * up to 16 tokens: beyond, a chunk's own sums no longer fit into the registers. SCALED   A
- * becomes (q - z) s, rounded to T twice; two more instructions for two weights, whatever the
- * number of tokens. Where groups lie along the reduction s and z belong to a row of A, else to
- * a column. (Scaling the tokens instead would save roundings, but x s leaves fp16's range for
- * small gradients.)
+ *
+ *     INSIDE   The raw codes are multiplied, exactly; acc += s (sum of x q - z sum of x) once
+ *              a chunk. Where groups lie ALONG the reduction (transpose 0 at axis 1, transpose
+ *              1 at axis 0), up to 16 tokens: beyond, a chunk's own sums do not fit into the
+ *              registers.
+ *     SCALED   A becomes (q - z) s, rounded to T twice: two more instructions for two weights,
+ *              whatever the number of tokens. Where groups lie along the reduction s and z
+ *              belong to a row of A, else to a column. (Scaling the tokens instead would save
+ *              roundings, but x s leaves fp16's range for small gradients.)
  */
 #ifndef HQQ_KERNELS_CUDA_SMALL_LAYOUT_CUH
 #define HQQ_KERNELS_CUDA_SMALL_LAYOUT_CUH
@@ -70,9 +73,7 @@ template <class T_, int BITS_, int TRANSPOSE_, int AXIS_, int MT_> struct hqq_sm
         WARPS = MT == 8 && BITS < 8 ? 8 : 4,
         THREADS = 32 * WARPS,
         /* Chunks of codes under way or in use in a warp, of 512 * bits bytes each. */
-        STAGES = BITS == 8 ? 2
-        : BITS == 4        ? 3
-                           : 4,
+        STAGES = BITS == 8 ? 2 : (BITS == 4 ? 3 : 4),
         STAGE_BYTES = 512 * BITS,
         /* Chunks whose tokens are in shared memory at a time; rows are padded by 16 bytes, so
          * that the 8 lanes that load together hit 8 different groups of banks. */
@@ -91,13 +92,9 @@ template <class T_, int BITS_, int TRANSPOSE_, int AXIS_, int MT_> struct hqq_sm
         SUMS_AT = PANEL_AT + TOKENS * PANEL_STRIDE * 2,
         SHARED_BYTES = SUMS_AT + (INSIDE ? PANEL * TOKENS * 4 : 0),
         ACCUMULATORS = 16 * MT, /* of a lane */
-        SPLITS_AT_ONCE = MT == 1 ? 4
-        : MT == 2                ? 2
-                                 : 1,
+        SPLITS_AT_ONCE = MT == 1 ? 4 : (MT == 2 ? 2 : 1),
         /* on a multiprocessor: bounds the registers */
-        MIN_BLOCKS = MT == 8 ? 8 / WARPS
-        : MT == 2            ? 3
-                             : 4
+        MIN_BLOCKS = MT == 8 ? 8 / WARPS : (MT == 2 ? 3 : 4)
     };
     static_assert(SHARED_BYTES <= 99 * 1024, "compute capability 8.6");
 };

@@ -16,7 +16,7 @@ static int tensor_cores_serve(const hqq_weight *w, int64_t M, hqq_dtype dtype)
         hqq_layout_make(w->out_features, w->in_features, w->group_size, w->nbits, w->axis);
     return dtype != HQQ_F32 && w->meta_dtype == dtype && hqq_rows_align(&l) &&
            hqq_groups_align(&l) && l.K % HQQ_CHUNK == 0 && l.G % HQQ_CHUNK == 0 && M < most &&
-           l.N < most && l.K < most && l.elements / HQQ_CHUNK < INT32_MAX &&
+           l.N < most && l.K < most && l.elements / 8 < INT32_MAX &&
            (uintptr_t)w->packed % 16 == 0;
 }
 

@@ -1,8 +1,8 @@
 /*
  * Products of few rows with the packed codes themselves, no dequantized copy:
  *
- *     transpose 0   out [M,N] = in [M,K] W^T + addend        transpose 1   out [M,K] = in [M,N]
- * W + addend
+ *     transpose 0   out [M,N] = in [M,K] W^T + addend
+ *     transpose 1   out [M,K] = in [M,N] W + addend
  */
 #ifndef HQQ_KERNELS_CUDA_SMALL_PRODUCT_H
 #define HQQ_KERNELS_CUDA_SMALL_PRODUCT_H

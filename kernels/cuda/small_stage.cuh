@@ -46,7 +46,8 @@ HQQ_DEVICE_INLINE void hqq_small_copy_codes(unsigned char *stage, hqq_small_code
     for (int o = 0; o < C::OCTETS; o++) {
         bool exists = C::AXIS == 0 || 8 * o < cursor->left;
         ptx_cp_async_16(stage + 512 * o,
-                        exists ? cursor->from + o * cursor->octet_bytes : a.packed, exists);
+                        exists ? cursor->from + (int64_t)o * cursor->octet_bytes : a.packed,
+                        exists);
     }
     if (!C::TRANSPOSE) {
         cursor->from += HQQ_CHUNK;
