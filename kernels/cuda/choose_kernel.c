@@ -3,11 +3,10 @@
  *
  * The small products read each packed code once for every 64 rows, and are bound by memory up
  * to about 16 rows and by their tensor-core instructions (mma.sync, with the unpacking beside
- * it) at
- * 64. A GEMM on dequantized blocks has neither limit, but first moves 4 bytes a weight through
- * L2: at 14336 x 4096 on an H100 about 60 us for 192 rows by the one and 90 us by the other,
- * and even at some 350. Both are predictions from instruction counts. fp32 has no tensor-core
- * path: its dot products cost M times the codes, and 8 rows are what hides behind the memory.
+ * it) at 64. A GEMM on dequantized blocks has neither limit, but first moves 4 bytes a weight
+ * through L2: at 14336 x 4096 on an H100 an estimated 60 us for 192 rows by the one, 90 us by
+ * the other. Not measured: a threshold with room on its side. fp32 has no tensor-core path: its
+ * dot products cost M times the codes, and 8 rows are what hides behind the memory.
  */
 #include "plan.h"
 

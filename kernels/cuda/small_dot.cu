@@ -19,6 +19,7 @@
 #include "small_dot.h"
 
 #include "cuda.cuh"
+#include "elements.cuh"
 
 namespace
 {
@@ -41,31 +42,6 @@ struct dot_arguments {
     int M;
     hqq_addend addend;
 };
-
-__device__ __forceinline__ float to_float(float x)
-{
-    return x;
-}
-__device__ __forceinline__ float to_float(__half x)
-{
-    return __half2float(x);
-}
-__device__ __forceinline__ float to_float(__nv_bfloat16 x)
-{
-    return __bfloat162float(x);
-}
-__device__ __forceinline__ void round_to(float *to, float value)
-{
-    *to = value;
-}
-__device__ __forceinline__ void round_to(__half *to, float value)
-{
-    *to = __float2half_rn(value);
-}
-__device__ __forceinline__ void round_to(__nv_bfloat16 *to, float value)
-{
-    *to = __float2bfloat16_rn(value);
-}
 
 template <int BITS> __device__ __forceinline__ float code_of(uint32_t byte, int slot)
 {
@@ -91,10 +67,10 @@ __device__ __forceinline__ void load_four(float (&x)[4], const dot_arguments &a,
     if (a.in_aligned) {
         four all = *reinterpret_cast<const four *>(from);
 #pragma unroll
-        for (int i = 0; i < 4; i++) x[i] = to_float(all.value[i]);
+        for (int i = 0; i < 4; i++) x[i] = hqq_to_float(all.value[i]);
     } else {
 #pragma unroll
-        for (int i = 0; i < 4; i++) x[i] = to_float(from[i]);
+        for (int i = 0; i < 4; i++) x[i] = hqq_to_float(from[i]);
     }
 }
 
@@ -162,8 +138,9 @@ __global__ void __launch_bounds__(32 * WARPS) dot_rows(const dot_arguments a)
     for (int i = lane; i < P * HQQ_DOT_TOKENS; i += 32) {
         int64_t m = i % HQQ_DOT_TOKENS, n = p + i / HQQ_DOT_TOKENS * a.per_slot;
         if (m < a.M)
-            round_to(static_cast<X *>(a.out) + m * a.N + n,
-                     totals[warp][i / HQQ_DOT_TOKENS][m] + hqq_addend_at(&a.addend, m, n, a.N));
+            hqq_from_float(static_cast<X *>(a.out)[m * a.N + n],
+                           totals[warp][i / HQQ_DOT_TOKENS][m] +
+                               hqq_addend_at(&a.addend, m, n, a.N));
     }
 }
 
@@ -187,7 +164,7 @@ __global__ void __launch_bounds__(32 * COLUMN_WARPS) dot_columns(const dot_argum
 #pragma unroll
                 for (int m = 0; m < HQQ_DOT_TOKENS; m++) {
                     if (m >= a.M) break;
-                    float dy = to_float(static_cast<const X *>(a.in)[m * a.ld_in + n]);
+                    float dy = hqq_to_float(static_cast<const X *>(a.in)[m * a.ld_in + n]);
                     sum[m] = __fmaf_rn(w, dy, sum[m]);
                 }
             }
@@ -198,8 +175,8 @@ __global__ void __launch_bounds__(32 * COLUMN_WARPS) dot_columns(const dot_argum
     if (warp < a.M && k < a.K) { /* warp m adds up token m */
         float total = 0.0f;
         for (int w = 0; w < COLUMN_WARPS; w++) total += parts[w][warp][lane];
-        round_to(static_cast<X *>(a.out) + warp * a.K + k,
-                 total + hqq_addend_at(&a.addend, warp, k, a.K));
+        hqq_from_float(static_cast<X *>(a.out)[warp * a.K + k],
+                       total + hqq_addend_at(&a.addend, warp, k, a.K));
     }
 }
 

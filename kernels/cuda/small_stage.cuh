@@ -1,7 +1,8 @@
 /*
  * Bringing a chunk's three parts to where the multiplication finds them (see small_layout.cuh):
  *   codes    16 bytes a lane and octet by cp.async into the warp's own ring; no block barrier
- *   meta     64 scales and zeros: two of each a lane, loaded a chunk ahead into registers
+ *   meta     64 scales and zeros: two of each a lane, a chunk ahead through registers; a
+ *            panel's at once where a row's lie side by side (META_BATCHES)
  *   tokens   a panel of chunks for the whole block, in the order of the fragments
  */
 #ifndef HQQ_KERNELS_CUDA_SMALL_STAGE_CUH
@@ -88,7 +89,7 @@ HQQ_DEVICE_INLINE int hqq_small_meta_base(const hqq_small_arguments &a, int unit
 struct hqq_small_meta_cursor {
     int base[2];
     int step;
-    int phase;   /* ALONG: chunks into the group (transpose 0); residue (transpose 1) */
+    int phase;   /* ALONG, transpose 1: residue */
     int left[2]; /* not ALONG, transpose 1: byte rows from this entry's to the last */
     uint32_t scale, zero;
 };
@@ -112,13 +113,12 @@ HQQ_DEVICE_INLINE hqq_small_meta_cursor hqq_small_meta_cursor_at(const hqq_small
         m.phase = chunk % a.residues;
         m.step = m.phase * a.K;
     } else {
-        m.phase = chunk % a.chunks_per_group;
-        m.step = chunk / a.chunks_per_group;
+        m.step = 0; /* batches know their chunks */
     }
     return m;
 }
 
-/* Loads the cursor's chunk, and moves on. */
+/* Loads the cursor's chunk, and moves on. Not for META_BATCHES. */
 template <class C>
 HQQ_DEVICE_INLINE void hqq_small_load_meta(hqq_small_meta_cursor *m,
                                            const hqq_small_arguments &a)
@@ -141,9 +141,6 @@ HQQ_DEVICE_INLINE void hqq_small_load_meta(hqq_small_meta_cursor *m,
     } else if (C::TRANSPOSE) {
         m->step += a.K;
         if (++m->phase == a.residues) m->phase = 0, m->step = 0;
-    } else if (++m->phase == a.chunks_per_group) {
-        m->phase = 0;
-        m->step++;
     }
 }
 
