@@ -90,6 +90,20 @@ def test_outputs_that_fill_no_tile(ops):
 
 
 @pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("nbits", [8, 4, 1])
+def test_sums_that_many_warps_share(nbits, axis):
+    """Ways of a block and splits over blocks, whose ends need not meet those of panels."""
+    for N, K, M, R in ((64, 1984, 3, 4), (192, 1024, 16, 2), (128, 1344, 40, 1)):
+        dtype = HALVES[M % 2]
+        weight = aligned_weight(N, K, 64, nbits, axis, dtype)
+        check_everything(M, weight, random_adapter(N, K, R), dtype, torch.randn(N))
+        transposed = aligned_weight(K, N, 64, nbits, axis, dtype)
+        dy = torch.randn(M, K).to(dtype)
+        dx = test_ops.ops.linear_dgrad(dy, *transposed.packed)
+        oracle.check_dgrad(dy, dx, transposed)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
 def test_every_number_of_rows(axis):
     """From one to beyond all thresholds; small weights, each row of its own size."""
     weight = aligned_weight(64, 128, 64, 4, axis, torch.bfloat16)

@@ -109,15 +109,19 @@ LAUNCH = 1.25e-6
 """Seconds from the end of one kernel's work to the start of the next one's in a stream that the
 host keeps filled. Every kernel pays it, the rivals' too."""
 
-MEMSET = 1.0e-6
-"""The same for a cudaMemsetAsync of a few bytes."""
-
 CACHE_LATENCY = 0.18e-6
 """Seconds of a load from L2 that nothing hides: a step of a loop that waits for its loads."""
 
 ARRIVAL = 1.0e-6
-"""What a block of a split sum waits at its end: its parts visible to all (a fence), then the
-counter's atomic."""
+"""What a block of a split sum waits at its end: its parts visible to all (a fence), its mark
+too (another), then the others' marks from L2."""
+
+JOIN = 0.2e-6
+"""The same for the sums that warps of a block share: to shared memory, a barrier, and back."""
+
+MEMORY_LATENCY = 0.7e-6
+"""Seconds from a load to its data, memory being busy: what is not under way meanwhile does not
+use the memory's rate."""
 
 SECTOR = 32
 """Bytes that move between the caches for any load of one of them."""

@@ -29,7 +29,7 @@ def facts_of(kernel: Kernel, launch: Launch | None = None) -> dict[str, Any]:
     Counts of the loop are of its fast path: one iteration with full tiles.
     """
     threads = launch.threads if launch else kernel.max_threads
-    dynamic = launch.dynamic_shared_bytes if launch else 0
+    dynamic = launch.dynamic_shared_bytes() if launch else 0
     loop = fast_path(hot_loop(kernel.code))
     units = count_units(loop)
     mma = mma_count(loop)
@@ -82,7 +82,8 @@ def instructions_per_weight(kernel: Kernel) -> float | None:
     instance = Instance.parse(kernel.name)
     if instance:
         parts = parts_of(kernel, instance)
-        chunk = parts.chunk.instructions + parts.stage.instructions
+        stage = parts.stage.instructions + parts.sums.instructions
+        chunk = parts.chunk.instructions + stage * instance.tokens / instance.warps
         return round(chunk * 32 / (UNIT * CHUNK), 3)
     dequantize = Dequantize.of(kernel)
     return round(dequantize.instructions_a_weight, 3) if dequantize else None

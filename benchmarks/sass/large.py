@@ -104,8 +104,6 @@ def lora_step_seconds(
         seconds += lora.projection_seconds(device, p.M, width)
         seconds += lora.gradient_seconds(device, p.M, width)
     for plan, product in plans:
-        if plan.small:
-            continue  # the small product adds the addend itself
-        blocks = -(-product.outputs // plan.width)
-        seconds += lora.addend_seconds(device, p.M, product.outputs) + (blocks - 1) * LAUNCH
+        if not plan.small:  # the small product adds the addend itself
+            seconds += lora.addend_seconds(device, p.M, product.outputs)
     return seconds

@@ -4,11 +4,11 @@
  * for each small product that was compiled.
  *
  *     launch_plan instances
- *         name | threads | dynamic shared memory
+ *         name | threads | dynamic shared memory of a block | and of each way more
  *     launch_plan plan MULTIPROCESSORS CAPABILITY L2_BYTES SHARED_BYTES
  *         for each line "N K M transpose axis nbits G" of its input:
- *         whether the small product serves; its tokens a block, token tiles, units, chunks,
- *         splits, chunks a split; the large product's block width
+ *         whether the small product serves; its tokens a block, token tiles, units, units a
+ *         block, chunks, chunks a way, ways, splits; the large product's block width
  */
 #include <stdio.h>
 #include <stdlib.h>
@@ -30,9 +30,9 @@ hqq_status hqq_small_launch_f16(const hqq_small_arguments *, int, int, int, void
     return HQQ_UNSUPPORTED;
 }
 
-#define INSTANCE(...)                                                 \
-    printf("%s | %d | %d\n", #__VA_ARGS__, (int)__VA_ARGS__::THREADS, \
-           (int)__VA_ARGS__::SHARED_BYTES);
+#define INSTANCE(...)                                                      \
+    printf("%s | %d | %d | %d\n", #__VA_ARGS__, (int)__VA_ARGS__::THREADS, \
+           __VA_ARGS__::shared_bytes(0), (int)__VA_ARGS__::WAY_BYTES);
 
 static void print_instances(void)
 {
@@ -53,9 +53,9 @@ static void print_plans(const hqq_cuda_device *device)
         hqq_kernel kernel = hqq_cuda_kernel_for(&w, M, HQQ_BF16, transpose, HQQ_KERNEL_AUTO);
         small_grid g = small_grid_of(&w, M, transpose, device);
         int64_t outputs = transpose ? K : N, length = transpose ? N : K;
-        printf("%d %d %d %lld %lld %d %d %lld\n", kernel == HQQ_KERNEL_DIRECT, g.tokens,
-               g.token_tiles, (long long)g.units, (long long)g.chunks, g.splits,
-               g.chunks_per_split,
+        printf("%d %d %d %lld %d %lld %d %d %d %lld\n", kernel == HQQ_KERNEL_DIRECT, g.tokens,
+               g.token_tiles, (long long)g.units, g.units_of_block, (long long)g.chunks,
+               g.chunks_per_way, g.ways, g.splits,
                (long long)hqq_cuda_block_width(outputs, length, M, HQQ_BF16, device));
     }
 }

@@ -51,20 +51,32 @@ class Plan(NamedTuple):
     tokens: int
     token_tiles: int
     units: int
+    units_of_block: int
+    """Side by side in a block; each of them `ways` times, for parts of the reduction."""
     chunks: int
+    chunks_per_way: int
+    ways: int
     splits: int
-    chunks_per_split: int
     width: int
 
     @property
+    def tiles(self) -> int:
+        """Of outputs and tokens: what a block does, whichever its split."""
+        return -(-self.units // self.units_of_block) * self.token_tiles
+
+    @property
     def blocks(self) -> int:
-        """Of the small product, each of 4 units."""
-        return -(-self.units // 4) * self.token_tiles * self.splits
+        """Of the small product."""
+        return self.tiles * self.splits
 
 
 class Launch(NamedTuple):
     threads: int
-    dynamic_shared_bytes: int
+    shared_bytes_without_ways: int
+    way_bytes: int
+
+    def dynamic_shared_bytes(self, ways: int = 1) -> int:
+        return self.shared_bytes_without_ways + ways * self.way_bytes
 
 
 @dataclass(frozen=True)
@@ -76,8 +88,8 @@ class Launches:
         """By name, as in the machine code: hqq_small<__nv_bfloat16, 4, 0, 1, 8>."""
         found = {}
         for line in toolchain.run(str(self.program), "instances").splitlines():
-            name, threads, shared = line.split(" | ")
-            found[name] = Launch(int(threads), int(shared))
+            name, *figures = line.split(" | ")
+            found[name] = Launch(*map(int, figures))
         return found
 
     def of(self, kernel: str) -> Launch | None:

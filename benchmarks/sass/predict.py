@@ -54,12 +54,11 @@ class Predictor:
             kernel, instance = self.small[key]
             launch = self.launches.of(kernel.name)
             assert launch, kernel.name
-            b = small.bounds(
-                self.device, kernel, instance, launch.dynamic_shared_bytes, plan, p
-            )
+            shared = launch.dynamic_shared_bytes(plan.ways)
+            b = small.bounds(self.device, kernel, instance, shared, plan, p)
             roofline = small.roofline(self.device, p)
             return {
-                "kernel": f"small, {plan.tokens} tokens, {plan.splits} splits",
+                "kernel": f"small, {plan.tokens} tokens, {plan.ways} x {plan.splits} parts",
                 "seconds": b.predicted,
                 "bound_by": b.longest,
                 "roofline_seconds": roofline,

@@ -7,8 +7,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
-from .assumptions import ARRIVAL, ATTAINED, CACHE_LATENCY, LAUNCH, MEMSET, SECTOR, Device
-from .hot_loop import fast_path, hot_loop, innermost, loops, mma_count
+from .assumptions import (
+    ARRIVAL,
+    ATTAINED,
+    CACHE_LATENCY,
+    JOIN,
+    LAUNCH,
+    MEMORY_LATENCY,
+    SECTOR,
+    Device,
+)
+from .hot_loop import fast_path, hot_loop, loops, mma_count
 from .instructions import Instruction, count_units, widths
 from .launches import Plan, Product
 from .occupancy import occupancy
@@ -41,8 +50,19 @@ class Instance:
 
     @property
     def warps(self) -> int:
-        """Of a block, each with a unit."""
+        """Of a block."""
         return 8 if self.token_tiles == 8 and self.nbits < 8 else 4
+
+    @property
+    def code_bytes(self) -> int:
+        """Of a unit and chunk."""
+        return UNIT * CHUNK * self.nbits // 8
+
+    @property
+    def chunks_under_way(self) -> int:
+        """In a warp, while another is multiplied."""
+        stages = 2 if self.nbits == 8 else 3 if (self.nbits, self.token_tiles) == (4, 8) else 4
+        return stages - 1
 
     @property
     def panel(self) -> int:
@@ -62,9 +82,9 @@ class Parts:
     chunk: Work
     """One chunk of one unit."""
     stage: Work
-    """Staging the tokens of one chunk: this warp's share, all tokens there."""
-    stage_idle: Work
-    """The same where there are no tokens."""
+    """Staging one token of one chunk, for all warps that share it."""
+    sums: Work
+    """Summing up one token of one chunk, likewise; token or not."""
     reduce_steps_a_split: float
     """Waits for L2 of the block that adds the parts up, for each of them."""
 
@@ -77,30 +97,25 @@ def parts_of(kernel: Kernel, instance: Instance) -> Parts:
     chunk = Work()
     chunk.add(Work.of(hot), instance.mma_a_chunk / mma_count(hot))
 
-    pieces = (
-        instance.tokens * CHUNK * BYTES / 16 / (32 * instance.warps)
-    )  # of 16 bytes, a thread
-    sums = instance.tokens / (32 * instance.warps)
     stagings, summings, waits = [], [], [1.0]
-    for body in innermost(loops(kernel.code)):
+    for body in loops(kernel.code):
+        if mma_count(body):
+            continue
         path = fast_path(body)
         stores, loads = widths(path, ["STS"]), widths(path, ["LDG"])
-        if mma_count(path):
-            continue
-        if stores.get(128) and loads:  # tokens to shared memory
-            idle = fast_path(body, idle=True)
-            stagings.append([_times(way, pieces / stores[128]) for way in (path, idle)])
+        if loads and stores:  # tokens to shared memory
+            stored = 32 * sum(bits // 8 * count for bits, count in stores.items())
+            stagings.append(_times(path, CHUNK * BYTES / stored))
         elif _sums_tokens(path):
-            summings.append(_times(path, sums / stores[32]))
+            summings.append(_times(path, 1 / (32 * stores[32])))
         elif _adds_parts(path):
             moved = sum(bits // 32 * count for bits, count in loads.items())
             waits.append(16 * instance.token_tiles / moved)
-    stage, idle_stage = min(stagings, key=lambda w: w[0].instructions, default=[Work(), Work()])
-    if summings:
-        shortest = min(summings, key=lambda work: work.instructions)
-        for work in (stage, idle_stage):
-            work.add(shortest)
-    return Parts(chunk, stage, idle_stage, waits[-1])
+
+    def shortest(works: Sequence[Work]) -> Work:
+        return min(works, key=lambda work: work.instructions, default=Work())
+
+    return Parts(chunk, shortest(stagings), shortest(summings), waits[-1])
 
 
 def _times(path: Sequence[Instruction], times: float) -> Work:
@@ -123,13 +138,13 @@ def _adds_parts(path: Sequence[Instruction]) -> bool:
     return loads >= 8 and count_units(path)["float"] >= loads
 
 
-def meta_bytes(instance: Instance) -> float:
+def meta_bytes(instance: Instance, units_of_block: int) -> float:
     """What scale and zero of one unit and chunk move between the caches. At axis 1 each of the
     64 rows has its own sector: forward, a panel's chunks are read from it at once; in dgrad the
-    block's warps use the same ones, for two bytes each."""
+    block's units use the same ones, for two bytes each."""
     if instance.axis == 0:
         return 2 * BYTES * UNIT
-    return 2 * SECTOR * UNIT / (instance.warps if instance.transpose else instance.panel)
+    return 2 * SECTOR * UNIT / (units_of_block if instance.transpose else instance.panel)
 
 
 def packed_bytes(product: Product) -> float:
@@ -143,7 +158,7 @@ class Bounds:
     seconds: dict[str, float]
     launches: float
     tail: float
-    """After the last chunk: adding the parts of a split sum."""
+    """After the last chunk: adding the parts of a sum that warps or blocks share."""
 
     @property
     def longest(self) -> str:
@@ -168,31 +183,37 @@ def bounds(
     p: Product,
 ) -> Bounds:
     parts = parts_of(kernel, instance)
-    chunks = plan.units * plan.chunks * plan.token_tiles  # of all warps that have a unit
-    warps = instance.warps
-    staged = -(-plan.units // warps) * warps * plan.chunks * plan.token_tiles
-    alive = p.M / (plan.tokens * plan.token_tiles)
+    chunks = plan.units * p.length / CHUNK * plan.token_tiles  # of all warps
+    staged = plan.tiles * p.length / CHUNK  # panels' chunks
+    alive = p.M / plan.token_tiles  # tokens there, of a tile
     work = Work()
     work.add(parts.chunk, chunks)
     work.add(parts.stage, staged * alive)
-    work.add(parts.stage_idle, staged * (1 - alive))
+    work.add(parts.sums, staged * plan.tokens)
 
+    warps = instance.warps
     resident = occupancy(
         device.arch, kernel.registers, 32 * warps, kernel.static_shared_bytes + shared_bytes
     ).blocks
-    uneven = _unevenness(plan.blocks, device.multiprocessors, resident)
+    # whole chunks, in whole blocks, in waves of them
+    full = plan.tiles * plan.splits * plan.ways * plan.chunks_per_way * plan.units_of_block
+    uneven = _unevenness(plan.blocks, device.multiprocessors, resident) * full / chunks
     seconds = {name: value * uneven for name, value in work.seconds(device).items()}
 
     split = plan.splits > 1
     part_bytes = 4 * UNIT * plan.tokens * plan.units * plan.splits * plan.token_tiles
     rows = BYTES * p.M * (p.N + p.K)
-    seconds["memory"] = (packed_bytes(p) + rows) / device.memory
-    codes = UNIT * CHUNK * p.nbits / 8
-    tokens = BYTES * p.M * p.length * -(-plan.units // warps)
-    moved = chunks * (codes + meta_bytes(instance)) + tokens + 2 * part_bytes * split
+    under_way = min(plan.blocks, resident * device.multiprocessors) * warps
+    under_way *= instance.chunks_under_way * instance.code_bytes
+    rate = min(device.memory, under_way / MEMORY_LATENCY)
+    seconds["memory"] = (packed_bytes(p) + rows) / rate
+    tokens = BYTES * p.M * p.length * plan.tiles / plan.token_tiles
+    codes = instance.code_bytes + meta_bytes(instance, plan.units_of_block)
+    moved = chunks * codes + tokens + 2 * part_bytes * split
     seconds["L2"] = moved / device.cache
     tail = ARRIVAL + plan.splits * parts.reduce_steps_a_split * CACHE_LATENCY if split else 0.0
-    return Bounds(seconds, LAUNCH + MEMSET * split, tail)
+    tail += JOIN if plan.ways > 1 else 0.0
+    return Bounds(seconds, LAUNCH, tail)
 
 
 def _unevenness(blocks: int, multiprocessors: int, resident: int) -> float:

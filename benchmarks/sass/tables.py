@@ -117,7 +117,7 @@ def predictions(found: Sequence[Facts], *, everything: bool = False) -> str:
     parts = [
         "### Predictions, not measurements: 4 bits, groups of 64, bf16\n\n"
         "`of roofline`: the time of the resource that is used longest, launches and the end of "
-        "a split sum, over one launch and the least bytes and mma instructions. `us` counts "
+        "a shared sum, over one launch and the least bytes and mma instructions. `us` counts "
         "the share of it that kernels commonly attain."
     ]
     for name in DEVICES_BY_NAME if everything else list(DEVICES_BY_NAME)[:1]:

@@ -54,15 +54,24 @@ template <class To, class From> HQQ_DEVICE_INLINE To hqq_bit_cast(const From &fr
             return hqq_fail(HQQ_DEVICE, "CUDA: %s (%s)", cudaGetErrorString(error_), #call); \
     } while (0)
 
-/* Enqueues kernel(args...) on stream. The arguments are converted to the kernel's own types. */
-template <class... Parameters, class... Arguments>
-static hqq_status hqq_launch(void (*kernel)(Parameters...), dim3 grid, dim3 block,
-                             size_t shared_bytes, void *stream, Arguments &&...arguments)
+/* A kernel may then be launched with that much dynamic shared memory; up to 48 KiB, static
+ * shared memory included, need no asking. */
+template <class... Parameters>
+static hqq_status hqq_allow_shared(void (*kernel)(Parameters...), size_t shared_bytes)
 {
-    if (shared_bytes > 40 * 1024) /* 48 KiB, static shared memory included, need no asking */
+    if (shared_bytes > 40 * 1024)
         HQQ_CUDA_TRY(cudaFuncSetAttribute(reinterpret_cast<const void *>(kernel),
                                           cudaFuncAttributeMaxDynamicSharedMemorySize,
                                           static_cast<int>(shared_bytes)));
+    return HQQ_OK;
+}
+
+/* Enqueues kernel(args...) on stream, its shared memory allowed. The arguments are converted to
+ * the kernel's own types. */
+template <class... Parameters, class... Arguments>
+static hqq_status hqq_enqueue(void (*kernel)(Parameters...), dim3 grid, dim3 block,
+                              size_t shared_bytes, void *stream, Arguments &&...arguments)
+{
     cudaLaunchConfig_t config = {};
     config.gridDim = grid;
     config.blockDim = block;
@@ -76,6 +85,15 @@ static hqq_status hqq_launch(void (*kernel)(Parameters...), dim3 grid, dim3 bloc
                     "shared memory)",
                     cudaGetErrorString(error), grid.x, grid.y, grid.z,
                     block.x * block.y * block.z, shared_bytes);
+}
+
+/* Both, where a kernel's shared memory is always the same. */
+template <class... Parameters, class... Arguments>
+static hqq_status hqq_launch(void (*kernel)(Parameters...), dim3 grid, dim3 block,
+                             size_t shared_bytes, void *stream, Arguments &&...arguments)
+{
+    HQQ_TRY(hqq_allow_shared(kernel, shared_bytes));
+    return hqq_enqueue(kernel, grid, block, shared_bytes, stream, arguments...);
 }
 
 #endif

@@ -1,7 +1,8 @@
 /*
  *                  w outputs
+ *     out         [================]   addend, rounded to out's dtype: one launch
  *     W (packed)  [ . . [====] . . ]   dequantize -> block, in the workspace
- *     out         [ . . [====] . . ]   addend, rounded to out's dtype; then GEMM with beta = 1
+ *     out         [ . . [====] . . ]   += block's product: GEMM with beta = 1
  *
  * forward   block [w,K] = rows of W        out[:, n..n+w] = in block^T
  * dgrad     block [N,w] = columns of W     out[:, k..k+w] = in block
@@ -94,6 +95,7 @@ hqq_status hqq_cuda_large_product(void *out, const void *in, int64_t ld_in,
     int64_t O = plan.outputs, L = plan.length;
     int adds = addend->bias || addend->rank > 0;
     if (M == 1) ld_in = L; /* its stride is never used, and may be anything */
+    if (adds) HQQ_TRY(hqq_cuda_write_addend(out, dtype, addend, M, O, stream));
     for (int64_t begin = 0; begin < O; begin += plan.width) {
         int64_t end = begin + plan.width < O ? begin + plan.width : O, width = end - begin;
         void *part = hqq_at_mut(out, dtype, begin);
@@ -103,8 +105,6 @@ hqq_status hqq_cuda_large_product(void *out, const void *in, int64_t ld_in,
                 ? hqq_cuda_dequantize(block, ld_block, dtype, weight, 0, L, begin, end, stream)
                 : hqq_cuda_dequantize(block, ld_block, dtype, weight, begin, end, 0, L, stream);
         HQQ_TRY(status);
-        if (adds)
-            HQQ_TRY(hqq_cuda_write_addend(part, O, dtype, addend, M, O, begin, end, stream));
         HQQ_TRY(gemm_of_context(part, O, in, ld_in, block, ld_block, !transpose, M, width, L,
                                 adds ? 1.0f : 0.0f, dtype, gemm_memory, plan.gemm_bytes,
                                 context));

@@ -39,11 +39,9 @@ hqq_status hqq_cuda_lora_dB(void *dB, const void *dy, int64_t lddy, hqq_dtype dt
                             const float *xa, const hqq_lora *lora, int64_t M, int64_t N,
                             void *workspace, const hqq_cuda_device *device, void *stream);
 
-/* out[m, o - o_begin] = addend[m, o] for o in o_begin .. o_end, rounded once to dtype, row m at
- * out + m * ld_out; `outputs` is O, the width of the whole output. */
-hqq_status hqq_cuda_write_addend(void *out, int64_t ld_out, hqq_dtype dtype,
-                                 const hqq_addend *addend, int64_t M, int64_t outputs,
-                                 int64_t o_begin, int64_t o_end, void *stream);
+/* out [M,outputs] = addend, rounded once to dtype. */
+hqq_status hqq_cuda_write_addend(void *out, hqq_dtype dtype, const hqq_addend *addend,
+                                 int64_t M, int64_t outputs, void *stream);
 
 #ifdef __cplusplus
 }

@@ -1,9 +1,22 @@
 /*
- * From accumulators to out, where the reduction was split or not.
+ * From accumulators to out, where the reduction went several ways or was split.
+ *
+ * The ways of a block meet in shared memory: way 0 adds the others' accumulators in order.
  *
  * A split block leaves its accumulators in `partial`, lane by lane (all accesses 128 bytes a
- * warp), and counts itself in; the block that arrives last adds the parts in the order of the
- * splits, so the result does not depend on who that was. No block waits for another.
+ * warp), and says so in `arrived`; a block that finds all splits there adds the parts in the
+ * order of the splits, so the result does not depend on who that was. No block waits for
+ * another.
+ *
+ * The workspace holds anything at first, and clearing it would be a launch of its own. So a
+ * split says that it arrived by 128 bits that nothing else writes, and whoever has found all of
+ * them clears them for the next launch. Two blocks may find all there: both then write the same
+ * bits.
+ *
+ *     split s    parts | fence | arrived[s] = MARK | fence | are all MARK?
+ *
+ * Of the second fences one is the last: its block sees all marks, or somebody has cleared them,
+ * who saw them all before.
  */
 #ifndef HQQ_KERNELS_CUDA_SMALL_FINISH_CUH
 #define HQQ_KERNELS_CUDA_SMALL_FINISH_CUH
@@ -17,12 +30,34 @@ HQQ_DEVICE_INLINE int hqq_small_tile()
     return blockIdx.z * gridDim.x + blockIdx.x;
 }
 
-/* Element `i` of this thread's accumulators in the part of `split`. */
+/* acc += those of the block's other ways, in way 0; for all threads of the block. */
+template <class C>
+HQQ_DEVICE_INLINE void hqq_small_join_ways(const hqq_small_arguments &a,
+                                           float (&acc)[4][C::MT][4], float *parts, int way)
+{
+    const int threads = 32 << a.unit_bits, thread = threadIdx.x & (threads - 1);
+    __syncthreads(); /* no warp needs what was there */
+    if (way > 0)
+#pragma unroll
+        for (int i = 0; i < C::ACCUMULATORS; i++)
+            parts[((way - 1) * C::ACCUMULATORS + i) * threads + thread] =
+                acc[i / 4 / C::MT][i / 4 % C::MT][i % 4];
+    __syncthreads();
+    if (way > 0) return;
+#pragma unroll 1
+    for (int other = 0; other < a.ways - 1; other++)
+#pragma unroll
+        for (int i = 0; i < C::ACCUMULATORS; i++)
+            acc[i / 4 / C::MT][i / 4 % C::MT][i % 4] +=
+                parts[(other * C::ACCUMULATORS + i) * threads + thread];
+}
+
+/* Element `i` of this thread's accumulators in the part of `split`; way 0's threads. */
 template <class C>
 HQQ_DEVICE_INLINE float *hqq_small_partial(const hqq_small_arguments &a, int split, int i)
 {
     int64_t part = (int64_t)split * (gridDim.x * gridDim.z) + hqq_small_tile();
-    return a.partial + (part * C::ACCUMULATORS + i) * C::THREADS + threadIdx.x;
+    return a.partial + ((part * C::ACCUMULATORS + i) << (5 + a.unit_bits)) + threadIdx.x;
 }
 
 template <class C>
@@ -38,17 +73,41 @@ HQQ_DEVICE_INLINE void hqq_small_leave(const hqq_small_arguments &a,
                 *hqq_small_partial<C>(a, blockIdx.y, (f * C::MT + mt) * 4 + j) = acc[f][mt][j];
 }
 
+HQQ_DEVICE_INLINE uint4 hqq_small_mark()
+{
+    return make_uint4(0x7fa96d3bu, 0xffd1c4e7u, 0x7fe2953fu, 0xffb80a6du);
+}
+
 /* Whether all splits of this block's outputs have left their parts. For all threads of the
  * block. */
 HQQ_DEVICE_INLINE bool hqq_small_is_last(const hqq_small_arguments &a)
 {
-    HQQ_SHARED(unsigned, before);
+    HQQ_SHARED(int, all_there);
+    uint4 *arrived = static_cast<uint4 *>(a.arrived) + (int64_t)hqq_small_tile() * gridDim.y;
+    const uint4 mark = hqq_small_mark();
+    const int lane = threadIdx.x;
     __threadfence();
     __syncthreads();
-    if (threadIdx.x == 0) before = atomicAdd(a.arrived + hqq_small_tile(), 1u);
+    if (threadIdx.x < 32) {
+        /* by one lane, or a late store of another could follow somebody's clearing */
+        if (lane == 0) __stcg(arrived + blockIdx.y, mark);
+        __syncwarp();
+        __threadfence(); /* by every lane, before its own loads */
+        int there = 1;
+        for (int split = lane; split < (int)gridDim.y; split += 32) {
+            uint4 found = __ldcg(arrived + split);
+            there &= found.x == mark.x && found.y == mark.y && found.z == mark.z &&
+                     found.w == mark.w;
+        }
+        there = __all_sync(0xffffffffu, there);
+        if (there)
+            for (int split = lane; split < (int)gridDim.y; split += 32)
+                __stcg(arrived + split, make_uint4(0, 0, 0, 0));
+        if (lane == 0) all_there = there;
+    }
     __syncthreads();
     __threadfence();
-    return before == gridDim.y - 1;
+    return all_there;
 }
 
 template <class C>

@@ -2,13 +2,21 @@
  * The small-M kernel: out = in W^T (+ addend) or in W (+ addend), straight from the packed
  * codes. small_layout.cuh draws the layout.
  *
- *     block   4 or 8 warps = units of 64 outputs, 8 MT tokens
+ *     block   WARPS warps, 8 MT tokens: 2^unit_bits units of 64 outputs side by side, and each
+ *             of them `ways` times, for another part of the reduction
  *     grid    x: tiles of tokens, so that blocks that read the same codes run together
- *             y: splits of the reduction        z: WARPS units each
+ *             y: splits of the reduction        z: 2^unit_bits units each
+ *
+ *                        chunks of the reduction  ->
+ *                 split 0                split 1
+ *                 way 0 | way 1          way 0 | way 1
+ *     unit 0     [warp 0| warp 2]       [warp 0| warp 2]      unit_bits 1, ways 2
+ *     unit 1     [warp 1| warp 3]       [warp 1| warp 3]
  *
  * The codes of a warp's unit stream through its own ring of STAGES in shared memory: each lane
  * waits for its own copies and a __syncwarp shares them, so warps run freely. The block's
- * barriers are around a new panel of tokens, every PANEL chunks.
+ * barriers are around a new panel of tokens, every PANEL chunks; each way has its own panel.
+ * At the end the ways' sums meet in shared memory, and the splits' in the workspace.
  */
 #ifndef HQQ_KERNELS_CUDA_SMALL_KERNEL_CUH
 #define HQQ_KERNELS_CUDA_SMALL_KERNEL_CUH
@@ -23,16 +31,20 @@ __global__ void __launch_bounds__(C::THREADS, C::MIN_BLOCKS)
 {
     unsigned char *shared = hqq_dynamic_shared<unsigned char>();
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const int unit = blockIdx.z * C::WARPS + warp, first_token = blockIdx.x * C::TOKENS;
-    const int begin = blockIdx.y * a.chunks_per_split;
-    const int end = min(begin + a.chunks_per_split, a.chunks);
-    const bool works =
-        unit < a.units; /* a warp beyond the last unit only helps with the tokens */
+    const int way = warp >> a.unit_bits, in_way = warp & ((1 << a.unit_bits) - 1);
+    const int unit = (blockIdx.z << a.unit_bits) + in_way;
+    const int first_token = blockIdx.x * C::TOKENS;
+    const int begin = min((int)(blockIdx.y * a.ways + way) * a.chunks_per_way, a.chunks);
+    const int end = min(begin + a.chunks_per_way, a.chunks);
+    /* a warp beyond the last unit or chunk only helps with the tokens */
+    const bool works = unit < a.units && begin < end;
 
     unsigned char *ring = shared + C::CODES_AT + warp * (C::STAGES * C::STAGE_BYTES);
     unsigned char *metas = shared + C::META_AT + warp * (C::METAS * C::META_BYTES);
-    unsigned short *panel = reinterpret_cast<unsigned short *>(shared + C::PANEL_AT);
-    float *sums = reinterpret_cast<float *>(shared + C::SUMS_AT);
+    unsigned short *panel =
+        reinterpret_cast<unsigned short *>(shared + C::WAYS_AT + way * C::WAY_BYTES);
+    float *sums =
+        reinterpret_cast<float *>(reinterpret_cast<unsigned char *>(panel) + C::SUMS_IN_WAY);
 
     float acc[4][C::MT][4] = {};
     hqq_small_code_cursor codes = hqq_small_code_cursor_at<C>(a, works ? unit : 0, begin, lane);
@@ -51,17 +63,18 @@ __global__ void __launch_bounds__(C::THREADS, C::MIN_BLOCKS)
             hqq_small_load_batch<C>(&batch, meta, a, begin);
     }
 
-    int stage = 0; /* of chunk c in the ring */
-    for (int first = begin; first < end; first += C::PANEL) {
-        const int count = min(C::PANEL, end - first);
+    hqq_small_clear_tokens<C>(panel, a, first_token, in_way, lane);
+    int stage = 0;                                                  /* of chunk c in the ring */
+    for (int done = 0; done < a.chunks_per_way; done += C::PANEL) { /* the block's ways alike */
+        const int first = begin + done, count = min(C::PANEL, end - first);
         __syncthreads(); /* all warps are done with the panel before */
-        hqq_small_stage_tokens<C>(panel, a, first_token, first, count);
+        hqq_small_stage_tokens<C>(panel, a, first_token, first, count, in_way, lane);
         __syncthreads();
         if (C::INSIDE) {
-            hqq_small_sum_tokens<C>(sums, panel, count);
+            hqq_small_sum_tokens<C>(sums, panel, count, 32 * in_way + lane, 32 << a.unit_bits);
             __syncthreads();
         }
-        if (!works) continue;
+        if (!works || count <= 0) continue;
         if (C::META_BATCHES) {
             if (!a.meta_aligned) {
                 hqq_small_fetch_batch<C>(metas, meta, a, first, count, lane);
@@ -95,12 +108,13 @@ __global__ void __launch_bounds__(C::THREADS, C::MIN_BLOCKS)
     }
     ptx_cp_async_wait<0>();
 
+    if (a.ways > 1) hqq_small_join_ways<C>(a, acc, reinterpret_cast<float *>(shared), way);
     if (gridDim.y > 1) {
-        hqq_small_leave<C>(a, acc);
+        if (way == 0) hqq_small_leave<C>(a, acc);
         if (!hqq_small_is_last(a)) return;
-        hqq_small_gather_parts<C>(a, acc);
+        if (way == 0) hqq_small_gather_parts<C>(a, acc);
     }
-    hqq_small_finish<C>(a, acc, unit, first_token, lane);
+    if (way == 0) hqq_small_finish<C>(a, acc, unit, first_token, lane);
 }
 
 #endif

@@ -8,10 +8,15 @@
 
 template <class C> static hqq_status launch(const hqq_small_arguments *a, void *stream)
 {
-    return hqq_launch(
+    /* the most that any number of ways needs: threads of the host that launch side by side must
+     * not take it from one another */
+    int most =
+        C::shared_bytes(C::WARPS) < a->shared_most ? C::shared_bytes(C::WARPS) : a->shared_most;
+    HQQ_TRY(hqq_allow_shared(hqq_small_kernel<C>, most));
+    return hqq_enqueue(
         hqq_small_kernel<C>,
         dim3((unsigned)a->token_tiles, (unsigned)a->splits, (unsigned)a->unit_blocks),
-        dim3(C::THREADS), C::SHARED_BYTES, stream, *a);
+        dim3(C::THREADS), C::shared_bytes(a->ways), stream, *a);
 }
 
 template <class T, int BITS, int TRANSPOSE, int AXIS>

@@ -68,12 +68,11 @@ template <class T_, int BITS_, int TRANSPOSE_, int AXIS_, int MT_> struct hqq_sm
         OCTETS = 8 / P,
         ROWS = 64 / P, /* byte rows of a unit or chunk */
         TOKENS = 8 * MT,
-        /* More warps share the tokens, where those are many; 99 KiB of shared memory is what
-         * compute capability 8.6 allows. */
-        WARPS = MT == 8 && BITS < 8 ? 8 : 4,
+        WARPS = hqq_small_warps(TOKENS, BITS),
         THREADS = 32 * WARPS,
-        /* Chunks of codes under way or in use in a warp, of 512 * bits bytes each. */
-        STAGES = BITS == 8 ? 2 : (BITS == 4 ? 3 : 4),
+        /* Chunks of codes under way or in use in a warp, of 512 * bits bytes each. Up to 16
+         * tokens memory is the limit, and wants some 20 KiB under way in a multiprocessor. */
+        STAGES = BITS == 8 ? 2 : (BITS == 4 && MT == 8 ? 3 : 4),
         STAGE_BYTES = 512 * BITS,
         /* Chunks whose tokens are in shared memory at a time; rows are padded by 16 bytes, so
          * that the 8 lanes that load together hit 8 different groups of banks. */
@@ -88,15 +87,23 @@ template <class T_, int BITS_, int TRANSPOSE_, int AXIS_, int MT_> struct hqq_sm
         /* shared memory */
         CODES_AT = 0,
         META_AT = WARPS * STAGES * STAGE_BYTES,
-        PANEL_AT = META_AT + WARPS * METAS * META_BYTES,
-        SUMS_AT = PANEL_AT + TOKENS * PANEL_STRIDE * 2,
-        SHARED_BYTES = SUMS_AT + (INSIDE ? PANEL * TOKENS * 4 : 0),
+        WAYS_AT = META_AT + WARPS * METAS * META_BYTES,
+        SUMS_IN_WAY = TOKENS * PANEL_STRIDE * 2, /* a way's panel, and then its sums */
+        WAY_BYTES = SUMS_IN_WAY + (INSIDE ? PANEL * TOKENS * 4 : 0),
         ACCUMULATORS = 16 * MT, /* of a lane */
         SPLITS_AT_ONCE = MT == 1 ? 4 : (MT == 2 ? 2 : 1),
         /* on a multiprocessor: bounds the registers */
         MIN_BLOCKS = MT == 8 ? 8 / WARPS : (MT == 2 ? 3 : 4)
     };
-    static_assert(SHARED_BYTES <= 99 * 1024, "compute capability 8.6");
+    /* Of a block whose reduction goes `ways` ways. */
+    static constexpr int shared_bytes(int ways) { return WAYS_AT + ways * WAY_BYTES; }
+    static_assert(WAYS_AT + WAY_BYTES <= 98 * 1024, "compute capability 8.6: 99 KiB");
+    static_assert(WAYS_AT + WAY_BYTES <= hqq_small_shared_most(TOKENS, 1) &&
+                      WAYS_AT + 4 * WAY_BYTES <= hqq_small_shared_most(TOKENS, 4),
+                  "what the host reckons with");
+    /* the ways' accumulators take the place of all that */
+    static_assert(ACCUMULATORS * 128 * WARPS / 2 <= WAYS_AT + 2 * WAY_BYTES, "two ways");
+    static_assert(ACCUMULATORS * 128 * WARPS * 3 / 4 <= WAYS_AT + 4 * WAY_BYTES, "four ways");
 };
 
 /* Byte row i of a unit or chunk is first + i * step. */

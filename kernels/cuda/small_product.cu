@@ -1,6 +1,8 @@
 /* Which products the small-M kernels serve, how their grid is cut, and their launch. */
 #include "small_product.h"
 
+#include <math.h>
+
 #include "cuda.cuh"
 #include "small_dot.h"
 #include "small_launch.h"
@@ -10,13 +12,12 @@
 /* By small_kernel.cuh: see small_layout.cuh. */
 static int tensor_cores_serve(const hqq_weight *w, int64_t M, hqq_dtype dtype)
 {
-    const int64_t most = INT64_C(1)
-                         << 24; /* of a size: 65535 blocks of 256 outputs, and ints */
+    const int64_t most = INT64_C(65535) * 256; /* outputs of a grid; and sizes are ints */
     hqq_layout l =
         hqq_layout_make(w->out_features, w->in_features, w->group_size, w->nbits, w->axis);
     return dtype != HQQ_F32 && w->meta_dtype == dtype && hqq_rows_align(&l) &&
-           hqq_groups_align(&l) && l.K % HQQ_CHUNK == 0 && l.G % HQQ_CHUNK == 0 && M < most &&
-           l.N < most && l.K < most && l.elements / 8 < INT32_MAX &&
+           hqq_groups_align(&l) && l.K % HQQ_CHUNK == 0 && l.G % HQQ_CHUNK == 0 && M <= most &&
+           l.N <= most && l.K <= most && l.elements / 8 < INT32_MAX &&
            (uintptr_t)w->packed % 16 == 0;
 }
 
@@ -29,45 +30,97 @@ int hqq_cuda_small_serves(const hqq_weight *w, int64_t M, hqq_dtype dtype, int t
 
 typedef struct small_grid {
     int token_tiles, tokens; /* of 8, 16 or 64 */
-    int64_t units, unit_blocks, chunks;
-    int64_t tiles; /* unit_blocks * token_tiles */
-    int warps;     /* of a block */
-    int splits, chunks_per_split;
+    int64_t units, chunks;
+    int warps;                /* of a block */
+    int ways, units_of_block; /* ways * units_of_block = warps */
+    int64_t unit_blocks;
+    int splits, chunks_per_way;
 } small_grid;
 
-/* Blocks of a multiprocessor: by their registers for 64 tokens, else by their shared memory, of
- * which compute capability 8.6 and 8.9 have less than half. */
-static int resident_blocks(const small_grid *g, const hqq_cuda_device *device)
+/* What begins at a multiple of so many chunks is staged fast: forward at axis 1 reads the
+ * scales of four at once (see meta_aligned); dgrad at axis 0 a panel's tokens (see
+ * small_stage.cuh). */
+static int chunk_step(int transpose, int axis, int tokens)
 {
-    if (g->tokens == 64) return 8 / g->warps;
-    return device->shared_bytes >= 160 * 1024 ? 3 : 2;
+    if (transpose == 0) return axis == 1 ? 4 : 1;
+    return axis == 1 ? 1 : tokens == 64 ? 4 : 8;
 }
 
-/* Chunks of a block, where the reduction is split so many times. */
-static int chunks_of_split(const small_grid *g, int splits)
+/* Cuts the reduction of each unit into ways * splits runs of chunks; fewer splits where that
+ * many would leave some without any. */
+static void cut_reduction(small_grid *g, int ways, int splits, int step)
 {
-    int64_t chunks = (g->chunks + splits - 1) / splits;
-    if (splits > 1) chunks = (chunks + 3) / 4 * 4; /* see meta_aligned */
-    return (int)chunks;
+    int64_t parts = (int64_t)ways * splits, chunks = (g->chunks + parts - 1) / parts;
+    if (parts > 1) chunks = (chunks + step - 1) / step * step;
+    g->ways = ways;
+    g->units_of_block = g->warps / ways;
+    g->unit_blocks = (g->units + g->units_of_block - 1) / g->units_of_block;
+    g->chunks_per_way = (int)chunks;
+    g->splits = (int)((g->chunks + chunks * ways - 1) / (chunks * ways));
 }
 
-/* A prediction of the time, in chunks (about a microsecond on an H100): the waves of blocks,
- * each with a chunk's time to start and end; and for a split the counters' memset, the wait for
- * the last part, and adding the parts, of which a block has 4, 2 or 1 on their way at a time.
+/*
+ * A prediction of the time in microseconds, with an H100's figures from compute capability 9.0
+ * on and an A100's below, each for one multiprocessor: what is read from memory, which also
+ * wants enough bytes under way to hide its latency; what moves through L2, where each block
+ * reads all tokens of its part of the reduction, and split sums are written and read; the
+ * instructions of the fullest multiprocessor; and the end of a sum that several warps or blocks
+ * share.
  */
-static double cost_of_splits(const small_grid *g, int splits, const hqq_cuda_device *device)
+static double predicted_time(const small_grid *g, const hqq_weight *w, int64_t M, int transpose,
+                             const hqq_cuda_device *device)
 {
-    int64_t slots = (int64_t)resident_blocks(g, device) * device->multiprocessors;
-    int64_t waves = (g->tiles * splits + slots - 1) / slots;
-    double cost = (double)waves * (chunks_of_split(g, splits) + 1);
-    double add = g->tokens == 8 ? 0.05 : g->tokens == 16 ? 0.1 : 0.25;
-    return splits == 1 ? cost : cost + 2.0 + add * splits;
+    const int newer = device->compute_capability >= 90;
+    const double memory_rate = newer ? 19e3 : 14e3, cache_rate = 35e3; /* bytes/us */
+    const double under_way_wanted = 16e3, cycles_per_us = newer ? 1450 : 1200;
+    const double chunk_of_mma = newer ? 850 : 1024; /* cycles of 128, one after the other */
+    double sm = device->multiprocessors > 0 ? device->multiprocessors : 1;
+    double along = (w->axis == 1) != (transpose == 1); /* scales belong to an output */
+    double blocks = (double)g->unit_blocks * g->token_tiles * g->splits;
+    double pieces = (double)g->units * (double)g->chunks * g->token_tiles; /* of 64 x 64 */
+    double codes = 512.0 * w->nbits;
+
+    double on_one = ceil(blocks / sm);
+    double stages = g->tokens == 64 ? 2 : w->nbits == 8 ? 1 : 3;
+    double residents = g->tokens == 64 ? 8.0 / g->warps : 2;
+    double resident = blocks / sm < residents ? blocks / sm : residents;
+    double under_way = resident * g->warps * stages * codes;
+    double memory = pieces / g->token_tiles * (codes + 256) / memory_rate / sm;
+    if (under_way < under_way_wanted) memory *= under_way_wanted / under_way;
+
+    double meta = w->axis == 0 ? 256
+                  : !transpose ? (g->tokens == 64 ? 1024 : 512)
+                               : 4096.0 / g->units_of_block;
+    double tokens = 128.0 * (double)M * (double)g->unit_blocks * (double)g->chunks;
+    double parts = 256.0 * g->tokens * g->token_tiles * (double)g->units * g->splits;
+    double cache = pieces * (codes + meta) + tokens + (g->splits > 1 ? 2 * parts : 0);
+    cache /= cache_rate * sm;
+
+    /* cycles of a quarter of a multiprocessor for one chunk: issued, or 128 mma */
+    double unpack = along ? (transpose ? 380 : 305) : (transpose ? 455 : 400);
+    if (g->tokens == 16) unpack += along ? 70 : 30;
+    double stage = g->tokens == 64 ? 14 : along ? 12 : 9; /* a token */
+    double chunk = (g->tokens == 64 ? 600 : unpack) + stage * g->tokens / g->units_of_block;
+    if (g->tokens == 64 && chunk < chunk_of_mma) chunk = chunk_of_mma;
+    double issue = on_one * g->warps / 4 * g->chunks_per_way * chunk / cycles_per_us;
+
+    double time = memory > cache ? memory : cache;
+    if (issue > time) time = issue;
+    if (g->ways > 1) time += 0.2;
+    double add = g->tokens == 8 ? 0.05 : g->tokens == 16 ? 0.1 : 0.2;
+    return g->splits > 1 ? time + 1.0 + add * g->splits : time;
+}
+
+/* Dynamic shared memory of a block; some is static. */
+static int shared_most(const hqq_cuda_device *device)
+{
+    return (int)device->shared_bytes - 1024;
 }
 
 static small_grid small_grid_of(const hqq_weight *w, int64_t M, int transpose,
                                 const hqq_cuda_device *device)
 {
-    small_grid g;
+    small_grid g, best;
     int64_t outputs = transpose ? w->in_features : w->out_features;
     int64_t reduced = transpose ? w->out_features : w->in_features;
     g.tokens = M <= 8 ? 8 : M <= 16 ? 16 : 64;
@@ -75,21 +128,27 @@ static small_grid small_grid_of(const hqq_weight *w, int64_t M, int transpose,
     g.units = (outputs + HQQ_UNIT - 1) / HQQ_UNIT;
     g.chunks = (reduced + HQQ_CHUNK - 1) / HQQ_CHUNK;
     g.warps = hqq_small_warps(g.tokens, w->nbits);
-    g.unit_blocks = (g.units + g.warps - 1) / g.warps;
-    g.tiles = g.unit_blocks * g.token_tiles;
-    int best = 1;
-    for (int splits = 2; splits <= 64 && splits * 2 <= g.chunks; splits++)
-        if (cost_of_splits(&g, splits, device) < cost_of_splits(&g, best, device))
-            best = splits;
-    g.chunks_per_split = chunks_of_split(&g, best);
-    g.splits = (int)((g.chunks + g.chunks_per_split - 1) / g.chunks_per_split);
-    return g;
+    int step = chunk_step(transpose, w->axis, g.tokens);
+    cut_reduction(&g, 1, 1, step);
+    best = g;
+    double least = predicted_time(&g, w, M, transpose, device);
+    for (int ways = 1; ways <= 4; ways *= 2)
+        for (int splits = 1; splits <= 64; splits++) {
+            if (2 * ways * splits > g.chunks) break;
+            if (ways > 1 && hqq_small_shared_most(g.tokens, ways) > shared_most(device)) break;
+            cut_reduction(&g, ways, splits, step);
+            if (g.unit_blocks > 65535) break;
+            double time = predicted_time(&g, w, M, transpose, device);
+            if (time < least) least = time, best = g;
+        }
+    return best;
 }
 
-/* Counters first, then the parts. */
-static size_t counter_bytes(const small_grid *g)
+/* What says which parts have arrived, then the parts. */
+static size_t arrived_bytes(const small_grid *g)
 {
-    return ((size_t)g->tiles * sizeof(unsigned) + 63) / 64 * 64;
+    return ((size_t)g->unit_blocks * (size_t)g->token_tiles * (size_t)g->splits * 16 + 63) /
+           64 * 64;
 }
 
 size_t hqq_cuda_small_workspace(const hqq_weight *w, int64_t M, hqq_dtype dtype, int transpose,
@@ -98,8 +157,9 @@ size_t hqq_cuda_small_workspace(const hqq_weight *w, int64_t M, hqq_dtype dtype,
     if (!tensor_cores_serve(w, M, dtype)) return 0;
     small_grid g = small_grid_of(w, M, transpose, device);
     if (g.splits == 1) return 0;
-    size_t part = (size_t)g.warps * HQQ_UNIT * (size_t)g.tokens * sizeof(float);
-    return counter_bytes(&g) + (size_t)g.tiles * (size_t)g.splits * part;
+    size_t part = (size_t)g.units_of_block * HQQ_UNIT * (size_t)g.tokens * sizeof(float);
+    return arrived_bytes(&g) +
+           (size_t)g.unit_blocks * (size_t)g.token_tiles * (size_t)g.splits * part;
 }
 
 /* ---- launch ----------------------------------------------------------------------------- */
@@ -127,23 +187,25 @@ hqq_status hqq_cuda_small_product(void *out, const void *in, int64_t ld_in, cons
     a.chunks_per_group = (int)(w->group_size / HQQ_CHUNK);
     a.units = (int)g.units;
     a.chunks = (int)g.chunks;
-    a.chunks_per_split = g.chunks_per_split;
+    a.chunks_per_way = g.chunks_per_way;
     a.meta_aligned = a.chunks_per_group == 1 && a.groups_per_row % 4 == 0 &&
-                     g.chunks_per_split % 4 == 0 &&
+                     (g.chunks_per_way % 4 == 0 || (g.ways == 1 && g.splits == 1)) &&
                      ((uintptr_t)w->scale | (uintptr_t)w->zero) % 8 == 0;
     a.in_aligned = (uintptr_t)in % 16 == 0 && ld_in % 8 == 0;
     a.out_aligned = (uintptr_t)out % 16 == 0;
     a.addend = *addend;
     if (g.splits > 1) {
-        a.arrived = static_cast<unsigned *>(workspace);
+        a.arrived = workspace;
         a.partial =
-            reinterpret_cast<float *>(static_cast<char *>(workspace) + counter_bytes(&g));
-        HQQ_TRY(hqq_cuda_fill_zero(workspace, counter_bytes(&g), stream));
+            reinterpret_cast<float *>(static_cast<char *>(workspace) + arrived_bytes(&g));
     }
     a.tokens = g.tokens;
+    a.ways = g.ways;
+    while (1 << a.unit_bits < g.units_of_block) a.unit_bits++;
     a.unit_blocks = (int)g.unit_blocks;
     a.token_tiles = g.token_tiles;
     a.splits = g.splits;
+    a.shared_most = shared_most(device);
     if (dtype == HQQ_BF16)
         return hqq_small_launch_bf16(&a, w->nbits, transpose, w->axis, stream);
     return hqq_small_launch_f16(&a, w->nbits, transpose, w->axis, stream);

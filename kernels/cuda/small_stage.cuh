@@ -3,7 +3,7 @@
  *   codes    16 bytes a lane and octet by cp.async into the warp's own ring; no block barrier
  *   meta     64 scales and zeros: two of each a lane, a chunk ahead through registers; a
  *            panel's at once where a row's lie side by side (META_BATCHES)
- *   tokens   a panel of chunks for the whole block, in the order of the fragments
+ *   tokens   a panel of chunks for the warps of a way, in the order of the fragments
  */
 #ifndef HQQ_KERNELS_CUDA_SMALL_STAGE_CUH
 #define HQQ_KERNELS_CUDA_SMALL_STAGE_CUH
@@ -216,92 +216,142 @@ HQQ_DEVICE_INLINE void hqq_small_store_meta(unsigned char *shared,
     reinterpret_cast<uint32_t *>(shared + 128)[lane] = meta.zero;
 }
 
-/* ---- tokens ----------------------------------------------------------------------------- */
+/* ---- tokens -----------------------------------------------------------------------------
+ *
+ * panel[token][position], position of small_layout.cuh's drawing. The warps of a way take a
+ * token each at a time, with all of its chunks. */
 
-/* Elements 8 part .. 8 part + 7 of a chunk, in order of position, of a row of `in`; transpose
- * 1: `row` begins at the chunk's first byte row. */
+/* What lies at position `at` of chunk c: its index in a row of `in`, or -1. */
 template <class C>
-HQQ_DEVICE_INLINE uint4 hqq_small_gather(const hqq_small_arguments &a,
-                                         const unsigned short *row, int chunk, int part)
+HQQ_DEVICE_INLINE int hqq_small_index_at(const hqq_small_arguments &a, int c, int at)
 {
-    unsigned short v[8];
-    if (!C::TRANSPOSE) {
-        const unsigned short *from = row + HQQ_CHUNK * chunk + 8 * part;
-        uint4 x;
-        if (a.in_aligned) {
-            x = __ldg(reinterpret_cast<const uint4 *>(from));
-        } else {
-            for (int i = 0; i < 8; i++) v[i] = from[i];
-            x = make_uint4(v[0] | (uint32_t)v[1] << 16, v[2] | (uint32_t)v[3] << 16,
-                           v[4] | (uint32_t)v[5] << 16, v[6] | (uint32_t)v[7] << 16);
-        }
-        return make_uint4(__byte_perm(x.x, x.y, 0x5410), __byte_perm(x.x, x.y, 0x7632),
-                          __byte_perm(x.z, x.w, 0x5410), __byte_perm(x.z, x.w, 0x7632));
+    int t = at / 16, e = at / 4 % 4, j = at % 4;
+    if (!C::TRANSPOSE) return HQQ_CHUNK * c + 16 * t + 4 * e + (j % 2 * 2 + j / 2);
+    hqq_small_rows rows = hqq_small_rows_of<C>(a, c);
+    int half = 2 * e + j / 2, per_slot = a.N / C::P;
+    int64_t row = rows.first + (int64_t)(half / C::P * 8 + 2 * t + j % 2) * rows.step;
+    return row < per_slot ? (int)row + half % C::P * per_slot : -1;
+}
+
+/* Any alignment, any chunks. */
+template <class C>
+HQQ_DEVICE_INLINE void
+hqq_small_stage_one_by_one(unsigned short *to, const hqq_small_arguments &a,
+                           const unsigned short *row, int chunk, int count, int lane)
+{
+#pragma unroll 1
+    for (int i = lane; i < HQQ_CHUNK * count; i += 32) {
+        int from = hqq_small_index_at<C>(a, chunk + i / HQQ_CHUNK, i % HQQ_CHUNK);
+        to[i] = from < 0 ? 0 : __ldg(row + from);
     }
-    /* halves h .. h + 3; the slots of a byte row are N/P apart, octets 8 byte rows */
-    const int per_slot = a.N / C::P, step = C::AXIS == 1 ? 1 : a.residues, h = part % 2 * 4;
-    int first = (h / C::P * 8 + part / 2 * 2) * step + h % C::P * per_slot;
-    const unsigned short *from = row + first;
-    int left = C::AXIS == 1 ? per_slot - chunk * C::ROWS - h / C::P * 8 - part / 2 * 2 : 0;
+}
+
+/* These stage a whole panel, of which the chunks from `count` on may be anything.
+ * Transpose 0: eight neighbours k a lane are eight positions, in their order of fours. */
+template <class C>
+HQQ_DEVICE_INLINE void hqq_small_stage_along_k(unsigned short *to, const unsigned short *row,
+                                               int count, int lane)
+{
 #pragma unroll
-    for (int i = 0; i < 8; i++) {
-        int octet = i / 2 / C::P * 8, slot = i / 2 % C::P;
-        bool exists = C::AXIS == 0 || octet + i % 2 < left;
-        v[i] = exists ? __ldg(from + ((octet + i % 2) * step + slot * per_slot)) : 0;
+    for (int i = 0; i < C::PANEL / 4; i++) {
+        int piece = lane + 32 * i;
+        uint4 x = make_uint4(0, 0, 0, 0);
+        if (piece < 8 * count) x = __ldg(reinterpret_cast<const uint4 *>(row) + piece);
+        reinterpret_cast<uint4 *>(to)[piece] =
+            make_uint4(__byte_perm(x.x, x.y, 0x5410), __byte_perm(x.x, x.y, 0x7632),
+                       __byte_perm(x.z, x.w, 0x5410), __byte_perm(x.z, x.w, 0x7632));
     }
-    return make_uint4(v[0] | (uint32_t)v[1] << 16, v[2] | (uint32_t)v[3] << 16,
-                      v[4] | (uint32_t)v[5] << 16, v[6] | (uint32_t)v[7] << 16);
 }
 
-/* The first byte row of chunk first + c, without dividing where it is in the same round of
- * residues. */
-template <class C>
-HQQ_DEVICE_INLINE int hqq_small_first_row(const hqq_small_arguments &a, int first, int residue,
-                                          int c)
+/* Transpose 1: a lane's two positions 2 lane, 2 lane + 1 of a chunk are two byte rows of one
+ * slot. Axis 1: neighbours, `left` before the slot's end, which `whole` panels do not reach. */
+template <class C, bool whole>
+HQQ_DEVICE_INLINE void hqq_small_stage_pairs(unsigned short *to, const unsigned short *row,
+                                             int count, int left, int lane)
 {
-    if (C::AXIS == 1) return (first + c) * C::ROWS;
-    if (residue + c < a.residues)
-        return residue + c + (first - residue) / a.residues * C::ROWS * a.residues;
-    return (int)hqq_small_rows_of<C>(a, first + c).first;
+    uint32_t pairs[C::PANEL];
+#pragma unroll
+    for (int c = 0; c < C::PANEL; c++) {
+        pairs[c] = 0;
+        if (whole || (c < count && c * C::ROWS < left))
+            pairs[c] = __ldg(reinterpret_cast<const uint32_t *>(row + c * C::ROWS));
+    }
+#pragma unroll
+    for (int c = 0; c < C::PANEL; c++)
+        reinterpret_cast<uint32_t *>(to + HQQ_CHUNK * c)[lane] = pairs[c];
 }
 
-/* The block's tokens for `count` chunks from `chunk`: panel[token][position]. Neighbouring
- * threads read neighbouring memory: parts of a chunk, but for axis-0 rows neighbouring
- * residues, which are neighbouring chunks. */
+/* Axis 0: a panel's chunks are residues side by side. */
+template <class C>
+HQQ_DEVICE_INLINE void hqq_small_stage_residues(unsigned short *to, const unsigned short *row,
+                                                int residues, int lane)
+{
+#pragma unroll
+    for (int four = 0; four < C::PANEL; four += 4) {
+        uint2 even = __ldg(reinterpret_cast<const uint2 *>(row + four));
+        uint2 odd = __ldg(reinterpret_cast<const uint2 *>(row + residues + four));
+#pragma unroll
+        for (int c = 0; c < 4; c++)
+            reinterpret_cast<uint32_t *>(to + HQQ_CHUNK * (four + c))[lane] = __byte_perm(
+                c < 2 ? even.x : even.y, c < 2 ? odd.x : odd.y, c % 2 ? 0x7632 : 0x5410);
+    }
+}
+
+/* The way's tokens for `count` chunks from `chunk`; nothing where there is no token. */
 template <class C>
 HQQ_DEVICE_INLINE void hqq_small_stage_tokens(unsigned short *panel,
                                               const hqq_small_arguments &a, int first_token,
-                                              int chunk, int count)
+                                              int chunk, int count, int in_way, int lane)
 {
+    if (count <= 0) return;
     const unsigned short *in = static_cast<const unsigned short *>(a.in);
-    const bool by_residue = C::TRANSPOSE && C::AXIS == 0;
-    const int residue = by_residue ? chunk % a.residues : 0;
-    const int full = count == C::PANEL; /* then no division is left */
-    for (int i = threadIdx.x; i < C::TOKENS * 8 * count; i += C::THREADS) {
-        int token = full ? i / (8 * C::PANEL) : i / (8 * count);
-        int rest = full ? i % (8 * C::PANEL) : i % (8 * count);
-        int c = rest / 8, part = rest % 8;
-        if (by_residue) {
-            c = full ? rest % C::PANEL : rest % count;
-            part = full ? rest / C::PANEL : rest / count;
-        }
-        int m = first_token + token;
-        uint4 x = make_uint4(0, 0, 0, 0);
-        if (m < a.M) {
-            const unsigned short *row = in + m * a.ld_in;
-            if (C::TRANSPOSE) row += hqq_small_first_row<C>(a, chunk, residue, c);
-            x = hqq_small_gather<C>(a, row, chunk + c, part);
-        }
-        *reinterpret_cast<uint4 *>(panel + token * C::PANEL_STRIDE + HQQ_CHUNK * c + 8 * part) =
-            x;
+    const int mine =
+        C::TRANSPOSE ? hqq_small_index_at<C>(a, chunk, 2 * lane) : HQQ_CHUNK * chunk;
+    const bool wide =
+        a.in_aligned &&
+        (!C::TRANSPOSE || (C::AXIS == 1 ? a.N / C::P % 2 == 0
+                                        : a.residues % C::PANEL == 0 && chunk % C::PANEL == 0));
+    const bool whole = (chunk + C::PANEL) * C::ROWS <= a.N / C::P;
+    /* axis 1: byte rows from this lane's to the last */
+    const int left = a.N / C::P - chunk * C::ROWS - (lane % 8 / C::P * 8 + lane / 8 * 2);
+#pragma unroll 1
+    for (int token = in_way; token < C::TOKENS; token += 1 << a.unit_bits) {
+        if (first_token + token >= a.M) break;
+        unsigned short *to = panel + token * C::PANEL_STRIDE;
+        const unsigned short *row = in + (first_token + token) * a.ld_in;
+        if (!wide)
+            hqq_small_stage_one_by_one<C>(to, a, row, chunk, count, lane);
+        else if (!C::TRANSPOSE)
+            hqq_small_stage_along_k<C>(to, row + mine, count, lane);
+        else if (C::AXIS == 1 && whole)
+            hqq_small_stage_pairs<C, true>(to, row + mine, count, left, lane);
+        else if (C::AXIS == 1)
+            hqq_small_stage_pairs<C, false>(to, row + mine, count, left, lane);
+        else
+            hqq_small_stage_residues<C>(to, row + mine, a.residues, lane);
     }
+}
+
+/* Zeros for the tokens that there are not, once. */
+template <class C>
+HQQ_DEVICE_INLINE void hqq_small_clear_tokens(unsigned short *panel,
+                                              const hqq_small_arguments &a, int first_token,
+                                              int in_way, int lane)
+{
+#pragma unroll 1
+    for (int token = in_way; token < C::TOKENS; token += 1 << a.unit_bits)
+        if (first_token + token >= a.M)
+            for (int i = lane; i < C::PANEL * HQQ_CHUNK / 8; i += 32)
+                reinterpret_cast<uint4 *>(panel + token * C::PANEL_STRIDE)[i] =
+                    make_uint4(0, 0, 0, 0);
 }
 
 /* sums[chunk][token]: over a chunk of the panel, for the INSIDE zeros. */
 template <class C>
-HQQ_DEVICE_INLINE void hqq_small_sum_tokens(float *sums, const unsigned short *panel, int count)
+HQQ_DEVICE_INLINE void hqq_small_sum_tokens(float *sums, const unsigned short *panel, int count,
+                                            int thread, int threads)
 {
-    for (int i = threadIdx.x; i < C::TOKENS * count; i += C::THREADS) {
+    for (int i = thread; i < C::TOKENS * count; i += threads) {
         int token = i % C::TOKENS, c = i / C::TOKENS;
         const uint4 *from =
             reinterpret_cast<const uint4 *>(panel + token * C::PANEL_STRIDE + HQQ_CHUNK * c);

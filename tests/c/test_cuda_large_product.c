@@ -1,5 +1,6 @@
 /* Products of the CUDA library that go through blocks and a GEMM: what a lent GEMM is asked
- * for, that blocks tile the whole output, and which kernel is chosen where. */
+ * for, that blocks tile the whole output, which kernel is chosen where, and that a workspace
+ * may hold anything. */
 #include "sample_weight.h"
 
 static _Alignas(64) char room[4 << 20];
@@ -160,9 +161,46 @@ static int check_forced(void)
     return failures;
 }
 
+/* ---- the workspace ---------------------------------------------------------------------- */
+
+/* Split sums meet in the workspace: whatever was there before, they give the same bits. */
+static int check_any_workspace(void)
+{
+    enum { M = 5, SHAPES = 3, TURNS = 4, N_MOST = 192 };
+    static const int64_t shapes[SHAPES][2] = {{64, 2048}, {192, 1536}, {128, 2048}};
+    uint16_t first[SHAPES][M * N_MOST], again[M * N_MOST];
+    uint64_t state = 17;
+    int failures = 0;
+    hqq_weight w[SHAPES];
+    uint16_t *x = random_array(&state, M * 2048, HQQ_BF16, -1, 1);
+    for (int s = 0; s < SHAPES; s++) {
+        size_t bytes = 0;
+        w[s] = sample_weight(&state, shapes[s][0], shapes[s][1], 64, 4, 1, HQQ_BF16, 0.02f);
+        hqq_workspace_size(&bytes, &w[s], NULL, M, HQQ_BF16, NULL);
+        failures += expect(bytes > 0 && bytes <= sizeof room, "the sum is split");
+    }
+    for (int turn = 0; turn < TURNS; turn++) {
+        if (turn < 2) memset(room, turn ? 0 : 0xff, sizeof room);
+        for (int s = 0; s < SHAPES; s++) { /* from turn 2 on in what another has left */
+            uint16_t *y = turn ? again : first[s];
+            int64_t N = shapes[s][0], K = shapes[s][1];
+            failures += expect(hqq_linear(y, x, K, &w[s], NULL, HQQ_F32, M, HQQ_BF16, room,
+                                          sizeof room, NULL) == HQQ_OK &&
+                                   memcmp(y, first[s], (size_t)(M * N) * sizeof *y) == 0,
+                               "the workspace's contents do not matter");
+            static const char clear[16];
+            failures += expect(memcmp(room, clear, sizeof clear) == 0,
+                               "whoever adds the parts clears the marks of their arrival");
+        }
+    }
+    for (int s = 0; s < SHAPES; s++) free_weight(&w[s]);
+    free(x);
+    return failures;
+}
+
 int main(void)
 {
-    int failures = check_choice() + check_forced();
+    int failures = check_choice() + check_forced() + check_any_workspace();
     for (int d = 0; d < 3; d++) failures += check_lent_gemm(all_dtypes[d]);
     return failures != 0;
 }
