@@ -8,25 +8,81 @@ In a training script of one's own::
     ...
     hqqlora.save_adapter(model, "my-adapter")  # PEFT's format
 
-Importing this package loads its operators, and neither transformers nor peft.
+With transformers and PEFT::
+
+    from hqqlora import HqqConfig
+    model = AutoModelForCausalLM.from_pretrained(
+        name, quantization_config=HqqConfig(nbits=4, group_size=64)
+    )
+    model = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear"))
+
+Importing this package loads its operators. transformers, peft, hqq and gguf are imported by the
+names that need them, when those are first used; PEFT, whenever a script imports it, learns to
+put its LoRA layers on quantized ones.
 """
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
 
 from hqqlora.adapters import load_adapter, save_adapter
 from hqqlora.config import BaseQuantizeConfig
 from hqqlora.linear import HQQLinear
 from hqqlora.lora import LoRALinear
 from hqqlora.model import add_lora, lora_parameters, quantize_model
+from hqqlora.peft import import_hook
+
+if TYPE_CHECKING:
+    from hqqlora.auto_hqq_model import AutoHQQHFModel, HQQModelForCausalLM
+    from hqqlora.gguf import export_gguf, export_gguf_adapter, load_gguf
+    from hqqlora.hqq_patch import patch_hqq, unpatch_hqq
+    from hqqlora.transformers import HqqConfig
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AutoHQQHFModel",
     "BaseQuantizeConfig",
     "HQQLinear",
+    "HQQModelForCausalLM",
+    "HqqConfig",
     "LoRALinear",
     "__version__",
     "add_lora",
+    "export_gguf",
+    "export_gguf_adapter",
     "load_adapter",
+    "load_gguf",
     "lora_parameters",
+    "patch_hqq",
     "quantize_model",
     "save_adapter",
+    "unpatch_hqq",
 ]
+
+# Where the names come from that need an optional package.
+_ON_DEMAND = {
+    "AutoHQQHFModel": "hqqlora.auto_hqq_model",
+    "HQQModelForCausalLM": "hqqlora.auto_hqq_model",
+    "HqqConfig": "hqqlora.transformers",
+    "export_gguf": "hqqlora.gguf",
+    "export_gguf_adapter": "hqqlora.gguf",
+    "load_gguf": "hqqlora.gguf",
+    "patch_hqq": "hqqlora.hqq_patch",
+    "unpatch_hqq": "hqqlora.hqq_patch",
+}
+
+import_hook.install()
+
+
+def __getattr__(name: str) -> object:
+    if name not in _ON_DEMAND:
+        raise AttributeError(f"module 'hqqlora' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_ON_DEMAND[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -2,58 +2,29 @@
 
 from __future__ import annotations
 
-import json
 import os
-import reprlib
-import sys
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from hqqlora.adapter_files import (
+    CONFIG_FILE,
+    PREFIX,
+    WEIGHTS_FILE,
+    Factors,
+    read_config,
+    read_factors,
+)
 from hqqlora.files import creating_folder, write_json, write_safetensors
 from hqqlora.linear import HQQLinear
 from hqqlora.lora import LoRALinear
-from hqqlora.model import check_pattern, insert_adapters, lora_layers
+from hqqlora.model import insert_adapters, lora_layers
 from hqqlora.module_names import pattern_value, unwrapped
-
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
-PICKLE_FILE = "adapter_model.bin"
-PREFIX = "base_model.model."
-
-# What a LoRA of PEFT's may have that an adapter here has not, and the value that means "not".
-_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "use_dora": (False, None),
-    "use_qalora": (False, None),
-    "modules_to_save": (None, []),
-    "trainable_token_indices": (None,),
-    "layer_replication": (None,),
-    "target_parameters": (None, []),
-    "alora_invocation_tokens": (None,),
-    "use_bdlora": (None, False),
-    "arrow_config": (None,),
-    "kasa_config": (None,),
-    "monteclora_config": (None,),
-    "velora_config": (None,),
-    "bias": ("none", None),
-    "fan_in_fan_out": (False, None),
-}
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-_NAMES = {"use_dora": "DoRA", "use_qalora": "QALoRA"}
-
-
-@dataclass(frozen=True)
-class _Factors:
-    A: Tensor
-    B: Tensor
-    bias: Tensor | None
 
 
 def save_adapter(
@@ -112,8 +83,8 @@ def load_adapter(
         ValueError: a file is damaged, the adapter is not a plain LoRA (DoRA and others are
             named), or it does not fit the model; nothing is changed.
     """
-    config = _read_config(Path(folder))
-    factors = _read_factors(Path(folder), config)
+    config = read_config(Path(folder))
+    factors = read_factors(Path(folder), config)
     modules = {unwrapped(name): module for name, module in model.named_modules()}
     adapters = {
         name: _fit(modules.get(name), name, pair, config, dtype)
@@ -206,108 +177,8 @@ def _target_modules(model: nn.Module, layers: Mapping[str, LoRALinear]) -> list[
     return sorted(last_parts)
 
 
-# ---- reading -----------------------------------------------------------------------------
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG_FILE
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # no text, no JSON, or nested too deep
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} is not a JSON object")
-    if config.get("peft_type") != "LORA":
-        raise ValueError(f"{path}: peft_type is {config.get('peft_type')!r}, not 'LORA'")
-    for key, harmless in _UNSUPPORTED.items():
-        if config.get(key) not in harmless:
-            name = _NAMES.get(key, f"{key}={config[key]!r}")
-            raise ValueError(f"{path}: {name} is not supported, only plain LoRA and rsLoRA are")
-    _check_numbers(config, path)
-    return config
-
-
-def _check_numbers(config: Mapping[str, Any], path: Path) -> None:
-    """The types of what the layers are made from; their ranges `LoRALinear` checks."""
-    _check_number(config.get("r"), True, f"{path}: r")
-    _check_number(config.get("lora_alpha"), False, f"{path}: lora_alpha")
-    if config.get("lora_dropout") is not None:
-        _check_number(config["lora_dropout"], False, f"{path}: lora_dropout")
-    for key in ("use_rslora", "lora_bias"):
-        if config.get(key) not in (True, False, None):
-            raise ValueError(f"{path}: {key} is {config[key]!r}, not true or false")
-    for key in ("rank_pattern", "alpha_pattern"):
-        patterns = config.get(key)
-        if patterns is None:
-            continue
-        if not isinstance(patterns, dict):
-            raise ValueError(f"{path}: {key} is {patterns!r}, not a JSON object")
-        for pattern, value in patterns.items():
-            check_pattern(pattern, f"{path}: {key}")
-            _check_number(value, key == "rank_pattern", f"{path}: {key} of {pattern!r}")
-
-
-def _check_number(value: Any, whole: bool, what: str) -> None:
-    """A finite number; `whole`: one without a fraction, though it may be written 8.0."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not -sys.float_info.max <= value <= sys.float_info.max:
-        raise ValueError(f"{what} is {reprlib.repr(value)}, not a number")
-    if whole and value != int(value):
-        raise ValueError(f"{what} is {value!r}, not a whole number")
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        if path.suffix == ".safetensors":
-            tensors = load_file(path)
-        else:
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # which ones a damaged file leads to, no reader says
-        raise ValueError(f"{path} cannot be read, it may be damaged: {error}") from error
-    if not isinstance(tensors, dict):
-        raise ValueError(f"{path} holds a {type(tensors).__name__}, not named tensors")
-    for key, tensor in tensors.items():
-        if not isinstance(key, str) or not isinstance(tensor, Tensor):
-            raise ValueError(f"{path}: {key!r} is a {type(tensor).__name__}, not a tensor")
-        if tensor.dtype not in _DTYPES or tensor.layout != torch.strided or tensor.is_meta:
-            raise ValueError(
-                f"{path}: {key} is {tensor.dtype}, {tensor.layout} on {tensor.device}, not a "
-                f"dense tensor of floating-point numbers"
-            )
-    return tensors
-
-
-def _read_factors(folder: Path, config: Mapping[str, Any]) -> dict[str, _Factors]:
-    path = folder / WEIGHTS_FILE
-    if not path.exists() and (folder / PICKLE_FILE).exists():
-        path = folder / PICKLE_FILE
-    tensors = _read_tensors(path)
-    found: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        for suffix in (".lora_A.weight", ".lora_B.weight", ".lora_B.bias"):
-            if key.startswith(PREFIX) and key.endswith(suffix):
-                name = key[len(PREFIX) : -len(suffix)]
-                found.setdefault(name, {})[suffix] = tensor
-                break
-        else:
-            raise ValueError(f"{path}: {key!r} is not part of a plain LoRA adapter")
-    factors = {}
-    for name, parts in found.items():
-        if ".lora_A.weight" not in parts or ".lora_B.weight" not in parts:
-            raise ValueError(f"{path}: {name} has only one of lora_A and lora_B")
-        bias = parts.get(".lora_B.bias")
-        if (bias is not None) != bool(config.get("lora_bias", False)):
-            raise ValueError(f"{path}: {name} and the configuration disagree on lora_bias")
-        factors[name] = _Factors(parts[".lora_A.weight"], parts[".lora_B.weight"], bias)
-    if not factors:
-        raise ValueError(f"{path} holds no adapter")
-    return factors
-
-
 @torch.no_grad()
-def _copy(pair: _Factors, adapter: LoRALinear) -> None:
+def _copy(pair: Factors, adapter: LoRALinear) -> None:
     adapter.lora_A.copy_(pair.A)
     adapter.lora_B.copy_(pair.B)
     if adapter.lora_bias is not None and pair.bias is not None:
@@ -317,7 +188,7 @@ def _copy(pair: _Factors, adapter: LoRALinear) -> None:
 def _fit(
     module: nn.Module | None,
     name: str,
-    pair: _Factors,
+    pair: Factors,
     config: Mapping[str, Any],
     dtype: torch.dtype,
 ) -> LoRALinear:

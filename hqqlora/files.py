@@ -29,14 +29,14 @@ def replacing_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     target = Path(os.path.realpath(path))
     temporary = target.parent / f".{target.name}.{secrets.token_hex(6)}.tmp"
     try:
-        with _naming(path):
+        with naming(path):
             # Created here, not by mkstemp, so that the umask decides its permissions.
             os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
             permissions = temporary.stat().st_mode & 0o7777
             with suppress(FileNotFoundError):
                 permissions = target.stat().st_mode & 0o7777
         yield temporary
-        with _naming(path):
+        with naming(path):
             os.chmod(temporary, permissions)  # safetensors puts a 0600 file of its own here
             _flush(temporary)
             os.replace(temporary, target)
@@ -66,11 +66,11 @@ def creating_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         return
     temporary = target.parent / f".{target.name}.{secrets.token_hex(6)}.tmp"
     try:
-        with _naming(path):
+        with naming(path):
             target.parent.mkdir(parents=True, exist_ok=True)
             temporary.mkdir()
         yield temporary
-        with _naming(path):
+        with naming(path):
             _flush_entries(temporary)
             os.rename(temporary, target)
             _flush_entries(target.parent)
@@ -89,7 +89,7 @@ def write_json(path: str | os.PathLike[str], value: Mapping[str, Any]) -> None:
         OSError: as of `replacing_file`.
     """
     text = json.dumps(value, indent=2, sort_keys=True) + "\n"
-    with replacing_file(path) as temporary, _naming(path):
+    with replacing_file(path) as temporary, naming(path):
         temporary.write_text(text, encoding="utf-8")
 
 
@@ -100,12 +100,12 @@ def write_safetensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor
         OSError: as of `replacing_file`.
     """
     contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    with replacing_file(path) as temporary, _naming(path):
+    with replacing_file(path) as temporary, naming(path):
         save_file(contiguous, temporary, metadata={"format": "pt"})
 
 
 @contextmanager
-def _naming(path: str | os.PathLike[str]) -> Iterator[None]:
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
     """Turns what the system or safetensors says into one OSError that names `path`."""
     try:
         yield

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hqqlora.autograd import linear
 from hqqlora.config import QuantSettings
+from hqqlora.hqq_layers import from_hqq, to_hqq
 from hqqlora.ops import PackedWeight
 from hqqlora.quantizing import quantize_weight
 from hqqlora.state_encoding import (
@@ -143,6 +144,24 @@ class HQQLinear(nn.Linear):
         if bias is not None:
             dense.bias = nn.Parameter(bias.detach(), requires_grad=False)
         return cls(dense, quant_config, del_orig, compute_dtype, device, meta_dtype=meta_dtype)
+
+    @classmethod
+    def from_hqq(cls, layer: nn.Module) -> HQQLinear:
+        """The weight of `layer`, an HQQLinear of the hqq package, which it shares: nothing is
+        quantized again, and nothing copied but scales and zeros that hqq had quantized.
+
+        Raises TypeError if layer is another class, ValueError if it has no weight or a format
+        that is not supported.
+        """
+        return from_hqq(layer)
+
+    def to_hqq(self) -> nn.Module:
+        """An HQQLinear of the hqq package, which shares this layer's memory. hqq keeps scale
+        and zero in compute_dtype: if they have another dtype here, they are rounded to that.
+
+        Raises ImportError if hqq is not installed, RuntimeError if there is no weight yet.
+        """
+        return to_hqq(self)
 
     # ---- what it is -----------------------------------------------------------------
 

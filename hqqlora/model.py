@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-import warnings
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,20 +11,10 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from hqqlora.config import QuantSettings
+from hqqlora.layers_to_quantize import layers_to_quantize
 from hqqlora.linear import HQQLinear
 from hqqlora.lora import LoRALinear
-from hqqlora.module_names import (
-    ALL_LINEAR,
-    first_match,
-    is_target,
-    matches,
-    pattern_value,
-    unwrapped,
-)
-
-# Parts of a name that say a linear layer is somebody's adapter.
-_ADAPTER_PARTS = frozenset({"lora_A", "lora_B"})
+from hqqlora.module_names import ALL_LINEAR, check_pattern, is_target, pattern_value, unwrapped
 
 
 def quantize_model(
@@ -34,12 +24,16 @@ def quantize_model(
     compute_dtype: torch.dtype | None = None,
     meta_dtype: torch.dtype | None = None,
     progress: bool = True,
+    device: torch.device | str | int | None = None,
 ) -> nn.Module:
     """Replaces every nn.Linear of `model` by an `HQQLinear`, in place.
 
     Layers go one after another, and each dense weight is freed before the next is touched, so
     that memory never exceeds the model and one layer. Layers already quantized stay as they
     are: a second call, or one after an interruption, does what is left.
+
+    A transformers model can be saved with `save_pretrained` afterwards, and loaded with
+    `from_pretrained` (see `hqqlora.transformers.mark_quantized`).
 
     Left dense: other classes than nn.Linear itself (Conv1D too), what `skip_modules` names,
     and, with a warning, weights tied to another module, which two modules would no longer
@@ -56,6 +50,8 @@ def quantize_model(
         compute_dtype: of the quantized layers; None: each dense weight's own.
         meta_dtype: of scales and zeros; None: compute_dtype.
         progress: show a progress bar on stderr.
+        device: where each layer is quantized and then lives; None: where it is. (What is not
+            quantized stays.)
 
     Returns:
         model.
@@ -68,7 +64,7 @@ def quantize_model(
     """
     if type(model) is nn.Linear:
         raise TypeError("model is itself an nn.Linear: use HQQLinear(model, config)")
-    plan = _plan(model, config, tuple(skip_modules))
+    plan = layers_to_quantize(model, config, tuple(skip_modules))
     for name in tqdm(list(plan), desc="quantizing", unit="layer", disable=not progress):
         places, settings = plan.pop(name)
         dense = model.get_submodule(name)
@@ -79,11 +75,13 @@ def quantize_model(
                 settings.to_config(),
                 compute_dtype=compute_dtype or dense.weight.dtype,
                 meta_dtype=meta_dtype,
+                device=device,
             )
         except (TypeError, ValueError) as error:
             raise type(error)(f"{name}: {error}") from error
         for place in places:
             _replace(model, place, quantized)
+    _tell_transformers(model)
     return model
 
 
@@ -146,17 +144,6 @@ def add_lora(
     return model
 
 
-def check_pattern(pattern: str, argument: str) -> None:
-    """ValueError, naming the argument, if a key of `rank_pattern` or `alpha_pattern` is not a
-    regular expression."""
-    try:
-        pattern_value("", {pattern: 0}, 0)
-    except (re.error, OverflowError, RecursionError) as error:
-        raise ValueError(
-            f"{argument}: {pattern!r} is not a regular expression: {error}"
-        ) from error
-
-
 def insert_adapters(model: nn.Module, adapters: Iterable[LoRALinear]) -> None:
     """Puts each adapter in the place of its base, wherever that is in `model`, and leaves
     nothing trainable but adapters."""
@@ -186,115 +173,18 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
             yield name, module
 
 
+def _tell_transformers(model: nn.Module) -> None:
+    """Makes a transformers model one that `save_pretrained` can write."""
+    transformers = sys.modules.get("transformers")
+    if transformers is not None and isinstance(model, transformers.PreTrainedModel):
+        from hqqlora.transformers import mark_quantized
+
+        mark_quantized(model)
+
+
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, attribute = name.rpartition(".")
     setattr(model.get_submodule(parent), attribute, module)
-
-
-# ---- which layers to quantize ------------------------------------------------------------
-
-
-def _plan(
-    model: nn.Module, config: Mapping[str, Any], skip_modules: tuple[str, ...]
-) -> dict[str, tuple[list[str], QuantSettings]]:
-    """For each layer to quantize, under one of its names: all its names, and how. Holds no
-    reference to a module, so that none outlives its replacement."""
-    patterns = _parse_patterns(config)
-    used: set[str] = set()
-    plan: dict[int, tuple[list[str], QuantSettings]] = {}
-    warned: set[int] = set()
-    tied = _tied_weights(model)
-    for name, module in model.named_modules(remove_duplicate=False):
-        used.update(pattern for pattern in patterns if matches(name, pattern))
-        if type(module) is not nn.Linear or _ADAPTER_PARTS.intersection(name.split(".")):
-            continue
-        if id(module) in plan:
-            plan[id(module)][0].append(name)
-            continue
-        if first_match(name, skip_modules) is not None:
-            continue
-        pattern = first_match(name, patterns)
-        settings = None if pattern is None else patterns[pattern]
-        if settings is None or id(module) in warned:
-            continue
-        reason = _why_left_dense(model, name, module, tied)
-        if reason:
-            warnings.warn(f"{name} stays dense: {reason}", stacklevel=3)
-            warned.add(id(module))
-            continue
-        settings.group_size_for(module.out_features, module.in_features, name)
-        plan[id(module)] = ([name], settings)
-    for pattern in patterns.keys() - used:
-        warnings.warn(f"no module's name matches the pattern {pattern!r}", stacklevel=3)
-    _warn_of_experts(model)
-    if not plan and not any(isinstance(module, HQQLinear) for module in model.modules()):
-        raise ValueError(
-            f"no layer of {type(model).__name__} is to be quantized: none is an nn.Linear that "
-            f"the configuration means and skip_modules={list(skip_modules)} does not"
-        )
-    return {places[0]: (places, settings) for places, settings in plan.values()}
-
-
-def _parse_patterns(config: Mapping[str, Any]) -> dict[str, QuantSettings | None]:
-    if not isinstance(config, Mapping):
-        raise TypeError(f"config must be a configuration dict, not {type(config).__name__}")
-    per_pattern = bool(config) and all(
-        value is None or isinstance(value, Mapping) for value in config.values()
-    )
-    if not per_pattern or "weight_quant_params" in config:
-        return {"*": QuantSettings.parse(config)}
-    return {
-        pattern: None if value is None else QuantSettings.parse(value)
-        for pattern, value in config.items()
-    }
-
-
-def _tied_weights(model: nn.Module) -> dict[int, set[str]]:
-    """Where a tensor is used under more than one module: its address -> parameter names."""
-    names: dict[int, set[str]] = {}
-    modules: dict[int, set[int]] = {}
-    for prefix, module in model.named_modules():
-        for key, parameter in module.named_parameters(recurse=False):
-            address = _address(parameter)
-            names.setdefault(address, set()).add(f"{prefix}.{key}" if prefix else key)
-            modules.setdefault(address, set()).add(id(module))
-    return {address: names[address] for address in names if len(modules[address]) > 1}
-
-
-def _address(parameter: torch.Tensor) -> int:
-    """Equal for parameters that share memory, also if they are two objects."""
-    if parameter.is_meta or parameter.numel() == 0:
-        return -id(parameter)
-    return parameter.data_ptr()
-
-
-def _why_left_dense(
-    model: nn.Module, name: str, module: nn.Linear, tied: Mapping[int, Iterable[str]]
-) -> str | None:
-    if (address := _address(module.weight)) in tied:
-        others = sorted(set(tied[address]) - {f"{name}.weight"})
-        return f"its weight is tied to {', '.join(others)}"
-    parent = model.get_submodule(name.rpartition(".")[0])
-    if isinstance(parent, nn.TransformerEncoderLayer):
-        return "nn.TransformerEncoderLayer reads the weight itself in inference"
-    return None
-
-
-def _warn_of_experts(model: nn.Module) -> None:
-    """Mixture-of-experts models keep most weights in 3-D parameters that no nn.Linear holds."""
-    experts = [
-        (name, parameter)
-        for name, parameter in model.named_parameters()
-        if parameter.dim() == 3 and "expert" in name
-    ]
-    if experts:
-        name, parameter = experts[0]
-        size = sum(parameter.numel() * parameter.element_size() for _, parameter in experts)
-        warnings.warn(
-            f"{len(experts)} expert parameters ({size / 2**20:.0f} MiB), such as {name} "
-            f"{list(parameter.shape)}, stay dense: only nn.Linear layers are quantized",
-            stacklevel=4,
-        )
 
 
 # ---- which layers get an adapter ---------------------------------------------------------

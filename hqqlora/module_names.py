@@ -19,6 +19,16 @@ def unwrapped(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
+def linear_tag(name: str) -> str:
+    """What layers of the same kind have in common, and hqq's configurations go by:
+    "model.layers.3.self_attn.q_proj" -> "self_attn.q_proj"."""
+    return ".".join(
+        part
+        for part in name.split(".")
+        if part not in ("model", "layers") and not part.isnumeric()
+    )
+
+
 def matches(name: str, pattern: str) -> bool:
     """Whether `pattern` names the module `name` or something it is part of.
 
@@ -52,3 +62,14 @@ def pattern_value(name: str, patterns: Mapping[str, Number], default: Number) ->
         if re.match(rf"(.*\.)?({pattern})$", name):
             return value
     return default
+
+
+def check_pattern(pattern: str, argument: str) -> None:
+    """ValueError, naming the argument, if a key of `rank_pattern` or `alpha_pattern` is not a
+    regular expression."""
+    try:
+        pattern_value("", {pattern: 0}, 0)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(
+            f"{argument}: {pattern!r} is not a regular expression: {error}"
+        ) from error

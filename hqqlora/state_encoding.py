@@ -170,7 +170,7 @@ def decode_layer(state: Mapping[str, Any], layer: str, solver: str = "default") 
         values = {**nested, **values}
     bias = values.get("bias")
     W_q = values.get("W_q")
-    scale, zero = _scale_and_zero(values, layer)
+    scale, zero = scale_and_zero(values, layer)
     if not (isinstance(W_q, Tensor) and isinstance(scale, Tensor) and isinstance(zero, Tensor)):
         raise ValueError(f"{layer}: a quantized layer needs the tensors W_q, scale and zero")
     if "nbits" not in values and "shape" not in values:
@@ -209,7 +209,8 @@ def fit_tensors(state: LayerState, metadata: LayerMetadata, layer: str) -> dict[
                 f"{_describe(metadata)} needs float32, float16 or bfloat16 {list(shape)}"
             )
         tensors[name] = tensor.detach().reshape(shape)
-    tensors["zero"] = tensors["zero"].to(tensors["scale"].dtype)
+    dtype = torch.promote_types(tensors["scale"].dtype, tensors["zero"].dtype)
+    tensors["scale"], tensors["zero"] = tensors["scale"].to(dtype), tensors["zero"].to(dtype)
     if state.bias is not None:
         if tuple(state.bias.shape) != (metadata.out_features,):
             raise ValueError(
@@ -288,8 +289,13 @@ def _check_packing(values: Mapping[str, Any], nbits: int) -> None:
         raise ValueError(f"unpack_view_dtype {_text(view)!r} does not fit nbits={nbits}")
 
 
-def _scale_and_zero(values: Mapping[str, Any], layer: str) -> tuple[Any, Any]:
-    """Scale and zero, also from older checkpoints where hqq had quantized or stacked them."""
+def scale_and_zero(values: Mapping[str, Any], layer: str) -> tuple[Any, Any]:
+    """Scale and zero of hqq's `meta`, also where hqq had quantized or stacked them; None for
+    one that is not there.
+
+    Raises:
+        ValueError: a quantized scale or zero is not in hqq's form.
+    """
     scale, zero = values.get("scale"), values.get("zero")
     stacked = values.get("zero_scale")
     if isinstance(stacked, Tensor) and stacked.dim() > 0 and stacked.size(0) == 2:
@@ -306,7 +312,8 @@ def _scale_and_zero(values: Mapping[str, Any], layer: str) -> tuple[Any, Any]:
 
 
 def _dequantize_meta(codes: Any, meta: Any, name: str, layer: str) -> Tensor:
-    """(q - zero) * scale of a scale or zero that hqq had quantized; always to 8 bits."""
+    """(q - zero) * scale of a scale or zero that hqq had quantized; always to 8 bits. The steps
+    are hqq's, in the dtype it takes them in, so that each rounds as it does there."""
     problem = f"{layer}: the quantized {name} of this checkpoint is not hqq's 8-bit form"
     if not isinstance(meta, Mapping) or not isinstance(codes, Tensor):
         raise ValueError(problem)
@@ -315,7 +322,10 @@ def _dequantize_meta(codes: Any, meta: Any, name: str, layer: str) -> Tensor:
         raise ValueError(problem)
     if _number(meta.get("nbits")) != 8 or codes.dtype != torch.uint8:
         raise ValueError(problem)
-    return ((codes.float() - zero.float()) * scale.float()).to(scale.dtype)
+    dtype = _dtype("compute_dtype", meta.get("compute_dtype", scale.dtype))
+    if dtype not in META_DTYPES:
+        raise ValueError(problem)
+    return (codes.to(dtype) - zero.to(dtype)) * scale.to(dtype)
 
 
 def _encode(value: Any) -> Tensor:

@@ -1,0 +1,71 @@
+"""Names in checkpoints and names in models: where transformers renames, splits and fuses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from hqqlora.linear import HQQLinear
+from hqqlora.state_encoding import TENSOR_KEYS
+
+
+class ModelNames:
+    """From a checkpoint's names to a model's, as transformers itself maps them."""
+
+    def __init__(self, model: Any) -> None:
+        """Asks transformers for the renamings of `model`, which is still dense."""
+        conversions = get_model_conversion_mapping(model)
+        self._renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+        self._converters = [c for c in conversions if isinstance(c, WeightConverter)]
+        self._prefix = model.base_model_prefix
+        self._state = model.state_dict()
+        self._linear = {n for n, m in model.named_modules() if type(m) is nn.Linear}
+
+    def key(self, stored: str) -> str:
+        """The model's name for the checkpoint's tensor `stored`."""
+        renamed, _ = rename_source_key(
+            stored, self._renamings, self._converters, self._prefix, self._state
+        )
+        return str(renamed)
+
+    def of(self, stored: str) -> str | None:
+        """The name of the model's linear layer that the checkpoint calls `stored`."""
+        for key in (self.key(f"{stored}.weight"), f"{stored}.weight"):
+            name = key.removesuffix(".weight")
+            if name in self._linear:
+                return name
+        return None
+
+
+def keep_parts_apart(model: Any) -> None:
+    """Has `save_pretrained` not fuse again what `from_pretrained` has split (q, k and v of one
+    weight, say) where it would fuse quantized layers: codes cannot be put together like
+    weights. They are saved, and load, under the names that the model has for them."""
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions:
+        keys = _quantized_keys(model)
+        model._weight_conversions = [c for c in conversions if not _fuses(c, keys)]
+
+
+def _quantized_keys(model: nn.Module) -> list[str]:
+    """What quantized layers have; also the weight that they have not, without which the other
+    parts of a fused weight are not whole."""
+    return [
+        f"{name}.{key}"
+        for name, layer in model.named_modules()
+        if isinstance(layer, HQQLinear)
+        for key in ("weight", *TENSOR_KEYS)
+    ]
+
+
+def _fuses(conversion: Any, keys: list[str]) -> bool:
+    if not isinstance(conversion, WeightConverter):
+        return False
+    try:
+        saving = conversion.reverse_transform()
+    except NotImplementedError:  # then it is transformers that cannot save
+        return False
+    return any(saving.rename_source_key(key)[1] is not None for key in keys)

@@ -1,0 +1,160 @@
+"""Quantizing a dense checkpoint while transformers loads it, one weight after another."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from transformers.core_model_loading import ConversionOps
+
+from hqqlora.config import QuantSettings
+from hqqlora.linear import HQQLinear
+from hqqlora.module_names import linear_tag
+from hqqlora.quantizing import quantize_weight
+
+
+class LayersToQuantize:
+    """The plan, and how far it has got."""
+
+    def __init__(self, plan: dict[str, QuantSettings]) -> None:
+        """Starts with nothing done."""
+        self.plan = plan
+        self.done: dict[str, QuantSettings] = {}
+        # Layers whose weight in the checkpoint has another shape.
+        self.mismatched: dict[str, torch.Size] = {}
+        # transformers' own set of what is missing so far.
+        self.missing_keys: set[str] | None = None
+
+    def quantize(self, model: nn.Module, name: str, weight: Tensor) -> dict[str, Tensor]:
+        """Puts an `HQQLinear` without data in the place of the linear layer `name`, and returns
+        the tensors that it needs, under their full names.
+
+        Raises:
+            ValueError, TypeError: the weight cannot be quantized; names the layer, which stays.
+        """
+        settings = self.plan[name]
+        dense = model.get_submodule(name)
+        assert isinstance(dense, nn.Linear)
+        try:
+            layer = HQQLinear(
+                dense,
+                settings.to_config(),
+                compute_dtype=weight.dtype,
+                device="meta",
+                initialize=False,
+            )
+            tensors = quantize_weight(weight, settings, weight.dtype)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{name}: {error}") from error
+        layer.state_dict_metadata = False
+        layer._parameters["bias"] = dense.bias  # which may be loaded already, or not
+        model.set_submodule(name, layer)
+        self.done[name] = self.plan.pop(name)
+        keys = (f"{name}.{key}" for key in ("W_q", "scale", "zero"))
+        return dict(zip(keys, tensors, strict=True))
+
+    def finish(self, model: nn.Module) -> None:
+        """Quantizes what has been loaded without coming by, as parts of a fused weight may.
+        Layers that the checkpoint has not, such as a new classifier, stay dense.
+
+        Raises:
+            ValueError: the checkpoint has not one of the layers, or not all layers of a kind.
+        """
+        self._check_shapes(model)
+        missing = self.missing_keys
+        kinds = {linear_tag(name): name for name in self.done}
+        for name in list(self.plan):
+            if missing is not None and f"{name}.weight" not in missing:
+                self._quantize_loaded(model, name)
+            elif (kind := linear_tag(name)) in kinds:
+                raise ValueError(
+                    f"{name}: the checkpoint has no such weight, but it has {kinds[kind]}"
+                )
+        if not self.done:
+            raise ValueError(
+                f"the checkpoint has no weight of the layers to quantize, such as "
+                f"{next(iter(self.plan))}"
+            )
+        self.plan, self.missing_keys = {}, None
+
+    def _check_shapes(self, model: nn.Module) -> None:
+        """transformers raises, or with ignore_mismatched_sizes makes a new weight; its first
+        versions put the wrong one into the model."""
+        for name, shape in self.mismatched.items():
+            dense = model.get_submodule(name)
+            assert isinstance(dense, nn.Linear)
+            expected = (dense.out_features, dense.in_features)
+            if tuple(dense.weight.shape) != expected:
+                raise ValueError(
+                    f"{name}: the checkpoint's weight is {list(shape)}, the model's "
+                    f"{list(expected)}"
+                )
+
+    def _quantize_loaded(self, model: nn.Module, name: str) -> None:
+        weight = model.get_submodule(name).weight
+        assert isinstance(weight, Tensor)
+        if weight.is_meta:
+            raise ValueError(f"{name}: a weight that is loaded in parts cannot be offloaded")
+        for key, tensor in self.quantize(model, name, weight.detach()).items():
+            layer = model.get_submodule(name)
+            layer._parameters[key.rpartition(".")[2]] = nn.Parameter(tensor, False)
+
+
+class QuantizeWeight(ConversionOps):  # type: ignore[misc]
+    """transformers' operation for a weight that is to be quantized: the weight goes in, W_q,
+    scale and zero come out, and the loader puts them where the device map says."""
+
+    def __init__(self, layers: LayersToQuantize) -> None:
+        """`layers` is shared by all operations of one load."""
+        self._layers = layers
+
+    @torch.no_grad()
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        *arguments: Any,
+        model: nn.Module,
+        missing_keys: set[str] | None = None,
+        **unused: Any,
+    ) -> dict[str, Tensor]:
+        """Quantizes what is planned in `input_dict`, weights under their full names, and hands
+        on the rest: what a fused weight is split into need not all be ours."""
+        layers = self._layers
+        result: dict[str, Tensor] = {}
+        for key in list(input_dict):
+            # Taken out, so that nobody holds the dense weight any longer than needed.
+            weight = input_dict.pop(key)
+            weight = weight[0] if isinstance(weight, list) else weight
+            name = key.removesuffix(".weight")
+            if name in layers.plan and not _fits(model, name, weight):
+                del layers.plan[name]
+                layers.mismatched[name] = weight.shape
+            if name not in layers.plan:
+                result[key] = weight
+                continue
+            layers.missing_keys = missing_keys
+            try:
+                result.update(layers.quantize(model, name, weight))
+            except (TypeError, ValueError) as error:
+                return _Failure(error)
+            if missing_keys is not None:
+                missing_keys.discard(key)
+        return result
+
+
+def _fits(model: nn.Module, name: str, weight: Tensor) -> bool:
+    expected = model.get_submodule(name).weight
+    return isinstance(expected, Tensor) and weight.shape == expected.shape
+
+
+class _Failure(dict[str, Tensor]):
+    """A result that raises when it is read. What `convert` raises itself, the loader would
+    collect for a report after loading all the rest."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self._error = error
+
+    def items(self) -> NoReturn:
+        raise self._error
