@@ -1,14 +1,127 @@
-"""The command line: `hqqlora train`."""
+"""The command line: `hqqlora train`, `hqqlora bench finetune`, `hqqlora export gguf`."""
 
 from __future__ import annotations
 
+import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import hqqlora
 from hqqlora.training.errors import RunError, describe
-from hqqlora.training.options import OneLineParser, add_arguments, from_namespace
+from hqqlora.training.options import OneLineParser
 from hqqlora.training.thread_waiting import wait_asleep_if_busy
+
+# ---- the commands: each imports what it needs when it is called --------------------------
+
+
+class Command(NamedTuple):
+    """A command: what `--help` says of it, its options, and what it does."""
+
+    summary: str
+    description: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    prepare: Callable[[argparse.Namespace], tuple[Callable[[], None], int | None]]
+    """From the parsed options: the work, and how many threads it is to have (0: one a core;
+    None: it does not compute)."""
+    less_memory: str
+    """What helps where memory is short."""
+
+
+def _train_arguments(parser: argparse.ArgumentParser) -> None:
+    from hqqlora.training.options import add_arguments
+
+    add_arguments(parser)
+
+
+def _prepare_train(namespace: argparse.Namespace) -> tuple[Callable[[], None], int]:
+    from hqqlora.training.options import from_namespace
+
+    options, given = from_namespace(namespace)
+
+    def work() -> None:
+        from hqqlora.training.job import run  # after the options: it loads much
+
+        run(options, given)
+
+    return work, options.threads
+
+
+def _bench_finetune_arguments(parser: argparse.ArgumentParser) -> None:
+    from hqqlora.bench.options import add_arguments
+
+    add_arguments(parser)
+
+
+def _prepare_bench_finetune(namespace: argparse.Namespace) -> tuple[Callable[[], None], int]:
+    from hqqlora.bench.options import from_namespace
+
+    options = from_namespace(namespace)
+
+    def work() -> None:
+        from hqqlora.bench.finetune import run
+
+        run(options)
+
+    return work, options.threads
+
+
+def _export_gguf_arguments(parser: argparse.ArgumentParser) -> None:
+    from hqqlora.export_command import add_arguments
+
+    add_arguments(parser)
+
+
+def _prepare_export_gguf(namespace: argparse.Namespace) -> tuple[Callable[[], None], None]:
+    from hqqlora.export_command import from_namespace
+
+    options = from_namespace(namespace)
+
+    def work() -> None:
+        from hqqlora.export_command import run
+
+        run(options)
+
+    return work, None
+
+
+COMMANDS: dict[tuple[str, ...], Command] = {
+    ("train",): Command(
+        "fine-tune a language model with LoRA on quantized weights",
+        "Quantizes the linear layers of a language model, trains a LoRA adapter on them with a "
+        "text, and compares held-out perplexity before and after. Without options: "
+        "SmolLM2-135M-Instruct in 4 bits on the Python language reference.",
+        _train_arguments,
+        _prepare_train,
+        "a smaller --batch or --sequence-length, or --gradient-checkpointing, needs less",
+    ),
+    ("bench", "finetune"): Command(
+        "compare a fine-tuning step with hqq's and with dense weights",
+        "Compares one fine-tuning step (forward, backward, AdamW on LoRA adapters) of a "
+        "language model on this library, on hqq under PEFT and on dense weights under PEFT: "
+        "time, with all taking turns in one process; memory, each in a process of its own; "
+        "loss before and after the same steps on the same text.",
+        _bench_finetune_arguments,
+        _prepare_bench_finetune,
+        "a smaller --batch or --sequence-length, or fewer --contenders, need less",
+    ),
+    ("export", "gguf"): Command(
+        "write a quantized model as GGUF, for llama.cpp",
+        "Writes a quantized checkpoint folder as one GGUF file that llama.cpp runs. Codes are "
+        "kept: 4 bits as Q4_1 or Q4_0, 8 bits as Q8_0. Merge adapters first.",
+        _export_gguf_arguments,
+        _prepare_export_gguf,
+        "the whole quantized model has to fit",
+    ),
+}
+# Words that only lead to commands.
+GROUPS = {
+    ("bench",): "measure this library against others",
+    ("export",): "write a model in another format",
+}
+
+
+# ---- from words to a command -------------------------------------------------------------
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -17,50 +130,71 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: the arguments; None: those of the process.
     """
-    try:
-        arguments = _parser().parse_args(argv)
-        options, given = from_namespace(arguments)
-        if argv is None and options.threads != 1:
-            wait_asleep_if_busy()
-        from hqqlora.training.job import run  # after the options: it loads much
+    words = tuple(sys.argv[1:] if argv is None else argv)
+    name = next((name for name in COMMANDS if words[: len(name)] == name), None)
+    if name is None:
+        return _guarded("hqqlora", "", lambda: _without_command(words))
+    command = COMMANDS[name]
 
-        run(options, given)
+    def run() -> None:
+        work, threads = command.prepare(_parser(name).parse_args(words))
+        if argv is None and threads not in (None, 1):
+            wait_asleep_if_busy()
+        work()
+
+    return _guarded(" ".join(("hqqlora", *name)), command.less_memory, run)
+
+
+def _without_command(words: Sequence[str]) -> None:
+    """Answers --help and --version, and complains of all else."""
+    parser = _parser(None)
+    parser.parse_args(words)
+    parser.error("the command has to come first")
+
+
+def _guarded(name: str, less_memory: str, run: Callable[[], Any]) -> int:
+    """The exit code of `run`. Where it fails, one line on stderr says why."""
+    try:
+        run()
     except RunError as error:
-        print(f"hqqlora train: {error}", file=sys.stderr)
+        print(f"{name}: {error}", file=sys.stderr)
         return error.exit_code
     except OSError as error:
-        print(f"hqqlora train: {describe(error)}", file=sys.stderr)
+        print(f"{name}: {describe(error)}", file=sys.stderr)
         return 1
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):
             raise
-        print(
-            "hqqlora train: out of memory; a smaller --batch or --sequence-length, or "
-            "--gradient-checkpointing, needs less",
-            file=sys.stderr,
-        )
+        print(f"{name}: out of memory; {less_memory}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("hqqlora train: interrupted", file=sys.stderr)
+        print(f"{name}: interrupted", file=sys.stderr)
         return 130
     return 0
 
 
-def _parser() -> OneLineParser:
+def _parser(chosen: tuple[str, ...] | None) -> OneLineParser:
+    """The parser of all commands, with the options of the `chosen` one alone: those of others
+    would need their modules."""
     parser = OneLineParser(
         prog="hqqlora", description="LoRA fine-tuning on frozen low-bit HQQ weights."
     )
     parser.add_argument("--version", action="version", version=f"hqqlora {hqqlora.__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    train = commands.add_parser(
-        "train",
-        help="fine-tune a language model with LoRA on quantized weights",
-        description="Quantizes the linear layers of a language model, trains a LoRA adapter on "
-        "them with a text, and compares held-out perplexity before and after. Without options: "
-        "SmolLM2-135M-Instruct in 4 bits on the Python language reference.",
-    )
-    add_arguments(train)
+    below: dict[tuple[str, ...], Any] = {(): _subparsers(parser)}
+    for group, summary in GROUPS.items():
+        heading = below[group[:-1]].add_parser(group[-1], help=summary, description=summary)
+        below[group] = _subparsers(heading)
+    for name, command in COMMANDS.items():
+        leaf = below[name[:-1]].add_parser(
+            name[-1], help=command.summary, description=command.description
+        )
+        if name == chosen:
+            command.add_arguments(leaf)
     return parser
+
+
+def _subparsers(parser: argparse.ArgumentParser) -> Any:
+    return parser.add_subparsers(required=True, metavar="command", title="commands")
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ from hqqlora.training.loss_plot import draw_loss
 from hqqlora.training.machine import peak_memory, restart_peak_memory
 from hqqlora.training.model_source import (
     ModelSource,
+    check_fit,
     choose_dtype,
     find_model,
     load_model,
@@ -158,7 +159,7 @@ class _Run:
         _say(f"loading  {self.source.name}")
         with self._timed("load"):
             model = load_model(self.source, dtype)
-        self._check_fit(model, windows)
+        check_fit(model, windows, self.options.sequence_length)
         parameters = sum(p.numel() for p in model.parameters())
         name = str(dtype).removeprefix("torch.")
         self.facts["model"] = {
@@ -281,20 +282,6 @@ class _Run:
         finally:
             seconds = self.facts.setdefault("seconds", {})
             seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - start
-
-    def _check_fit(self, model: nn.Module, windows: TokenWindows) -> None:
-        dense: Any = model
-        length = self.options.sequence_length
-        longest = getattr(dense.config, "max_position_embeddings", None)
-        if longest is not None and length > longest:
-            raise UsageError(f"--sequence-length {length} exceeds the model's {longest}")
-        highest = int(max(windows.train.max(), windows.held_out.max()))
-        known = len(dense.get_input_embeddings().weight)
-        if highest >= known:
-            raise UsageError(
-                f"the tokenizer gives token {highest}, but the model knows {known}: do they "
-                "belong together?"
-            )
 
     def _compare_fingerprint(self, what: str) -> None:
         if self.checkpoint and self.checkpoint.fingerprints[what] != self.fingerprints[what]:
