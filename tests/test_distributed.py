@@ -40,8 +40,8 @@ def one_of_two_processes(rank: int, folder: str) -> None:
         train_and_save(rank, folder, axis)
     dist.barrier()
     dist.destroy_process_group()
-    # gloo's threads may still hold the last tensors. Python ends such a thread in the middle of a
-    # C++ destructor while it shuts down, and that aborts the process; so it does not shut down.
+    # gloo's threads may still hold the last tensors. Python, when it shuts down, ends such a
+    # thread in the middle of a C++ destructor, which aborts the process; so it does not.
     os._exit(0)
 
 
