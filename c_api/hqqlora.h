@@ -81,12 +81,13 @@ typedef enum hqq_isa {
 } hqq_isa;
 
 /* How a product with the frozen weight is computed. On a GPU a forced DIRECT gives way to
- * BLOCKED where its format, alignment or dtypes do not suit it. */
+ * BLOCKED where its format, alignment or dtypes do not suit it, and TILED counts as AUTO. */
 typedef enum hqq_kernel {
     HQQ_KERNEL_AUTO = 0,
     HQQ_KERNEL_REFERENCE = 1, /* plain loops, the yardstick of the tests */
     HQQ_KERNEL_DIRECT = 2,    /* small M: multiply the codes as they are unpacked */
-    HQQ_KERNEL_BLOCKED = 3    /* large M: dequantize a block that stays in cache, then a GEMM */
+    HQQ_KERNEL_BLOCKED = 3,   /* large M: dequantize a block that stays in cache, then a GEMM */
+    HQQ_KERNEL_TILED = 4      /* in between: the library's own tiles over a dequantized block */
 } hqq_kernel;
 
 typedef enum hqq_solver {
@@ -172,7 +173,7 @@ HQQ_API hqq_isa hqq_isa_in_use(const hqq_context *context);
 HQQ_API const char *hqq_isa_name(hqq_isa isa);
 
 /* The kernel a forward (transpose 0) or dgrad (transpose 1) product of M rows would use.
- * A pure function of its arguments; reads no data behind the pointers. */
+ * Follows from its arguments and the processor; reads no data behind the pointers. */
 HQQ_API hqq_kernel hqq_choose_kernel(const hqq_weight *weight, int64_t M, hqq_dtype dtype,
                                      int32_t transpose, hqq_isa isa);
 

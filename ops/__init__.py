@@ -20,7 +20,7 @@ is on the CPU always. On CUDA they are enqueued on torch's current stream and no
 except in `quantize`, which reads one byte back to tell whether the weight was finite.
 
 The environment variables ``HQQLORA_ISA`` (portable, avx2, avx512, avx512_bf16) and
-``HQQLORA_KERNEL`` (reference, direct, blocked), read once as a library loads, cap the
+``HQQLORA_KERNEL`` (reference, direct, blocked, tiled), read once as a library loads, cap the
 instruction set of the CPU kernels and force a kernel on either device.
 """
 

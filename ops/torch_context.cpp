@@ -58,7 +58,8 @@ Overrides read_overrides()
                                   {"avx512_bf16", HQQ_ISA_AVX512_BF16}};
     static const Choice kernels[] = {{"reference", HQQ_KERNEL_REFERENCE},
                                      {"direct", HQQ_KERNEL_DIRECT},
-                                     {"blocked", HQQ_KERNEL_BLOCKED}};
+                                     {"blocked", HQQ_KERNEL_BLOCKED},
+                                     {"tiled", HQQ_KERNEL_TILED}};
     Overrides overrides;
     overrides.isa = static_cast<hqq_isa>(choice_from_env("HQQLORA_ISA", isas, overrides.error));
     overrides.kernel =

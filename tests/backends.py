@@ -19,7 +19,7 @@ from hqqlora.ops import PackedWeight, meta_shape, packed_shape
 # where `make test-c` builds
 BUILD = Path(os.environ.get("HQQLORA_C_BUILD", Path(__file__).parent.parent / "build" / "c"))
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-KERNELS = {"auto": 0, "reference": 1, "direct": 2, "blocked": 3}
+KERNELS = {"auto": 0, "reference": 1, "direct": 2, "blocked": 3, "tiled": 4}
 
 
 class Lora(ct.Structure):

@@ -1,3 +1,6 @@
+from collections.abc import Iterator
+from pathlib import Path
+
 import hypothesis
 import pytest
 import torch
@@ -9,3 +12,28 @@ hypothesis.settings.load_profile("quick")
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For tiny models; and on a busy machine threads wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny Llama."""
+    from tiny_llama import save_tiny_llama
+
+    return save_tiny_llama(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of SmolLM2, dense; not to be written to."""
+    from smollm2_folder import smollm2_folder
+
+    return smollm2_folder(tmp_path_factory)

@@ -27,7 +27,6 @@ from hqq_models import (  # noqa: E402 (it needs all of these)
     quantized_by_hqq,
     quantized_layers,
 )
-from smollm2_folder import smollm2_folder  # noqa: E402
 from vllm_rules import load_as_vllm  # noqa: E402
 
 
@@ -194,18 +193,15 @@ class TestQuantizeModel:
         assert_same_weights(model, loaded_by_hqq(tmp_path / "quantized"))
 
 
-def test_a_real_model_still_knows_the_capital_of_france(
-    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_a_real_model_still_knows_the_capital_of_france(tmp_path: Path, smollm2: Path) -> None:
     """SmolLM2 quantized, saved, loaded by both libraries."""
-    folder = smollm2_folder(tmp_path_factory)
-    dense = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    dense = transformers.AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.bfloat16)
     config = hqqlora.BaseQuantizeConfig(nbits=4, group_size=64)
     quantized = AutoHQQHFModel.quantize_model(dense, config, torch.bfloat16, "cpu")
     AutoHQQHFModel.save_quantized(quantized, tmp_path / "model")
     ours: Any = loaded(tmp_path / "model", torch.bfloat16)
     theirs = loaded_by_hqq(tmp_path / "model", torch.bfloat16)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2)
     prompt = tokenizer("The capital of France is", return_tensors="pt")
     for model in (ours, theirs):
         tokens = model.generate(**prompt, max_new_tokens=2, do_sample=False)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import c_library
 import pytest
-from smollm2_folder import EXAMPLES, smollm2_folder
+from smollm2_folder import EXAMPLES
 
 
 def run(*command, **options) -> str:
@@ -58,13 +58,6 @@ def test_train_loop():
 
 
 # ---- Hugging Face's workflows, on SmolLM2 --------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    pytest.importorskip("accelerate")
-    pytest.importorskip("peft")
-    return smollm2_folder(tmp_path_factory)
 
 
 def run_example(name: str, model: Path, folder: Path, *arguments: str) -> str:

@@ -3,15 +3,12 @@ while and after an adapter is trained."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny_models
 import torch
-from smollm2_folder import smollm2_folder
-from tiny_llama import save_tiny_llama
 from tiny_training import NOT_REENTRANT, adapted, losses, quantized, trainer
 from torch import Tensor
 
@@ -25,23 +22,7 @@ SAMPLING: dict[str, Any] = {"max_new_tokens": 12, "do_sample": True, "temperatur
 BEAMS: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "num_beams": 3}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny models; and a busy machine makes threads wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_llama(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return smollm2_folder(tmp_path_factory)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def generated(model: Any, tokens: Tensor | None = None, **options: Any) -> list[list[int]]:

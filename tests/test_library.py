@@ -64,7 +64,7 @@ if {kernel == "reference"}:
     ("variable", "names"),
     [
         ("HQQLORA_ISA", "portable, avx2, avx512, avx512_bf16"),
-        ("HQQLORA_KERNEL", "reference, direct, blocked"),
+        ("HQQLORA_KERNEL", "reference, direct, blocked, tiled"),
     ],
 )
 def test_a_mistake_in_the_environment_is_named(variable, names):

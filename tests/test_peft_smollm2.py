@@ -11,7 +11,6 @@ pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-from smollm2_folder import smollm2_folder
 
 from hqqlora.peft import HQQLoraLinear, merge_and_unload
 from hqqlora.transformers import HqqConfig
@@ -19,11 +18,6 @@ from hqqlora.transformers import HqqConfig
 pytestmark = pytest.mark.filterwarnings("ignore:a changed weight:UserWarning")
 
 PROMPT = "The meaning of unit tests is"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return smollm2_folder(tmp_path_factory)
 
 
 def load(folder: Path, nbits: int | None) -> nn.Module:
@@ -48,15 +42,15 @@ def correlation(a: Tensor, b: Tensor) -> float:
     return torch.corrcoef(torch.stack((a.float().flatten(), b.float().flatten()))).min().item()
 
 
-def test_outputs_follow_the_dense_model_through_everything(folder: Path) -> None:
-    inputs = tokens(folder)
+def test_outputs_follow_the_dense_model_through_everything(smollm2: Path) -> None:
+    inputs = tokens(smollm2)
     config = LoraConfig(
         target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False
     )
     torch.manual_seed(0)
-    dense = logits(get_peft_model(load(folder, None), config), inputs)
+    dense = logits(get_peft_model(load(smollm2, None), config), inputs)
     torch.manual_seed(0)
-    model = get_peft_model(load(folder, nbits=8), config)
+    model = get_peft_model(load(smollm2, nbits=8), config)
     assert sum(isinstance(m, HQQLoraLinear) for m in model.modules()) == 60
     output = logits(model, inputs)
     assert correlation(dense, output) > 0.99
@@ -68,9 +62,9 @@ def test_outputs_follow_the_dense_model_through_everything(folder: Path) -> None
     assert (logits(exact, inputs) - output).norm() < 1e-4 * output.norm()
 
 
-def test_training(folder: Path, tmp_path: Path) -> None:
-    inputs = tokens(folder)
-    base = prepare_model_for_kbit_training(load(folder, nbits=4))
+def test_training(smollm2: Path, tmp_path: Path) -> None:
+    inputs = tokens(smollm2)
+    base = prepare_model_for_kbit_training(load(smollm2, nbits=4))
     before = logits(base, inputs)
     for use_dora in (False, True):
         config = LoraConfig(

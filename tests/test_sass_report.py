@@ -264,6 +264,20 @@ def test_dense_products_read_the_weight_or_multiply():
     assert rivals.hqq(H100, 1, 4096, 14336) > 5 * few
 
 
+BLOCKS = Plan(
+    small=0,
+    tokens=64,
+    token_tiles=64,
+    units=64,
+    units_of_block=64,
+    chunks=1,
+    chunks_per_way=64,
+    ways=1,
+    splits=1,
+    width=64,
+)
+
+
 def test_blocks_cost_more_launches_but_the_same_gemm():
     p = Product(4096, 4096, 4096, 0, 1)
     work = Work()
@@ -271,7 +285,7 @@ def test_blocks_cost_more_launches_but_the_same_gemm():
     d = large.Dequantize(4, 1, work, work.instructions)
 
     def seconds(width):
-        return large.product_seconds(H100, d, Plan(0, 64, 64, 64, 64, 1, 64, width), p)
+        return large.product_seconds(H100, d, BLOCKS._replace(width=width), p)
 
     assert seconds(1024) < seconds(512) < seconds(64)
 

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from smollm2_folder import smollm2_folder
-from tiny_llama import patterned_text, save_tiny_llama
+from tiny_llama import patterned_text
 from tiny_training import losses, quantized
 
 from hqqlora import HqqConfig, HQQLinear
@@ -24,23 +23,7 @@ from hqqlora.peft import HQQLoraLinear  # noqa: E402 (needs peft)
 STEPS = 6
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tiny models; and a busy machine makes threads wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_llama(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return smollm2_folder(tmp_path_factory)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def texts(count: int = 40) -> Any:

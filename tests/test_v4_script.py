@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_llama import save_tiny_llama
 
 from hqqlora import HQQLinear
 
@@ -112,11 +111,6 @@ for _ in range(5):
     losses.append(loss.item())
 model.save_pretrained(SAVED)
 """
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_llama(tmp_path_factory.mktemp("tiny"))
 
 
 def run_with_one_line_changed(

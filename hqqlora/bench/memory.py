@@ -26,22 +26,20 @@ import json
 import subprocess
 import sys
 from contextlib import suppress
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from hqqlora.bench.contenders import make_contender
 from hqqlora.bench.options import BenchOptions
-from hqqlora.training.errors import RunError, first_line
-from hqqlora.training.machine import restart_peak_memory
+from hqqlora.training.errors import RunError
+from hqqlora.training.machine import resident_memory, restart_peak_memory
 from hqqlora.training.model_source import choose_dtype, find_model, load_model
 
 
 def can_measure() -> bool:
     """Whether this system tells a process its peak memory, and lets it start anew."""
-    return _resident("VmHWM") is not None and restart_peak_memory()
+    return resident_memory("VmHWM") is not None and restart_peak_memory()
 
 
 def measure_memory(name: str, options: BenchOptions) -> dict[str, int]:
@@ -104,31 +102,6 @@ def _settled() -> int:
 
 
 def _known(key: str) -> int:
-    value = _resident(key)
+    value = resident_memory(key)
     assert value is not None, f"/proc/self/status has no {key}"
     return value
-
-
-def _resident(key: str) -> int | None:
-    """VmRSS (now) or VmHWM (its highest) of this process, in bytes; None: unknown."""
-    with suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith(key + ":"):
-                return int(line.split()[1]) * 1024
-    return None
-
-
-def _main(name: str, given: str) -> int:
-    values: dict[str, Any] = {
-        k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(given).items()
-    }
-    try:
-        print(json.dumps(_measure_here(name, BenchOptions(**values))))
-    except (RunError, MemoryError, RuntimeError) as error:
-        print(first_line(error), file=sys.stderr)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(_main(*sys.argv[1:]))

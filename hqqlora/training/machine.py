@@ -33,8 +33,21 @@ def describe_machine() -> dict[str, Any]:
 
 def peak_memory() -> int:
     """The most memory that this process has held at a time, in bytes."""
+    highest = resident_memory("VmHWM")
+    if highest is not None:
+        return highest
+    # On Linux this may be the parent's, from before the process became this program.
     scale = 1 if platform.system() == "Darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+
+
+def resident_memory(key: str) -> int | None:
+    """VmRSS (now) or VmHWM (its highest) of this process, in bytes; None: unknown."""
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(key + ":"):
+                return int(line.split()[1]) * 1024
+    return None
 
 
 def restart_peak_memory() -> bool:

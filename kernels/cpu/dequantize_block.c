@@ -49,13 +49,28 @@ INLINE int is_by_table(code_kind kind)
 }
 
 #if defined(__AVX512F__)
+/* The table rounded to dtype, twice. */
+INLINE __m512i table_16(hqq_dtype dtype, hqq_vec table)
+{
+#if defined(__AVX512BF16__)
+    /* the instruction takes subnormals for zero */
+    if (dtype == HQQ_BF16 &&
+        __builtin_expect(_mm512_fpclass_ps_mask((__m512)table, 0x20) == 0, 1))
+        return _mm512_broadcast_i64x4((__m256i)_mm512_cvtneps_pbh((__m512)table));
+#endif
+    if (dtype == HQQ_F16)
+        return _mm512_broadcast_i64x4(
+            _mm512_cvtps_ph((__m512)table, _MM_FROUND_TO_NEAREST_INT));
+    uint16_t values[16];
+    hqq_vec_store_dtype(values, dtype, 0, table);
+    return _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *)values));
+}
+
 /* A run to 16-bit values, of which the table holds each code's twice. */
 INLINE void constant_run_16(uint16_t *out, hqq_dtype dtype, const hqq_run *run, code_kind kind,
                             const hqq_decoder *d)
 {
-    uint16_t values[16];
-    hqq_vec_store_dtype(values, dtype, 0, d->table);
-    __m512i table = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *)values));
+    __m512i table = table_16(dtype, d->table);
     int64_t i = 0, length = run->length;
     if (kind == WIDE_WORDS) {
         for (; i < length; i += 16) {
@@ -196,6 +211,24 @@ INLINE void prefetch_row(const block *b, const hqq_layout *l, const hqq_place *p
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(words + i);
 }
 
+/* The columns of a row that begin with a group, all in one slot: groups follow one another. */
+INLINE void whole_groups(void *out, hqq_dtype dtype, int64_t at, const hqq_weight *w,
+                         const hqq_layout *l, const hqq_place *place, int64_t columns,
+                         code_kind kind)
+{
+    hqq_run run = {.words = (const char *)w->packed + place->word * l->word_bytes,
+                   .group = place->turn,
+                   .length = l->G,
+                   .shift = hqq_slot_shift(l->nbits, (int)place->slot)};
+    for (; columns > 0; run.group++, columns -= l->G, at += l->G) {
+        if (columns < l->G) run.length = columns;
+        constant_run(out, dtype, at, &run, kind, w->nbits,
+                     hqq_load_quick(w->zero, w->meta_dtype, run.group),
+                     hqq_load_quick(w->scale, w->meta_dtype, run.group));
+        run.words = (const char *)run.words + l->G * l->word_bytes;
+    }
+}
+
 /* Every row of the block; dtype, kind and axis are constants here, meta is one for axis 0. */
 INLINE void all_rows(const block *b, hqq_dtype dtype, code_kind kind, int axis, hqq_dtype meta)
 {
@@ -203,9 +236,15 @@ INLINE void all_rows(const block *b, hqq_dtype dtype, code_kind kind, int axis, 
     hqq_layout layout = hqq_weight_layout(w);
     hqq_place place = hqq_place_of(&layout, b->row * layout.K + b->column);
     hqq_place step = hqq_place_of(&layout, b->row_step * layout.K);
+    int aligned =
+        hqq_rows_align(&layout) && hqq_groups_align(&layout) && b->column % layout.G == 0;
     for (int64_t i = 0; i < b->rows; i++, place = hqq_place_add(&layout, place, &step)) {
         int64_t at = i * b->ld;
         prefetch_row(b, &layout, &place, &step);
+        if (axis == 1 && aligned) {
+            whole_groups(b->out, dtype, at, w, &layout, &place, b->columns, kind);
+            continue;
+        }
         hqq_run_cursor cursor = hqq_runs_from(&layout, w->packed, &place, b->columns);
         for (hqq_run run; hqq_runs_next(&run, &cursor); at += run.length) {
             if (axis == 1)

@@ -32,51 +32,22 @@
 #include "gemm_tile.h"
 
 #include "gemm_pack.h"
+#include "multiply_tile.h"
 
 #define HQQ_MAX_VECTORS 3
 #define HQQ_VARIANTS    6
 /* Operands up to this size are packed once for all chunks: 8 MB. */
 #define HQQ_SHARED_ELEMENTS (INT64_C(1) << 21)
-#if HQQ_LANES == 16 /* 32 registers */
-#define HQQ_TILE_REGISTERS 24
-#else
-#define HQQ_TILE_REGISTERS 12
-#endif
 
+/* sums [rows, vectors * lanes] (+)= a b, as they are packed. */
 typedef void (*tile_fn)(float *sums, const float *a, const float *b, int64_t kc, int add);
 
-/* sums [rows, vectors * lanes] (+)= a b. rows and vectors are constants. */
-HQQ_ALWAYS_INLINE void tile(float *sums, const float *a, const float *b, int64_t kc, int add,
-                            const int rows, const int vectors)
-{
-    hqq_vec c[HQQ_TILE_REGISTERS];
-#pragma GCC unroll 24
-    for (int i = 0; i < rows * vectors; i++) c[i] = hqq_vec_zero();
-    for (int64_t p = 0; p < kc; p++) {
-        hqq_vec right[HQQ_MAX_VECTORS];
-#pragma GCC unroll 3
-        for (int j = 0; j < vectors; j++) right[j] = hqq_vec_load(b + j * HQQ_LANES);
-#pragma GCC unroll 24
-        for (int i = 0; i < rows; i++) {
-            hqq_vec left = hqq_vec_set1(a[i * HQQ_GEMM_LDA]);
-#pragma GCC unroll 3
-            for (int j = 0; j < vectors; j++) c[i * vectors + j] += left * right[j];
-        }
-        a++;
-        b += vectors * HQQ_LANES;
-    }
-    if (add)
-#pragma GCC unroll 24
-        for (int i = 0; i < rows * vectors; i++) c[i] += hqq_vec_load(sums + i * HQQ_LANES);
-#pragma GCC unroll 24
-    for (int i = 0; i < rows * vectors; i++) hqq_vec_store(sums + i * HQQ_LANES, c[i]);
-}
-
-#define HQQ_TILE(rows, vectors)                                                      \
-    static void tile_##rows##x##vectors(float *sums, const float *a, const float *b, \
-                                        int64_t kc, int add)                         \
-    {                                                                                \
-        tile(sums, a, b, kc, add, rows, vectors);                                    \
+#define HQQ_TILE(rows, vectors)                                                        \
+    static void tile_##rows##x##vectors(float *sums, const float *a, const float *b,   \
+                                        int64_t kc, int add)                           \
+    {                                                                                  \
+        hqq_multiply_outer(sums, (vectors) * HQQ_LANES, a, HQQ_GEMM_LDA, b,            \
+                           (vectors) * HQQ_LANES, kc, add, rows, vectors, HQQ_FLOATS); \
     }
 HQQ_TILE(1, 1)
 HQQ_TILE(2, 1)

@@ -1,5 +1,9 @@
 #include "isa.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 /* What the processor and the operating system offer. __builtin_cpu_supports reads tables that
  * the compiler's run time fills once at load: no state of ours. */
 static hqq_isa best_isa(void)
@@ -26,4 +30,14 @@ hqq_isa hqq_isa_in_use(const hqq_context *context)
     hqq_isa best = best_isa();
     hqq_isa cap = context ? context->isa : HQQ_ISA_AUTO;
     return cap == HQQ_ISA_AUTO || cap > best ? best : cap;
+}
+
+int hqq_has_amx_bf16(void)
+{
+#if defined(__x86_64__)
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1) && (d >> 24 & 1);
+#else
+    return 0;
+#endif
 }

@@ -13,6 +13,9 @@
 
 #include "hqqlora.h"
 
+/* Whether the processor has AMX tiles of bf16: no kernel here uses them, but GEMMs do. */
+int hqq_has_amx_bf16(void);
+
 #define HQQ_PASTE_(a, b) a##_##b
 #define HQQ_PASTE(a, b)  HQQ_PASTE_(a, b)
 #ifdef HQQ_ISA_SUFFIX

@@ -63,24 +63,33 @@ hqq_status hqq_lora_dyb(float *dyb, const void *dy, int64_t lddy, hqq_dtype dtyp
     return hqq_gemm_run(&g, context);
 }
 
-hqq_status hqq_lora_dx_addend(void *out, int64_t ld_out, hqq_dtype out_dtype, const float *dyb,
-                              const hqq_lora *lora, int64_t M, int64_t K, int64_t k_begin,
-                              int64_t k_end, const hqq_context *context)
+hqq_status hqq_lora_dx_addend_rows(void *out, int64_t ld_out, hqq_dtype out_dtype,
+                                   const float *dyb, const hqq_lora *lora, int64_t m_begin,
+                                   int64_t m_end, int64_t K, int64_t k_begin, int64_t k_end,
+                                   const hqq_context *context)
 {
     hqq_dropout storage;
     hqq_gemm g = {.C = out,
                   .ldc = ld_out,
                   .C_dtype = out_dtype,
-                  .m = M,
+                  .m = m_end - m_begin,
                   .n = k_end - k_begin,
                   .k = lora->rank,
                   .alpha = lora->scaling};
     g.dropout = dropout_of(lora, &storage);
-    g.mask_first = k_begin;
+    g.mask_first = m_begin * K + k_begin;
     g.mask_stride = K;
     g.A = hqq_view_rows(dyb, HQQ_F32, lora->rank);
     g.B = hqq_view_rows(hqq_at(lora->A, lora->dtype, k_begin), lora->dtype, K);
     return hqq_gemm_run(&g, context);
+}
+
+hqq_status hqq_lora_dx_addend(void *out, int64_t ld_out, hqq_dtype out_dtype, const float *dyb,
+                              const hqq_lora *lora, int64_t M, int64_t K, int64_t k_begin,
+                              int64_t k_end, const hqq_context *context)
+{
+    return hqq_lora_dx_addend_rows(out, ld_out, out_dtype, dyb, lora, 0, M, K, k_begin, k_end,
+                                   context);
 }
 
 hqq_status hqq_lora_dA(void *dA, const float *dyb, const void *x, int64_t ldx, hqq_dtype dtype,

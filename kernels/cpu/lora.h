@@ -28,6 +28,12 @@ hqq_status hqq_lora_dx_addend(void *out, int64_t ld_out, hqq_dtype out_dtype, co
                               const hqq_lora *lora, int64_t M, int64_t K, int64_t k_begin,
                               int64_t k_end, const hqq_context *context);
 
+/* The same for the rows m_begin to m_end of it alone; out and dyb begin with row m_begin. */
+hqq_status hqq_lora_dx_addend_rows(void *out, int64_t ld_out, hqq_dtype out_dtype,
+                                   const float *dyb, const hqq_lora *lora, int64_t m_begin,
+                                   int64_t m_end, int64_t K, int64_t k_begin, int64_t k_end,
+                                   const hqq_context *context);
+
 /* dA [R,K] of lora->dtype = scaling * dyb^T drop(x) */
 hqq_status hqq_lora_dA(void *dA, const float *dyb, const void *x, int64_t ldx, hqq_dtype dtype,
                        const hqq_lora *lora, int64_t M, int64_t K, const hqq_context *context);

@@ -3,6 +3,7 @@
  * weight.
  *
  *   direct    bias + LoRA are an addend in fp32, [M,N] for the few rows M: y is rounded once
+ *   tiled     LoRA is where each tile's sums in fp32 begin: y is rounded once
  *   blocked   they are rounded to y's dtype before the GEMM adds to them (see blocked.h)
  */
 #include <stdlib.h>
@@ -17,6 +18,7 @@
 #include "lora.h"
 #include "reference.h"
 #include "status.h"
+#include "tiled.h"
 #include "workspace.h"
 
 /* How one call is served, and where in the workspace its parts are. Parts that a call turns
@@ -53,7 +55,7 @@ static product_plan make_plan(hqq_arena *arena, const hqq_weight *weight, const 
         inner = transpose ? hqq_direct_dgrad_workspace(weight, M, dtype)
                           : hqq_direct_linear_workspace(weight, M, dtype);
     } else {
-        inner = hqq_blocked_workspace(weight, dtype);
+        inner = plan.kernel == HQQ_KERNEL_BLOCKED ? hqq_blocked_workspace(weight, dtype) : 0;
     }
     plan.inner = hqq_arena_take(arena, inner);
     return plan;
@@ -89,6 +91,8 @@ hqq_status hqq_backend_forward(const hqq_forward *f, void *workspace,
 
     if (plan.kernel == HQQ_KERNEL_BLOCKED)
         return hqq_blocked_linear(f, f->lora ? xa : NULL, plan.inner, context);
+    if (plan.kernel == HQQ_KERNEL_TILED)
+        return hqq_tiled_linear(f, f->lora ? xa : NULL, context);
     float *addend = f->lora || f->bias ? plan.addend : NULL;
     if (addend)
         HQQ_TRY(hqq_lora_addend(addend, N, HQQ_F32, xa, f->bias, f->bias_dtype, f->lora, M, 0,
@@ -104,6 +108,7 @@ static hqq_status backward_dx(const hqq_backward *b, const product_plan *plan,
     int64_t M = b->M, K = b->weight->in_features;
     if (plan->kernel == HQQ_KERNEL_BLOCKED)
         return hqq_blocked_dgrad(b, plan->dyb, plan->inner, context);
+    if (plan->kernel == HQQ_KERNEL_TILED) return hqq_tiled_dgrad(b, plan->dyb, context);
     float *addend = b->lora ? plan->addend : NULL;
     if (addend)
         HQQ_TRY(

@@ -42,6 +42,23 @@ static inline hqq_row_sets hqq_row_sets_of(const hqq_layout *l)
     return s;
 }
 
+/* Rows of W that follow one another. */
+typedef struct hqq_row_piece {
+    int64_t first, count;
+} hqq_row_piece;
+
+/* The rows of the sets [begin, end) in plain order: a piece for each slot, which may be empty.
+ */
+static inline void hqq_row_pieces(hqq_row_piece pieces[HQQ_MAX_SLOTS], const hqq_row_sets *s,
+                                  int64_t begin, int64_t end)
+{
+    for (int j = 0; j < s->slots; j++) {
+        int64_t first = s->start[j] + begin, last = s->start[j] + end;
+        if (last > s->start[j + 1]) last = s->start[j + 1];
+        pieces[j] = (hqq_row_piece){first, first < last ? last - first : 0};
+    }
+}
+
 /* The place of a set's row within each slot. */
 static inline int64_t hqq_row_in_slot(const hqq_row_sets *s, int64_t set)
 {

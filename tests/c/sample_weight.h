@@ -16,6 +16,9 @@
 #define HQQ_TEST_CUDA 0
 #endif
 
+/* The last kernel that can be forced and is not another one's name. */
+#define LAST_KERNEL (HQQ_TEST_CUDA ? HQQ_KERNEL_BLOCKED : HQQ_KERNEL_TILED)
+
 static const int all_bits[] = {8, 4, 3, 2, 1};
 static const hqq_dtype all_dtypes[] = {HQQ_F32, HQQ_F16, HQQ_BF16};
 

@@ -330,7 +330,7 @@ static void walk_context(void)
     } bad[] = {
         {"isa is 5", {.isa = (hqq_isa)5}},
         {"isa is -1", {.isa = (hqq_isa)-1}},
-        {"kernel is 4", {.kernel = (hqq_kernel)4}},
+        {"kernel is 5", {.kernel = (hqq_kernel)5}},
         {"kernel is 2147483647", {.kernel = (hqq_kernel)INT_MAX}},
     };
     hqq_quantize_options o = hqq_quantize_defaults();
@@ -356,7 +356,7 @@ static void walk_context(void)
 /* A workspace that is given must be aligned and large enough. */
 static void walk_workspace(void)
 {
-    for (int kernel = HQQ_KERNEL_DIRECT; kernel <= HQQ_KERNEL_BLOCKED; kernel++) {
+    for (int kernel = HQQ_KERNEL_DIRECT; kernel <= HQQ_KERNEL_TILED; kernel++) {
         hqq_context c = {.kernel = (hqq_kernel)kernel};
         size_t needed = 0;
         if (hqq_workspace_size(&needed, &weight, &lora, M, HQQ_F32, &c) != HQQ_OK ||
@@ -457,7 +457,7 @@ static int32_t no_gemm(void *C, int64_t ldc, const void *a, int64_t lda, int32_t
 static void walk_callbacks(void)
 {
     static float large_x[64 * K], large_dy[64 * N], large_y[64 * K];
-    for (int kernel = HQQ_KERNEL_DIRECT; kernel <= HQQ_KERNEL_BLOCKED; kernel++)
+    for (int kernel = HQQ_KERNEL_DIRECT; kernel <= HQQ_KERNEL_TILED; kernel++)
         for (int transpose = 0; transpose <= 1; transpose++) {
             int gemm_calls = 0;
             hqq_context c = {
@@ -544,7 +544,7 @@ static void walk_sound(void)
             for (int few = 0; few <= 1; few++) {
                 hqq_kernel chosen = hqq_choose_kernel(
                     &bad_shapes[i].weight, few ? 2 : INT64_MAX, HQQ_F32, isa, (hqq_isa)isa);
-                if (chosen < HQQ_KERNEL_AUTO || chosen > HQQ_KERNEL_BLOCKED) failures++;
+                if (chosen < HQQ_KERNEL_AUTO || chosen > HQQ_KERNEL_TILED) failures++;
             }
 }
 

@@ -227,7 +227,7 @@ static int check_problem(const problem *p, hqq_isa isa)
     failures +=
         hqq_dequantize(W, p->weight.in_features, HQQ_F32, &p->weight, 0, p->weight.out_features,
                        0, p->weight.in_features, &reference) != HQQ_OK;
-    for (int kernel = HQQ_KERNEL_DIRECT; kernel <= HQQ_KERNEL_BLOCKED && !failures; kernel++) {
+    for (int kernel = HQQ_KERNEL_DIRECT; kernel <= (int)LAST_KERNEL && !failures; kernel++) {
         hqq_context context = {.isa = isa, .kernel = (hqq_kernel)kernel};
         hqq_context backwards = {
             .isa = isa, .kernel = (hqq_kernel)kernel, .parallel_for = backwards_for};
@@ -321,7 +321,7 @@ static int check_parts(hqq_isa isa)
 {
     uint64_t state = 11;
     int failures = 0;
-    for (int kernel = HQQ_KERNEL_REFERENCE; kernel <= HQQ_KERNEL_BLOCKED; kernel++) {
+    for (int kernel = HQQ_KERNEL_REFERENCE; kernel <= (int)LAST_KERNEL; kernel++) {
         problem p = make_problem(&state, 5, 32, 48, 16, 4, 1, 3, HQQ_BF16, HQQ_F32);
         hqq_context context = {.isa = isa, .kernel = (hqq_kernel)kernel};
         results all = make_results(&p), part = make_results(&p);
@@ -366,7 +366,7 @@ static int check_non_finite(hqq_isa isa)
 {
     uint64_t state = 23;
     int failures = 0;
-    for (int kernel = HQQ_KERNEL_DIRECT; kernel <= HQQ_KERNEL_BLOCKED; kernel++) {
+    for (int kernel = HQQ_KERNEL_DIRECT; kernel <= (int)LAST_KERNEL; kernel++) {
         problem p = make_problem(&state, 4, 32, 64, 32, 4, 1, 2, HQQ_F32, HQQ_F32);
         hqq_context context = {.isa = isa, .kernel = (hqq_kernel)kernel};
         results r = make_results(&p);

@@ -1,0 +1,210 @@
+/* Cuts a tiled product into chunks, and begins each with its part of the LoRA product. */
+#include "tiled.h"
+
+#include "code_runs.h"
+#include "dtype.h"
+#include "lora.h"
+#include "parallel.h"
+#include "status.h"
+#include "workspace.h"
+
+/*
+ * Of a chunk and of what is decoded at a time, at most; in words, rows and tokens. They take
+ * about three quarters of a second cache of 1 MB:
+ *
+ *   forward   x [128 tokens, 1024 words] and sums [128 tokens, 256 rows]. Where x [tokens, K]
+ *             takes 384 KB at most it is copied once, and rows of W are decoded end to end.
+ *   dgrad     W [500 rows, 256 columns] and sums [256 tokens, 256 columns]
+ *
+ * Measured on 4096 x 4096, one thread: 256 rows instead of 128 are worth 4 % at M = 512, 128
+ * tokens instead of 512 15 %; strips of 128 columns, not 256, cost dgrad a third.
+ */
+#define FORWARD_ROWS    256
+#define FORWARD_COLUMNS 1024
+#define FORWARD_TOKENS  128
+#define KEPT_WORDS      98304
+#define DGRAD_ROWS      500
+#define DGRAD_COLUMNS   256
+#define DGRAD_TOKENS    256
+/* Chunks are made smaller until there are that many. */
+#define WANTED_CHUNKS 16
+
+static int64_t ceil_div(int64_t a, int64_t b)
+{
+    return (a + b - 1) / b;
+}
+static int64_t least(int64_t a, int64_t b)
+{
+    return a < b ? a : b;
+}
+static int64_t most(int64_t a, int64_t b)
+{
+    return a > b ? a : b;
+}
+
+/* The length of the parts, in multiples of `unit`, when `count` is cut into equal ones of at
+ * most `limit`. */
+static int64_t even_part(int64_t count, int64_t limit, int64_t unit)
+{
+    int64_t parts = ceil_div(count, limit);
+    return ceil_div(ceil_div(count, parts), unit) * unit;
+}
+
+static hqq_tiled_job job_of(const hqq_weight *weight, int64_t M, hqq_dtype dtype,
+                            const hqq_lora *lora, const float *inner, int64_t tokens,
+                            const hqq_context *context)
+{
+    hqq_tiled_job job = {.weight = weight, .M = M, .dtype = dtype, .lora = lora};
+    job.layout = hqq_weight_layout(weight);
+    job.sets = hqq_row_sets_of(&job.layout);
+    job.inner = inner;
+    job.tokens = even_part(M, tokens, HQQ_TILED_TOKENS);
+    job.isa = hqq_isa_in_use(context);
+    job.pairs = dtype == HQQ_BF16 && job.isa == HQQ_ISA_AVX512_BF16;
+    return job;
+}
+
+/* As many sets as hold about `rows` rows, in multiples of `unit`. */
+static int64_t sets_for(const hqq_tiled_job *job, int64_t rows, int64_t unit)
+{
+    return even_part(job->sets.sets, most(rows / job->sets.slots, unit), unit);
+}
+
+/* Takes what both passes need: `width` columns of sums, `inputs` rows of `words` words, and a
+ * decoded block of `rows` rows of words. */
+static void take_scratch(hqq_tiled_chunk *c, hqq_arena *arena, int64_t width, int64_t inputs,
+                         int64_t words, int64_t rows)
+{
+    const hqq_tiled_job *job = c->job;
+    c->ld_sums = hqq_tiled_stride(width);
+    c->sums = hqq_arena_take(arena, (size_t)(job->tokens * c->ld_sums) * 4);
+    c->input = hqq_arena_take(arena, (size_t)(inputs * hqq_tiled_stride(words)) * 4);
+    c->weights =
+        hqq_arena_take(arena, (size_t)(rows * hqq_tiled_stride(job->block_columns)) * 4);
+}
+
+/* Tokens and parts (of sets, or of columns) of chunk number `chunk`. */
+static void place_chunk(hqq_tiled_chunk *c, int64_t chunk, int64_t count, int64_t length)
+{
+    int64_t parts = ceil_div(count, length);
+    c->begin = chunk % parts * length;
+    c->end = least(c->begin + length, count);
+    c->m_begin = chunk / parts * c->job->tokens;
+    c->m_end = least(c->m_begin + c->job->tokens, c->job->M);
+}
+
+/* ---- forward ------------------------------------------------------------------------- */
+
+static int64_t column_blocks(const hqq_tiled_job *job)
+{
+    return ceil_div(job->layout.K, job->block_columns * (job->pairs ? 2 : 1));
+}
+
+static size_t linear_scratch(hqq_tiled_chunk *c, void *scratch)
+{
+    const hqq_tiled_job *job = c->job;
+    hqq_arena arena = {.base = scratch};
+    int64_t slots = job->sets.slots;
+    int64_t blocks = job->keeps_input ? column_blocks(job) : 1;
+    take_scratch(c, &arena, slots * job->block_sets, job->tokens * blocks, job->block_columns,
+                 slots * HQQ_TILED_SETS);
+    c->bias = hqq_arena_take(&arena, (size_t)(job->block_sets + 16) * 4); /* whole vectors */
+    return arena.used;
+}
+
+/* The sums of the rows of W, in the order in which they are decoded. */
+static hqq_status begin_linear(hqq_tiled_chunk *c)
+{
+    const hqq_tiled_job *job = c->job;
+    if (!job->lora) return HQQ_OK;
+    hqq_context alone = {.isa = job->isa};
+    hqq_row_piece pieces[HQQ_MAX_SLOTS];
+    hqq_row_pieces(pieces, &job->sets, c->begin, c->end);
+    c->add = 1;
+    for (int j = 0; j < job->sets.slots; j++)
+        HQQ_TRY(hqq_lora_addend(c->sums + j * job->block_sets, c->ld_sums, HQQ_F32,
+                                job->inner + c->m_begin * job->lora->rank, NULL, HQQ_F32,
+                                job->lora, c->m_end - c->m_begin, pieces[j].first,
+                                pieces[j].first + pieces[j].count, &alone));
+    return HQQ_OK;
+}
+
+static hqq_status linear_chunk(int64_t chunk, void *scratch, void *data)
+{
+    hqq_tiled_chunk c = {.job = data};
+    linear_scratch(&c, scratch);
+    place_chunk(&c, chunk, c.job->sets.sets, c.job->block_sets);
+    HQQ_TRY(begin_linear(&c));
+    HQQ_ISA_SELECT(c.job->isa, hqq_tiled_linear_chunk)(&c);
+    return HQQ_OK;
+}
+
+hqq_status hqq_tiled_linear(const hqq_forward *f, const float *xa, const hqq_context *context)
+{
+    hqq_tiled_job job = job_of(f->weight, f->M, f->dtype, f->lora, xa, FORWARD_TOKENS, context);
+    job.out = f->y;
+    job.in = f->x;
+    job.ld_in = f->ldx;
+    job.bias = f->bias;
+    job.bias_dtype = f->bias_dtype;
+    int64_t words = ceil_div(job.layout.K, job.pairs ? 2 : 1);
+    job.block_columns = least(even_part(words, FORWARD_COLUMNS, 64), (words + 15) / 16 * 16);
+    job.keeps_input =
+        job.tokens * column_blocks(&job) * hqq_tiled_stride(job.block_columns) <= KEPT_WORDS;
+    int64_t rows = FORWARD_ROWS, parts = ceil_div(job.M, job.tokens);
+    while (rows > 16 && job.layout.N / rows * parts < WANTED_CHUNKS) rows -= 16;
+    job.block_sets = sets_for(&job, rows, HQQ_TILED_SETS);
+    hqq_tiled_chunk measured = {.job = &job};
+    return hqq_for_each_chunk(ceil_div(job.sets.sets, job.block_sets) * parts, linear_chunk,
+                              &job, linear_scratch(&measured, NULL), context);
+}
+
+/* ---- dgrad --------------------------------------------------------------------------- */
+
+static size_t dgrad_scratch(hqq_tiled_chunk *c, void *scratch)
+{
+    const hqq_tiled_job *job = c->job;
+    hqq_arena arena = {.base = scratch};
+    int64_t rows = job->block_rows / (job->pairs ? 2 : 1);
+    take_scratch(c, &arena, job->block_columns, HQQ_TILED_TOKENS, rows, rows);
+    if (job->pairs)
+        c->rows = hqq_arena_take(&arena, (size_t)(job->block_rows * job->block_columns) * 2);
+    return arena.used;
+}
+
+static hqq_status begin_dgrad(hqq_tiled_chunk *c)
+{
+    const hqq_tiled_job *job = c->job;
+    if (!job->lora) return HQQ_OK;
+    hqq_context alone = {.isa = job->isa};
+    c->add = 1;
+    return hqq_lora_dx_addend_rows(
+        c->sums, c->ld_sums, HQQ_F32, job->inner + c->m_begin * job->lora->rank, job->lora,
+        c->m_begin, c->m_end, job->layout.K, c->begin, c->end, &alone);
+}
+
+static hqq_status dgrad_chunk(int64_t chunk, void *scratch, void *data)
+{
+    hqq_tiled_chunk c = {.job = data};
+    dgrad_scratch(&c, scratch);
+    place_chunk(&c, chunk, c.job->layout.K, c.job->block_columns);
+    HQQ_TRY(begin_dgrad(&c));
+    HQQ_ISA_SELECT(c.job->isa, hqq_tiled_dgrad_chunk)(&c);
+    return HQQ_OK;
+}
+
+hqq_status hqq_tiled_dgrad(const hqq_backward *b, const float *dyb, const hqq_context *context)
+{
+    hqq_tiled_job job = job_of(b->weight, b->M, b->dtype, b->lora, dyb, DGRAD_TOKENS, context);
+    job.out = b->dx;
+    job.in = b->dy;
+    job.ld_in = b->lddy;
+    int64_t columns = DGRAD_COLUMNS, parts = ceil_div(job.M, job.tokens);
+    while (columns > 64 && job.layout.K / columns * parts < WANTED_CHUNKS) columns -= 64;
+    job.block_columns = even_part(job.layout.K, columns, 64);
+    job.block_sets = sets_for(&job, DGRAD_ROWS, 2);
+    job.block_rows = ceil_div(job.block_sets * job.sets.slots, 2) * 2;
+    hqq_tiled_chunk measured = {.job = &job};
+    return hqq_for_each_chunk(ceil_div(job.layout.K, job.block_columns) * parts, dgrad_chunk,
+                              &job, dgrad_scratch(&measured, NULL), context);
+}

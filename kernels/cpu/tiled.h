@@ -1,0 +1,109 @@
+/*
+ * Medium M, and any M where the lent GEMM is the slower one: a block of W is decoded into a
+ * buffer that stays in the second cache, and a register tile multiplies with it there. The
+ * weight is read once, packed; no GEMM is called.
+ *
+ *   forward   a chunk is some sets of rows of W (row_sets.h), against up to 128 tokens:
+ *
+ *               for each block of columns: copy x [tokens, columns]           (L2)
+ *                 for each 4 sets: decode [4 rows of each slot, columns]      (L1)
+ *                   for each 6 tokens and 4 rows: a tile of 24 registers
+ *                     of sums, over all columns of the block
+ *
+ *   dgrad     a chunk is some columns of W, against up to 256 tokens:
+ *
+ *               for each block of sets: decode [rows of the sets, columns]    (L2)
+ *                 for each 6 tokens: copy dy [6, rows of the sets]            (L1)
+ *                   for each 4 vectors of columns: a tile of 24 registers
+ *                     of sums, over all rows of the block
+ *
+ * Rows of W lie along k as they are decoded, and neither pass transposes them: forward sums
+ * along the lanes, dgrad across the rows (multiply_tile.h).
+ *
+ * In fp32, with W in fp32, for fp32 and fp16 inputs, and for bf16 ones without AVX-512 BF16.
+ * With it, W is rounded to bf16, as for a GEMM in bf16, and two products are summed at a time.
+ * The sums of a chunk begin with its part of the LoRA product, in fp32; y and dx are rounded
+ * once.
+ *
+ * How fast: 2 M flops a weight; a core of a Zen 4 at 3.65 GHz does 117 GFLOP/s in fp32 and 234
+ * in bf16 from registers alone, so 17 M and 8.5 M ps. Decoding takes about 80 ps a weight, as
+ * much as the tiles of 5 tokens in fp32 and of 10 in bf16; copying x, adding up lanes and
+ * waiting for the second cache take the rest. 4096 x 4096, 4 bits, G = 64, cold, CPU time of
+ * one thread beside other load, GFLOP/s (torch's dense product in the same dtype):
+ *
+ *     M              16          32          64         128         512
+ *     fp32 forward   84 (45)     93 (62)    100 (76)    104 (83)    102 (92)
+ *     fp32 dgrad     69 (42)     83 (62)     94 (78)     97 (85)     98 (95)
+ *     bf16 forward  128 (125)   160 (158)   184 (187)   199 (205)   196 (219)
+ *     bf16 dgrad     97 (77)    137 (115)   169 (153)   190 (182)   201 (202)
+ *
+ * fp16 is as fast as fp32 (torch: 24). Of the bits and axes, 8 bits and axis 0 take longest to
+ * decode: at M = 16 in bf16 1.4 times the whole product's time at 4 bits and axis 1.
+ */
+#ifndef HQQ_KERNELS_CPU_TILED_H
+#define HQQ_KERNELS_CPU_TILED_H
+
+#include "backend.h"
+#include "isa.h"
+#include "row_sets.h"
+
+/* f->y. xa [M,R] = drop(x) A^T, NULL without LoRA; f->xa is not used. */
+hqq_status hqq_tiled_linear(const hqq_forward *f, const float *xa, const hqq_context *context);
+
+/* b->dx alone. dyb [M,R] = dy B, NULL without LoRA. */
+hqq_status hqq_tiled_dgrad(const hqq_backward *b, const float *dyb, const hqq_context *context);
+
+/* ---- between the driver and the kernels --------------------------------------------- */
+
+/* Of a register tile, at most. */
+#define HQQ_TILED_TOKENS 6
+/* Sets decoded together in a forward pass: of each slot, the rows of a tile. */
+#define HQQ_TILED_SETS 4
+
+/* Words (multiply_tile.h) between rows in scratch that hold up to `words` of them: an odd
+ * number of cache lines, so that the rows do not fall into one set of L1. */
+static inline int64_t hqq_tiled_stride(int64_t words)
+{
+    return ((words + 15) / 16 | 1) * 16;
+}
+
+/* What the chunks share. A block is what is decoded at a time. */
+typedef struct hqq_tiled_job {
+    void *out; /* y or dx */
+    const void *in;
+    int64_t ld_in;
+    hqq_dtype dtype; /* of both */
+    const hqq_weight *weight;
+    hqq_layout layout;
+    hqq_row_sets sets;
+    const void *bias; /* forward; NULL: none */
+    hqq_dtype bias_dtype;
+    const hqq_lora *lora; /* NULL: none */
+    const float *inner;   /* xa or dyb */
+    int64_t M, tokens;    /* of a chunk */
+    int64_t block_sets, block_columns;
+    int64_t block_rows; /* dgrad: of block_sets */
+    int pairs;          /* multiply in bf16 */
+    int keeps_input;    /* forward: all columns of x are copied once, else block by block */
+    hqq_isa isa;
+} hqq_tiled_job;
+
+/* One chunk: tokens [m_begin, m_end) against sets, or columns, [begin, end). */
+typedef struct hqq_tiled_chunk {
+    const hqq_tiled_job *job;
+    int64_t m_begin, m_end, begin, end;
+    float *sums; /* [tokens, ld_sums]: what the product is added to, if `add` */
+    int64_t ld_sums;
+    int add;
+    /* scratch; strides between rows are hqq_tiled_stride of what they hold */
+    void *input;   /* [HQQ_TILED_TOKENS rows of x or dy, words of a block] */
+    void *weights; /* the decoded block */
+    void *rows;    /* dgrad in bf16: [block_rows, block_columns] before they are paired */
+    float *bias;   /* forward: [block_rows] */
+} hqq_tiled_chunk;
+
+/* y [m_begin:m_end, rows of the sets], dx [m_begin:m_end, begin:end] */
+HQQ_ISA_DECLARE(void, hqq_tiled_linear_chunk, (const hqq_tiled_chunk *c));
+HQQ_ISA_DECLARE(void, hqq_tiled_dgrad_chunk, (const hqq_tiled_chunk *c));
+
+#endif

@@ -1,0 +1,84 @@
+/* What both passes of the tiled product copy: rows of an input in, rows of sums out, and
+ * decoded rows of W. Included by ISA sources only. */
+#ifndef HQQ_KERNELS_CPU_TILED_BLOCK_H
+#define HQQ_KERNELS_CPU_TILED_BLOCK_H
+
+#include "dequantize_block.h"
+#include "multiply_tile.h"
+#include "tiled.h"
+
+/* Vectors, or rows of W, of a register tile: 6 x 4 or 6 x 2 registers. */
+#define HQQ_TILED_SIDE (HQQ_TILE_REGISTERS / HQQ_TILED_TOKENS)
+
+/* How many tokens to take next, so that the last tile is about as high as the others. */
+static inline int hqq_tiled_tokens(int64_t left)
+{
+    int64_t tiles = (left + HQQ_TILED_TOKENS - 1) / HQQ_TILED_TOKENS;
+    return (int)((left + tiles - 1) / tiles);
+}
+
+/* out[0:n] = elements from index i of an input, as terms of a product: fp32, or with pairs the
+ * bf16 that they are. */
+HQQ_ALWAYS_INLINE void hqq_copy_terms(void *out, int64_t to, const hqq_tiled_job *job,
+                                      int64_t i, int64_t n)
+{
+    float *floats = (float *)out + to;
+    if (job->pairs) {
+        memcpy(hqq_at_mut(out, HQQ_BF16, to), hqq_at(job->in, HQQ_BF16, i), (size_t)n * 2);
+        return;
+    }
+    switch (job->dtype) {
+    case HQQ_F32: memcpy(floats, (const float *)job->in + i, (size_t)n * 4); break;
+    case HQQ_F16: hqq_load_floats(floats, job->in, HQQ_F16, i, n); break;
+    case HQQ_BF16: hqq_load_floats(floats, job->in, HQQ_BF16, i, n); break;
+    }
+}
+
+/* Zeros for elements [from, to) of terms. */
+static inline void hqq_clear_terms(void *out, const hqq_tiled_job *job, int64_t from,
+                                   int64_t to)
+{
+    hqq_dtype dtype = job->pairs ? HQQ_BF16 : HQQ_F32;
+    if (from < to)
+        memset(hqq_at_mut(out, dtype, from), 0, (size_t)((to - from) * hqq_dtype_bytes(dtype)));
+}
+
+HQQ_ALWAYS_INLINE void hqq_store_as(void *out, hqq_dtype dtype, int64_t i, const float *sums,
+                                    const float *bias, int64_t n)
+{
+    for (int64_t at = 0; at < n; at += HQQ_LANES) {
+        hqq_vec v = hqq_vec_load(sums + at);
+        if (bias) v += hqq_vec_load(bias + at);
+        if (n - at >= HQQ_LANES)
+            hqq_vec_store_dtype(out, dtype, i + at, v);
+        else
+            hqq_vec_store_dtype_part(out, dtype, i + at, v, (int)(n - at));
+    }
+}
+
+/* Elements from index i of y or dx = sums [n] + bias, rounded once. Reads whole vectors. */
+static inline void hqq_store_sums(const hqq_tiled_job *job, int64_t i, const float *sums,
+                                  const float *bias, int64_t n)
+{
+    switch (job->dtype) {
+    case HQQ_F32: hqq_store_as(job->out, HQQ_F32, i, sums, bias, n); break;
+    case HQQ_F16: hqq_store_as(job->out, HQQ_F16, i, sums, bias, n); break;
+    case HQQ_BF16: hqq_store_as(job->out, HQQ_BF16, i, sums, bias, n); break;
+    }
+}
+
+/* The rows of sets [set_begin, set_end), columns [begin, end), in fp32 or with pairs in bf16:
+ * rows `ld` elements apart, those of slot j from row j * slot_rows on. */
+static inline void hqq_decode_rows(void *out, int64_t ld, int64_t slot_rows,
+                                   const hqq_tiled_job *job, int64_t set_begin, int64_t set_end,
+                                   int64_t begin, int64_t end)
+{
+    hqq_dtype dtype = job->pairs ? HQQ_BF16 : HQQ_F32;
+    hqq_row_piece pieces[HQQ_MAX_SLOTS];
+    hqq_row_pieces(pieces, &job->sets, set_begin, set_end);
+    for (int j = 0; j < job->sets.slots; j++) HQQ_ISA_NAME(hqq_dequantize_rows)
+    (hqq_at_mut(out, dtype, j * slot_rows * ld), ld, dtype, job->weight, pieces[j].first, 1,
+     pieces[j].count, begin, end);
+}
+
+#endif

@@ -1,0 +1,199 @@
+/* One chunk of the tiled input gradient (tiled.h): dx [tokens, some columns of W]. */
+#include "tiled.h"
+
+#include "tiled_block.h"
+
+typedef void (*tile_fn)(float *sums, int64_t ld_sums, const void *dy, int64_t ld_dy,
+                        const void *w, int64_t ld, int64_t steps, int add);
+
+#define TILE(rows, kind)                                                                      \
+    static void tile_##rows##_##kind(float *sums, int64_t ld_sums, const void *dy,            \
+                                     int64_t ld_dy, const void *w, int64_t ld, int64_t steps, \
+                                     int add)                                                 \
+    {                                                                                         \
+        hqq_multiply_outer(sums, ld_sums, dy, ld_dy, w, ld, steps, add, rows, HQQ_TILED_SIDE, \
+                           kind);                                                             \
+    }
+#define TILES(kind) \
+    TILE(1, kind) TILE(2, kind) TILE(3, kind) TILE(4, kind) TILE(5, kind) TILE(6, kind)
+#define ROW(kind)                                                \
+    {NULL,          tile_1_##kind, tile_2_##kind, tile_3_##kind, \
+     tile_4_##kind, tile_5_##kind, tile_6_##kind}
+
+TILES(HQQ_FLOATS)
+#if HQQ_HAS_PAIRS
+TILES(HQQ_PAIRS)
+static const tile_fn tiles[2][HQQ_TILED_TOKENS + 1] = {ROW(HQQ_FLOATS), ROW(HQQ_PAIRS)};
+
+/* out [rows / 2] words a column: the bf16 of row 2 i, and above it that of row 2 i + 1. */
+static void pair_rows(void *out, int64_t ld_out, const uint16_t *in, int64_t ld_in,
+                      int64_t rows, int64_t columns)
+{
+    const __m512i first =
+        _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7,
+                         38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    const __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
+    for (int64_t r = 0; r < rows; r += 2) {
+        const uint16_t *even = in + r * ld_in, *odd = even + ld_in;
+        char *words = (char *)out + r / 2 * ld_out * 4;
+        for (int64_t k = 0; k < columns; k += 32) {
+            __m512i low = _mm512_loadu_si512(even + k), high = _mm512_loadu_si512(odd + k);
+            _mm512_storeu_si512(words + k * 4, _mm512_permutex2var_epi16(low, first, high));
+            _mm512_storeu_si512(words + k * 4 + 64,
+                                _mm512_permutex2var_epi16(low, second, high));
+        }
+    }
+}
+#else
+static const tile_fn tiles[1][HQQ_TILED_TOKENS + 1] = {ROW(HQQ_FLOATS)};
+#endif
+
+/* What is decoded next, on its way to the second cache while the tiles multiply: of each set, a
+ * strip of its words, its zeros and its scales. No prefetcher of the processor follows from
+ * strip to strip; fp32 at M = 16 took an eighth longer without. */
+typedef struct strips {
+    const hqq_tiled_job *job;
+    int64_t set, set_end, column, columns; /* set: the next one to fetch */
+    int64_t first;
+} strips;
+
+static strips strips_of(const hqq_tiled_job *job, int64_t set_begin, int64_t set_end,
+                        int64_t column, int64_t end)
+{
+    return (strips){job, set_begin, set_end, column, end - column, set_begin};
+}
+
+static void fetch_bytes(const void *data, int64_t at, int64_t bytes)
+{
+    const char *from = (const char *)data + at, *end = from + bytes;
+    for (; from < end; from += 64) __builtin_prefetch(from, 0, 2);
+}
+
+/* Fetches until `part` of `parts` are on their way. */
+static void fetch_part(strips *a, int64_t part, int64_t parts)
+{
+    const hqq_layout *l = &a->job->layout;
+    const hqq_weight *w = a->job->weight;
+    int64_t end = a->first + (a->set_end - a->first) * part / parts;
+    for (; a->set < end; a->set++) {
+        int64_t word = a->set * l->K + a->column, bytes = hqq_dtype_bytes(w->meta_dtype);
+        fetch_bytes(w->packed, word * l->word_bytes, a->columns * l->word_bytes);
+        if (l->axis == 0) {
+            int64_t at = word % l->groups * bytes;
+            fetch_bytes(w->zero, at, a->columns * bytes);
+            fetch_bytes(w->scale, at, a->columns * bytes);
+            continue;
+        }
+        for (int j = 0; j < l->per; j++) {
+            int64_t at = (word + j * l->words) / l->G * bytes;
+            fetch_bytes(w->zero, at, a->columns / l->G * bytes);
+            fetch_bytes(w->scale, at, a->columns / l->G * bytes);
+        }
+    }
+}
+
+/* Rows of a block as they are decoded: `sets` of each slot, of which the last slots may lack
+ * some; a row that lacks counts as zeros. */
+typedef struct row_block {
+    hqq_row_piece pieces[HQQ_MAX_SLOTS];
+    int64_t begin, end; /* sets */
+    int64_t rows;       /* with pairs, an even number */
+} row_block;
+
+static row_block block_of(const hqq_tiled_job *job, int64_t begin)
+{
+    row_block b = {.begin = begin, .end = begin + job->block_sets};
+    if (b.end > job->sets.sets) b.end = job->sets.sets;
+    hqq_row_pieces(b.pieces, &job->sets, b.begin, b.end);
+    b.rows = (b.end - b.begin) * job->sets.slots;
+    if (job->pairs) b.rows += b.rows % 2;
+    return b;
+}
+
+/* Zeros in place of the rows that lack: their elements are `ld` apart, `count` of each. */
+static void clear_lacking(void *out, const hqq_tiled_job *job, const row_block *b, int64_t ld,
+                          int64_t count)
+{
+    int64_t sets = b->end - b->begin, rows = sets * job->sets.slots;
+    for (int j = 0; j < job->sets.slots; j++)
+        for (int64_t r = b->pieces[j].count; r < sets; r++)
+            hqq_clear_terms(out, job, (j * sets + r) * ld, (j * sets + r) * ld + count);
+    if (rows < b->rows) hqq_clear_terms(out, job, rows * ld, rows * ld + count);
+}
+
+static void decode_block(const hqq_tiled_chunk *c, const row_block *b)
+{
+    const hqq_tiled_job *job = c->job;
+    int64_t ld = hqq_tiled_stride(job->block_columns), sets = b->end - b->begin;
+    if (!job->pairs) {
+        hqq_decode_rows(c->weights, ld, sets, job, b->begin, b->end, c->begin, c->end);
+        clear_lacking(c->weights, job, b, ld, job->block_columns);
+        return;
+    }
+#if HQQ_HAS_PAIRS
+    int64_t columns = job->block_columns;
+    hqq_decode_rows(c->rows, columns, sets, job, b->begin, b->end, c->begin, c->end);
+    clear_lacking(c->rows, job, b, columns, columns);
+    pair_rows(c->weights, ld, c->rows, columns, b->rows, columns);
+#endif
+}
+
+/* dy of `tokens` tokens from m on, in the order of the decoded rows. */
+static void copy_input(const hqq_tiled_chunk *c, const row_block *b, int64_t m, int tokens,
+                       int64_t ld)
+{
+    const hqq_tiled_job *job = c->job;
+    int64_t sets = b->end - b->begin;
+    for (int i = 0; i < tokens; i++)
+        for (int j = 0; j < job->sets.slots; j++)
+            hqq_copy_terms(c->input, i * ld + j * sets, job,
+                           (m + i) * job->ld_in + b->pieces[j].first, b->pieces[j].count);
+    for (int i = 0; i < tokens; i++) {
+        int64_t rows = sets * job->sets.slots;
+        for (int j = 0; j < job->sets.slots; j++)
+            hqq_clear_terms(c->input, job, i * ld + j * sets + b->pieces[j].count,
+                            i * ld + (j + 1) * sets);
+        hqq_clear_terms(c->input, job, i * ld + rows, i * ld + b->rows);
+    }
+}
+
+/* A block of rows against all tokens of the chunk. */
+static void multiply_block(const hqq_tiled_chunk *c, const row_block *b, strips *next)
+{
+    const hqq_tiled_job *job = c->job;
+    const int64_t width = HQQ_TILED_SIDE * HQQ_LANES;
+    int64_t in_word = job->pairs ? 2 : 1, tokens = c->m_end - c->m_begin;
+    int64_t ld = hqq_tiled_stride(job->block_columns);
+    int64_t ld_dy = hqq_tiled_stride(job->block_rows / in_word);
+    int64_t tiles_down = (tokens + HQQ_TILED_TOKENS - 1) / HQQ_TILED_TOKENS;
+    int64_t done = 0, all = tiles_down * ((c->end - c->begin + width - 1) / width);
+    decode_block(c, b);
+    for (int64_t m = 0; m < tokens;) {
+        int rows = hqq_tiled_tokens(tokens - m);
+        tile_fn tile = tiles[job->pairs][rows];
+        float *sums = c->sums + m * c->ld_sums;
+        copy_input(c, b, c->m_begin + m, rows, ld_dy * in_word);
+        for (int64_t k = 0; k < c->end - c->begin; k += width) {
+            fetch_part(next, ++done, all);
+            tile(sums + k, c->ld_sums, c->input, ld_dy, hqq_word(c->weights, k), ld,
+                 b->rows / in_word, c->add || b->begin > 0);
+        }
+        m += rows;
+    }
+}
+
+void HQQ_ISA_NAME(hqq_tiled_dgrad_chunk)(const hqq_tiled_chunk *c)
+{
+    const hqq_tiled_job *job = c->job;
+    row_block b = block_of(job, 0);
+    strips next = strips_of(job, b.begin, b.end, c->begin, c->end);
+    fetch_part(&next, 1, 1);
+    for (; b.begin < job->sets.sets; b = block_of(job, b.end)) {
+        row_block after = block_of(job, b.end);
+        next = strips_of(job, after.begin, after.end, c->begin, c->end);
+        multiply_block(c, &b, &next);
+    }
+    for (int64_t m = c->m_begin; m < c->m_end; m++)
+        hqq_store_sums(job, m * job->layout.K + c->begin,
+                       c->sums + (m - c->m_begin) * c->ld_sums, NULL, c->end - c->begin);
+}

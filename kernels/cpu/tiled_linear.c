@@ -1,0 +1,125 @@
+/* One chunk of the tiled forward product (tiled.h): y [tokens, rows of some sets of W]. */
+#include "tiled.h"
+
+#include "tiled_block.h"
+
+typedef void (*tile_fn)(float *sums, int64_t ld_sums, const void *x, const void *w, int64_t ld,
+                        int64_t steps, int add);
+
+#define TILE(rows, kind)                                                                  \
+    static void tile_##rows##_##kind(float *sums, int64_t ld_sums, const void *x,         \
+                                     const void *w, int64_t ld, int64_t steps, int add)   \
+    {                                                                                     \
+        hqq_multiply_inner(sums, ld_sums, x, ld, w, ld, steps, add, rows, HQQ_TILED_SIDE, \
+                           kind);                                                         \
+    }
+#define TILES(kind) \
+    TILE(1, kind) TILE(2, kind) TILE(3, kind) TILE(4, kind) TILE(5, kind) TILE(6, kind)
+#define ROW(kind)                                                \
+    {NULL,          tile_1_##kind, tile_2_##kind, tile_3_##kind, \
+     tile_4_##kind, tile_5_##kind, tile_6_##kind}
+
+TILES(HQQ_FLOATS)
+#if HQQ_HAS_PAIRS
+TILES(HQQ_PAIRS)
+static const tile_fn tiles[2][HQQ_TILED_TOKENS + 1] = {ROW(HQQ_FLOATS), ROW(HQQ_PAIRS)};
+#else
+static const tile_fn tiles[1][HQQ_TILED_TOKENS + 1] = {ROW(HQQ_FLOATS)};
+#endif
+
+static int64_t least(int64_t a, int64_t b)
+{
+    return a < b ? a : b;
+}
+
+/* Columns of a block, in elements of the terms. */
+typedef struct column_block {
+    int64_t begin, end;
+    int64_t ld, width; /* elements between rows, and of a row with zeros up to a whole vector */
+    int64_t steps;
+} column_block;
+
+static column_block block_at(const hqq_tiled_job *job, int64_t begin)
+{
+    int64_t in_word = job->pairs ? 2 : 1, in_vector = in_word * HQQ_LANES;
+    int64_t end = begin + job->block_columns * in_word;
+    column_block b = {.begin = begin, .end = end < job->layout.K ? end : job->layout.K};
+    b.ld = hqq_tiled_stride(job->block_columns) * in_word;
+    b.steps = (b.end - begin + in_vector - 1) / in_vector;
+    b.width = b.steps * in_vector;
+    return b;
+}
+
+/* Where the input of a block is: each has a place, or all share one. */
+static void *input_of(const hqq_tiled_chunk *c, const column_block *b)
+{
+    const hqq_tiled_job *job = c->job;
+    int64_t block = b->begin / (job->block_columns * (job->pairs ? 2 : 1));
+    int64_t words = job->tokens * hqq_tiled_stride(job->block_columns);
+    return (char *)c->input + (job->keeps_input ? block * words * 4 : 0);
+}
+
+static void copy_input(const hqq_tiled_chunk *c, const column_block *b)
+{
+    void *input = input_of(c, b);
+    for (int64_t m = c->m_begin; m < c->m_end; m++) {
+        int64_t to = (m - c->m_begin) * b->ld, columns = b->end - b->begin;
+        hqq_copy_terms(input, to, c->job, m * c->job->ld_in + b->begin, columns);
+        hqq_clear_terms(input, c->job, to + columns, to + b->width);
+    }
+}
+
+/* Sets [set, set + 4), or those of them that there are, against all tokens of the chunk. Rows
+ * that there are not are multiplied all the same, to sums that nobody reads. */
+static void multiply_sets(const hqq_tiled_chunk *c, const column_block *b, int64_t set)
+{
+    const hqq_tiled_job *job = c->job;
+    int64_t set_end = set + HQQ_TILED_SETS < c->end ? set + HQQ_TILED_SETS : c->end;
+    int64_t rows = job->sets.slots * HQQ_TILED_SETS, ld = hqq_tiled_stride(job->block_columns);
+    hqq_decode_rows(c->weights, b->ld, HQQ_TILED_SETS, job, set, set_end, b->begin, b->end);
+    for (int64_t r = 0; r < rows && b->begin + b->width > b->end; r++)
+        hqq_clear_terms(c->weights, job, r * b->ld + b->end - b->begin, r * b->ld + b->width);
+    for (int64_t m = c->m_begin; m < c->m_end;) {
+        int tokens = hqq_tiled_tokens(c->m_end - m);
+        tile_fn tile = tiles[job->pairs][tokens];
+        float *sums = c->sums + (m - c->m_begin) * c->ld_sums + set - c->begin;
+        const void *input = hqq_word(input_of(c, b), (m - c->m_begin) * ld);
+        for (int64_t r = 0; r < rows; r += HQQ_TILED_SIDE)
+            tile(sums + r / HQQ_TILED_SETS * job->block_sets + r % HQQ_TILED_SETS, c->ld_sums,
+                 input, hqq_word(c->weights, r * ld), ld, b->steps, c->add || b->begin > 0);
+        m += tokens;
+    }
+}
+
+/* The sums, with the bias, to the columns of y that the rows of W are. */
+static void store_chunk(const hqq_tiled_chunk *c)
+{
+    const hqq_tiled_job *job = c->job;
+    hqq_row_piece pieces[HQQ_MAX_SLOTS];
+    hqq_row_pieces(pieces, &job->sets, c->begin, c->end);
+    for (int j = 0; j < job->sets.slots; j++) {
+        float *bias = job->bias ? c->bias : NULL;
+        if (bias)
+            hqq_load_floats(bias, job->bias, job->bias_dtype, pieces[j].first, pieces[j].count);
+        for (int64_t m = c->m_begin; m < c->m_end; m++)
+            hqq_store_sums(job, m * job->layout.N + pieces[j].first,
+                           c->sums + (m - c->m_begin) * c->ld_sums + j * job->block_sets, bias,
+                           pieces[j].count);
+    }
+}
+
+void HQQ_ISA_NAME(hqq_tiled_linear_chunk)(const hqq_tiled_chunk *c)
+{
+    const hqq_tiled_job *job = c->job;
+    int64_t K = job->layout.K, each = job->keeps_input ? HQQ_TILED_SETS : job->block_sets;
+    column_block b;
+    for (b = block_at(job, 0); b.begin < K && job->keeps_input; b = block_at(job, b.end))
+        copy_input(c, &b);
+    for (int64_t begin = c->begin; begin < c->end; begin += each)
+        for (b = block_at(job, 0); b.begin < K; b = block_at(job, b.end)) {
+            if (!job->keeps_input) copy_input(c, &b);
+            for (int64_t set = begin; set < least(begin + each, c->end); set += HQQ_TILED_SETS)
+                multiply_sets(c, &b, set);
+        }
+    store_chunk(c);
+}
