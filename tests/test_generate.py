@@ -85,9 +85,14 @@ def test_16_bits(tiny: Path, dtype: torch.dtype):
     model = quantized(tiny, dtype)
     found = generated(model, **GREEDY)
     assert generated(model, **GREEDY) == found
+    # Another number of rows is another kernel's, with its own rounding.
     padded = torch.tensor([[0, 0, 40, 41, 42, 43]])
     mask = (padded != 0).long()
-    assert generated(model, padded, **GREEDY, attention_mask=mask) == found[:1]
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        alone = model(padded[:, 2:]).logits
+        beside = model(padded, attention_mask=mask, position_ids=positions).logits[:, 2:]
+    assert (beside - alone).abs().max() <= 8 * torch.finfo(dtype).eps * alone.abs().max()
 
 
 def test_a_static_cache(tiny: Path):

@@ -26,13 +26,14 @@ import json
 import subprocess
 import sys
 from contextlib import suppress
+from typing import Any
 
 import torch
 from torch import nn
 
 from hqqlora.bench.contenders import make_contender
 from hqqlora.bench.options import BenchOptions
-from hqqlora.training.errors import RunError
+from hqqlora.training.errors import RunError, first_line
 from hqqlora.training.machine import resident_memory, restart_peak_memory
 from hqqlora.training.model_source import choose_dtype, find_model, load_model
 
@@ -105,3 +106,19 @@ def _known(key: str) -> int:
     value = resident_memory(key)
     assert value is not None, f"/proc/self/status has no {key}"
     return value
+
+
+def _main(name: str, given: str) -> int:
+    values: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(given).items()
+    }
+    try:
+        print(json.dumps(_measure_here(name, BenchOptions(**values))))
+    except (RunError, MemoryError, RuntimeError) as error:
+        print(first_line(error), file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(_main(*sys.argv[1:]))
