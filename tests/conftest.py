@@ -15,12 +15,17 @@ def _seed():
 
 
 @pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """For tiny models; and on a busy machine threads wait for each other."""
+def keep_threads() -> Iterator[None]:
+    """For tests of what sets the number of threads itself."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def one_thread(keep_threads: None) -> None:
+    """For tiny models; and on a busy machine threads wait for each other."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")

@@ -27,11 +27,7 @@ ROUNDS, STEPS = 2, 2
 NAMES = list(CONTENDERS)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def keep_threads():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("keep_threads")
 
 
 @pytest.fixture(scope="module")

@@ -85,14 +85,11 @@ def test_16_bits(tiny: Path, dtype: torch.dtype):
     model = quantized(tiny, dtype)
     found = generated(model, **GREEDY)
     assert generated(model, **GREEDY) == found
-    # Another number of rows is another kernel's, with its own rounding.
+    # Against the row alone: in a batch of two another kernel may serve, with its own rounding.
     padded = torch.tensor([[0, 0, 40, 41, 42, 43]])
     mask = (padded != 0).long()
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    with torch.no_grad():
-        alone = model(padded[:, 2:]).logits
-        beside = model(padded, attention_mask=mask, position_ids=positions).logits[:, 2:]
-    assert (beside - alone).abs().max() <= 8 * torch.finfo(dtype).eps * alone.abs().max()
+    alone = generated(model, padded[:, 2:], **GREEDY)
+    assert generated(model, padded, **GREEDY, attention_mask=mask) == alone
 
 
 def test_a_static_cache(tiny: Path):

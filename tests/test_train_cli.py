@@ -22,11 +22,7 @@ BASE = [
 ]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def keep_threads():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("keep_threads")
 
 
 @pytest.fixture(scope="module")

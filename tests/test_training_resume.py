@@ -11,7 +11,6 @@ import subprocess
 import sys
 
 import pytest
-import torch
 from tiny_llama import patterned_text, save_tiny_llama
 
 from hqqlora.cli import main
@@ -42,11 +41,7 @@ sys.exit(main(sys.argv[2:]))
 """
 
 
-@pytest.fixture(scope="module", autouse=True)
-def keep_threads():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("keep_threads")
 
 
 @pytest.fixture(scope="module")
