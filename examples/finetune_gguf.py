@@ -15,8 +15,8 @@ from smollm2 import text_windows
 from transformers import AutoTokenizer
 
 import hqqlora
+from hqqlora.command.model_source import find_model
 from hqqlora.model import lora_layers
-from hqqlora.training.model_source import find_model
 
 
 def train(model: torch.nn.Module, windows: torch.Tensor, steps: int) -> None:

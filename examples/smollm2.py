@@ -16,7 +16,7 @@ from pydoc_data.topics import topics
 
 import torch
 
-from hqqlora.training.model_source import find_model, load_model, load_tokenizer
+from hqqlora.command.model_source import find_model, load_model, load_tokenizer
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hqqlora"
 

@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import hqqlora
-from hqqlora.training.errors import RunError, describe
-from hqqlora.training.options import OneLineParser
-from hqqlora.training.thread_waiting import wait_asleep_if_busy
+from hqqlora.command.errors import RunError, describe
+from hqqlora.command.options import OneLineParser
+from hqqlora.command.thread_waiting import wait_asleep_if_busy
 
 # ---- the commands: each imports what it needs when it is called --------------------------
 

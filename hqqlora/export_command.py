@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from hqqlora.training.errors import RunError, UsageError, explaining, first_line
+from hqqlora.command.errors import RunError, UsageError, explaining, first_line
 
 _PACKAGES = {"transformers": "hf", "accelerate": "hf", "gguf": "gguf"}
 _HQQ_WEIGHTS = "qmodel.pt"

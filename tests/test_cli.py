@@ -12,7 +12,7 @@ from tiny_llama import save_tiny_llama
 
 import hqqlora
 from hqqlora.cli import COMMANDS, main
-from hqqlora.training.errors import RunError, UsageError
+from hqqlora.command.errors import RunError, UsageError
 
 NAMES = [" ".join(name) for name in COMMANDS]
 

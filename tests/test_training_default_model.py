@@ -7,7 +7,7 @@ import importlib.util
 import pytest
 import torch
 
-from hqqlora.training.model_source import choose_dtype, find_model, load_model, load_tokenizer
+from hqqlora.command.model_source import choose_dtype, find_model, load_model, load_tokenizer
 from hqqlora.training.sample import complete
 
 pytest.importorskip("transformers")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hqqlora
-from hqqlora.training.errors import RunError, UsageError, explaining
+from hqqlora.command.errors import RunError, UsageError, explaining
 
 # hqq's and this library's format alike.
 NBITS, GROUP_SIZE, AXIS = 4, 64, 1

@@ -34,20 +34,25 @@ from hqqlora.bench.memory import can_measure, measure_memory
 from hqqlora.bench.options import BenchOptions
 from hqqlora.bench.rounds import Rounds, take_turns
 from hqqlora.bench.table import format_table
-from hqqlora.files import write_json
-from hqqlora.ops.library import find_library
-from hqqlora.training.errors import UsageError
-from hqqlora.training.machine import describe_machine
-from hqqlora.training.model_source import (
+from hqqlora.command.errors import UsageError
+from hqqlora.command.machine import describe_machine
+from hqqlora.command.model_source import (
     ModelSource,
-    check_fit,
     choose_dtype,
     find_model,
     load_model,
     load_tokenizer,
 )
-from hqqlora.training.text_data import TokenWindows, cut_windows, read_text, training_batch
-from hqqlora.training.thread_waiting import busy_fraction
+from hqqlora.command.thread_waiting import busy_fraction
+from hqqlora.files import write_json
+from hqqlora.ops.library import find_library
+from hqqlora.training.text_data import (
+    TokenWindows,
+    check_fit,
+    cut_windows,
+    read_text,
+    training_batch,
+)
 
 _HELD_OUT = 0.1
 _HELD_OUT_TOKENS = 4096

@@ -33,9 +33,9 @@ from torch import nn
 
 from hqqlora.bench.contenders import make_contender
 from hqqlora.bench.options import BenchOptions
-from hqqlora.training.errors import RunError, first_line
-from hqqlora.training.machine import resident_memory, restart_peak_memory
-from hqqlora.training.model_source import choose_dtype, find_model, load_model
+from hqqlora.command.errors import RunError, first_line
+from hqqlora.command.machine import resident_memory, restart_peak_memory
+from hqqlora.command.model_source import choose_dtype, find_model, load_model
 
 
 def can_measure() -> bool:

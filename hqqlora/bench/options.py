@@ -8,8 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 from hqqlora.bench.contenders import CONTENDERS
-from hqqlora.training.errors import UsageError
-from hqqlora.training.options import DTYPES
+from hqqlora.command.errors import UsageError
+from hqqlora.command.options import DTYPES
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,8 +9,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor, nn
 
+from hqqlora.command.errors import RunError, UsageError, first_line
 from hqqlora.files import replacing_file
-from hqqlora.training.errors import RunError, UsageError, first_line
 
 _VERSION = 1
 

@@ -17,6 +17,22 @@ import torch
 from torch import Tensor, nn
 
 import hqqlora
+from hqqlora.command.errors import (
+    RunError,
+    StopRequestedError,
+    UsageError,
+    describe,
+    explaining,
+    first_line,
+)
+from hqqlora.command.machine import peak_memory, restart_peak_memory
+from hqqlora.command.model_source import (
+    ModelSource,
+    choose_dtype,
+    find_model,
+    load_model,
+    load_tokenizer,
+)
 from hqqlora.training.checkpoint import (
     Checkpoint,
     Progress,
@@ -25,33 +41,22 @@ from hqqlora.training.checkpoint import (
     take_checkpoint,
     write_checkpoint,
 )
-from hqqlora.training.errors import (
-    RunError,
-    StopRequestedError,
-    UsageError,
-    describe,
-    explaining,
-    first_line,
-)
 from hqqlora.training.layer_sizes import dense_layers, linear_layer_sizes, model_fingerprint
 from hqqlora.training.loop import make_optimizer, recompute_activations, train
 from hqqlora.training.loss_plot import draw_loss
-from hqqlora.training.machine import peak_memory, restart_peak_memory
-from hqqlora.training.model_source import (
-    ModelSource,
-    check_fit,
-    choose_dtype,
-    find_model,
-    load_model,
-    load_tokenizer,
-)
 from hqqlora.training.next_token_loss import NextTokenLoss
 from hqqlora.training.options import TrainOptions, continued, to_dict
 from hqqlora.training.perplexity import measure_perplexity
 from hqqlora.training.report import build_log, format_table, write_log
 from hqqlora.training.run_folder import RunFolder, choose_folder
 from hqqlora.training.sample import complete, default_prompt
-from hqqlora.training.text_data import SplitText, TokenWindows, cut_windows, read_text
+from hqqlora.training.text_data import (
+    SplitText,
+    TokenWindows,
+    check_fit,
+    cut_windows,
+    read_text,
+)
 
 
 def run(options: TrainOptions, given: frozenset[str]) -> None:

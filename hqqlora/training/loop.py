@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from hqqlora.command.errors import DivergedError, StopRequestedError
 from hqqlora.training.checkpoint import Progress
-from hqqlora.training.errors import DivergedError, StopRequestedError
 from hqqlora.training.next_token_loss import NextTokenLoss
 from hqqlora.training.options import TrainOptions
 from hqqlora.training.text_data import training_batch

@@ -4,42 +4,23 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
-from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from collections.abc import Sequence
+from typing import Any
 
-from hqqlora.training.errors import UsageError
+from hqqlora.command.errors import UsageError
+from hqqlora.command.options import (
+    DTYPES,
+    group_size_or_none,
+    non_negative_integer,
+    number,
+    positive_integer,
+)
 
-DTYPES = ("auto", "bfloat16", "float32")
-
-
-def _number(kind: type, low: float, high: float, wish: str) -> Callable[[str], Any]:
-    """A parser of an int or float in [low, high]; `wish` says in words what is expected."""
-
-    def parse(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {wish}") from None
-        if not (math.isfinite(value) and low <= value <= high):
-            raise argparse.ArgumentTypeError(f"{text} is not {wish}")
-        return value
-
-    return parse
-
-
-def _group_size(text: str) -> int | None:
-    parse = _number(int, 1, 2**31 - 1, "a positive integer or 'none'")
-    return None if text.lower() == "none" else parse(text)
-
-
-_positive = _number(int, 1, 2**31 - 1, "a positive integer")
-_count = _number(int, 0, 2**31 - 1, "a non-negative integer")
-_seed = _number(int, 0, 2**63 - 1, "an integer from 0 to 2^63 - 1")
-_rate = _number(float, 1e-12, 1e6, "a positive number")
-_non_negative = _number(float, 0, 1e12, "a non-negative number")
-_probability = _number(float, 0, 0.999, "a probability below 1")
-_fraction = _number(float, 0.001, 0.9, "a fraction from 0.001 to 0.9")
+_seed = number(int, 0, 2**63 - 1, "an integer from 0 to 2^63 - 1")
+_rate = number(float, 1e-12, 1e6, "a positive number")
+_non_negative = number(float, 0, 1e12, "a non-negative number")
+_probability = number(float, 0, 0.999, "a probability below 1")
+_fraction = number(float, 0.001, 0.9, "a fraction from 0.001 to 0.9")
 
 
 def _option(group: str, default: Any, help: str, **argument: Any) -> Any:
@@ -86,7 +67,7 @@ class TrainOptions:
         _MODEL,
         8192,
         "most held-out tokens that a perplexity is measured on",
-        type=_positive,
+        type=positive_integer,
         metavar="TOKENS",
     )
 
@@ -95,7 +76,7 @@ class TrainOptions:
         _FORMAT,
         64,
         "weights that share one scale and zero; 'none': a whole row or column",
-        type=_group_size,
+        type=group_size_or_none,
         metavar="WEIGHTS",
     )
     axis: int = _option(
@@ -109,7 +90,7 @@ class TrainOptions:
         choices=("default", "reference", "minmax"),
     )
 
-    rank: int = _option(_ADAPTER, 16, "rank of the adapter", type=_positive, metavar="R")
+    rank: int = _option(_ADAPTER, 16, "rank of the adapter", type=positive_integer, metavar="R")
     alpha: float = _option(
         _ADAPTER, 32.0, "the adapter is scaled by alpha / rank", type=_rate, metavar="ALPHA"
     )
@@ -132,15 +113,17 @@ class TrainOptions:
         metavar="NAME",
     )
 
-    steps: int = _option(_TRAINING, 60, "optimizer steps", type=_positive, metavar="STEPS")
+    steps: int = _option(
+        _TRAINING, 60, "optimizer steps", type=positive_integer, metavar="STEPS"
+    )
     batch: int = _option(
-        _TRAINING, 4, "sequences in a step", type=_positive, metavar="SEQUENCES"
+        _TRAINING, 4, "sequences in a step", type=positive_integer, metavar="SEQUENCES"
     )
     sequence_length: int = _option(
         _TRAINING,
         256,
         "tokens in a sequence",
-        type=_number(int, 2, 2**31 - 1, "an integer of at least 2"),
+        type=number(int, 2, 2**31 - 1, "an integer of at least 2"),
         metavar="TOKENS",
     )
     learning_rate: float = _option(
@@ -150,7 +133,7 @@ class TrainOptions:
         _TRAINING,
         6,
         "steps in which the learning rate rises to its highest",
-        type=_count,
+        type=non_negative_integer,
         metavar="STEPS",
     )
     schedule: str = _option(
@@ -183,7 +166,7 @@ class TrainOptions:
         choices=DTYPES,
     )
     threads: int = _option(
-        _TRAINING, 0, "threads; 0: one a core", type=_count, metavar="THREADS"
+        _TRAINING, 0, "threads; 0: one a core", type=non_negative_integer, metavar="THREADS"
     )
     seed: int = _option(
         _TRAINING,
@@ -214,7 +197,7 @@ class TrainOptions:
         _OUTPUT,
         10,
         "steps between checkpoints; 0: only when interrupted",
-        type=_count,
+        type=non_negative_integer,
         metavar="STEPS",
     )
     prompt: str | None = _option(
@@ -224,20 +207,16 @@ class TrainOptions:
         metavar="TEXT",
     )
     sample_tokens: int = _option(
-        _OUTPUT, 40, "tokens of the sample completion; 0: none", type=_count, metavar="TOKENS"
+        _OUTPUT,
+        40,
+        "tokens of the sample completion; 0: none",
+        type=non_negative_integer,
+        metavar="TOKENS",
     )
 
 
 # What may differ between a run and its continuation: it changes no loss.
 _FREE_ON_RESUME = frozenset({"output", "resume", "threads", "checkpoint_every"})
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """An argument parser whose complaints are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raises UsageError instead of printing the usage and exiting."""
-        raise UsageError(f"{message} (see {self.prog} --help)")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

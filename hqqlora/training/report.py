@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hqqlora.command.machine import describe_machine
 from hqqlora.files import write_json
 from hqqlora.training.checkpoint import Progress
-from hqqlora.training.machine import describe_machine
 
 
 def build_log(

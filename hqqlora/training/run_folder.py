@@ -8,7 +8,7 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
-from hqqlora.training.errors import UsageError
+from hqqlora.command.errors import UsageError
 
 DEFAULT_NAME = "hqqlora-run"
 

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from hqqlora.training.errors import UsageError
+from hqqlora.command.errors import UsageError
 
 _RECORD_SUFFIXES = (".jsonl", ".ndjson")
 
@@ -111,6 +111,25 @@ def cut_windows(text: SplitText, tokenizer: Any, length: int, eval_tokens: int) 
     for part in (train, held_out):
         digest.update(part.numpy().tobytes())
     return TokenWindows(train, held_out, digest.hexdigest())
+
+
+def check_fit(model: nn.Module, windows: TokenWindows, sequence_length: int) -> None:
+    """Checks that a model can read these tokens.
+
+    Raises:
+        UsageError: a sequence is too long for it, or a token is not of its vocabulary.
+    """
+    dense: Any = model
+    longest = getattr(dense.config, "max_position_embeddings", None)
+    if longest is not None and sequence_length > longest:
+        raise UsageError(f"--sequence-length {sequence_length} exceeds the model's {longest}")
+    highest = int(max(windows.train.max(), windows.held_out.max()))
+    known = len(dense.get_input_embeddings().weight)
+    if highest >= known:
+        raise UsageError(
+            f"the tokenizer gives token {highest}, but the model knows {known}: do they "
+            "belong together?"
+        )
 
 
 def training_batch(windows: Tensor, step: int, batch: int, seed: int) -> Tensor:

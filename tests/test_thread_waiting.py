@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from hqqlora import cli
-from hqqlora.training import thread_waiting
+from hqqlora.command import thread_waiting
 
 BEFORE = """\
 cpu  400 0 100 9000 100 0 0 0 0 0
