@@ -19,7 +19,7 @@ from hqqlora.gguf.blocks import (
     scale_and_offset,
     scale_and_zero,
 )
-from hqqlora.gguf.packing import pack_codes, unpack_codes
+from hqqlora.packed_codes import pack_codes, unpack_codes
 from hqqlora.ops import PackedWeight
 
 gguf = pytest.importorskip("gguf")

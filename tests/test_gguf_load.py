@@ -187,7 +187,7 @@ import os, sys
 import gguf_files
 from pathlib import Path
 from hqqlora.gguf import load_gguf
-from hqqlora.training.machine import peak_memory, restart_peak_memory
+from hqqlora.command.machine import peak_memory, restart_peak_memory
 
 folder = Path(sys.argv[1])
 load_gguf(gguf_files.write_model(folder / "small.gguf"), progress=False)  # imports

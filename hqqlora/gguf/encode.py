@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hqqlora.gguf.blocks import encode_q4, encode_q8, scale_and_offset
 from hqqlora.gguf.container import NewTensor, import_gguf
-from hqqlora.gguf.packing import unpack_codes
+from hqqlora.packed_codes import unpack_codes
 from hqqlora.linear import HQQLinear
 
 BLOCK = 32
