@@ -1,4 +1,4 @@
-"""The command line: `hqqlora train`, `hqqlora bench finetune`, `hqqlora export gguf`."""
+"""The command line: `hqqlora train`, `quantize`, `info`, `bench finetune`, `export gguf`."""
 
 from __future__ import annotations
 
@@ -85,6 +85,44 @@ def _prepare_export_gguf(namespace: argparse.Namespace) -> tuple[Callable[[], No
     return work, None
 
 
+def _quantize_arguments(parser: argparse.ArgumentParser) -> None:
+    from hqqlora.quantize_command.options import add_arguments
+
+    add_arguments(parser)
+
+
+def _prepare_quantize(namespace: argparse.Namespace) -> tuple[Callable[[], None], int]:
+    from hqqlora.quantize_command.options import from_namespace
+
+    options = from_namespace(namespace)
+
+    def work() -> None:
+        from hqqlora.quantize_command.job import run
+
+        run(options)
+
+    return work, options.threads
+
+
+def _info_arguments(parser: argparse.ArgumentParser) -> None:
+    from hqqlora.info_command.options import add_arguments
+
+    add_arguments(parser)
+
+
+def _prepare_info(namespace: argparse.Namespace) -> tuple[Callable[[], None], None]:
+    from hqqlora.info_command.options import from_namespace
+
+    options = from_namespace(namespace)
+
+    def work() -> None:
+        from hqqlora.info_command.job import run
+
+        run(options)
+
+    return work, None
+
+
 COMMANDS: dict[tuple[str, ...], Command] = {
     ("train",): Command(
         "fine-tune a language model with LoRA on quantized weights",
@@ -94,6 +132,23 @@ COMMANDS: dict[tuple[str, ...], Command] = {
         _train_arguments,
         _prepare_train,
         "a smaller --batch or --sequence-length, or --gradient-checkpointing, needs less",
+    ),
+    ("quantize",): Command(
+        "quantize a model that need not fit into memory",
+        "Quantizes the linear layers of a model, one tensor after another, into a folder that "
+        "from_pretrained loads. Memory holds three times the largest tensor at most. An "
+        "interrupted run goes on when the same command is given again.",
+        _quantize_arguments,
+        _prepare_quantize,
+        "at least three times the model's largest tensor has to fit",
+    ),
+    ("info",): Command(
+        "show the layers of a quantized model or an adapter",
+        "Shows what is in a folder: each kind of layer with its bits, size and, beside the "
+        "dense model, error; and what is not quantized.",
+        _info_arguments,
+        _prepare_info,
+        "--against needs room for three times the largest layer",
     ),
     ("bench", "finetune"): Command(
         "compare a fine-tuning step with hqq's and with dense weights",

@@ -29,6 +29,12 @@ def linear_tag(name: str) -> str:
     )
 
 
+def numbers_as_stars(name: str) -> str:
+    """What the same tensor or layer is called in all blocks:
+    "model.layers.3.mlp.up_proj" -> "model.layers.*.mlp.up_proj"."""
+    return ".".join("*" if part.isdecimal() else part for part in name.split("."))
+
+
 def matches(name: str, pattern: str) -> bool:
     """Whether `pattern` names the module `name` or something it is part of.
 

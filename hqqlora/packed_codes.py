@@ -55,9 +55,7 @@ def unpack_codes(packed: PackedWeight) -> Tensor:
     return read_codes(packed.W_q, packed.nbits, 0, N * K).reshape(N, K)
 
 
-def _runs(
-    words: int, nbits: int, start: int, stop: int
-) -> Iterator[tuple[int, slice, slice]]:
+def _runs(words: int, nbits: int, start: int, stop: int) -> Iterator[tuple[int, slice, slice]]:
     """For each slot that holds some of the elements: how far left its codes are shifted, their
     words, and their place among the elements from `start` on."""
     assert 0 <= start <= stop <= words * SLOTS_PER_WORD[nbits]

@@ -25,7 +25,7 @@ def exit_code_and_output(argv, capsys):
 
 
 def test_the_commands():
-    assert NAMES == ["train", "bench finetune", "export gguf"]
+    assert NAMES == ["train", "quantize", "info", "bench finetune", "export gguf"]
 
 
 def test_help_names_all_commands(capsys):
@@ -121,7 +121,8 @@ def test_a_command_does_not_load_what_others_need():
 import sys
 from hqqlora.cli import main
 assert main(["train", "--steps", "0"]) == 2
-heavy = ["transformers", "peft", "hqq", "gguf", "hqqlora.bench", "hqqlora.training.job"]
+heavy = ["transformers", "peft", "hqq", "gguf", "hqqlora.bench", "hqqlora.quantize_command",
+    "hqqlora.info_command", "hqqlora.training.job"]
 loaded = [name for name in heavy if name in sys.modules]
 assert not loaded, loaded
 """

@@ -19,8 +19,8 @@ from hqqlora.gguf.blocks import (
     scale_and_offset,
     scale_and_zero,
 )
-from hqqlora.packed_codes import pack_codes, unpack_codes
 from hqqlora.ops import PackedWeight
+from hqqlora.packed_codes import pack_codes, unpack_codes
 
 gguf = pytest.importorskip("gguf")
 from gguf_files import TYPES, random_blocks  # noqa: E402

@@ -1,4 +1,4 @@
-"""Parts of packed weights: the same codes, scales and zeros, packed as a weight of their own."""
+"""Parts of packed weights: the same codes, scales and zeros, packed anew."""
 
 from __future__ import annotations
 
@@ -29,7 +29,9 @@ def per_element(weight: PackedWeight) -> tuple[Tensor, Tensor, Tensor]:
     return oracle.codes, oracle.per_element(weight.scale), oracle.per_element(weight.zero)
 
 
-def assert_is_part(part: PackedWeight, whole: PackedWeight, rows: slice, columns: slice) -> None:
+def assert_is_part(
+    part: PackedWeight, whole: PackedWeight, rows: slice, columns: slice
+) -> None:
     for found, expected in zip(per_element(part), per_element(whole), strict=True):
         assert torch.equal(found, expected[rows, columns])
     assert (part.nbits, part.axis) == (whole.nbits, whole.axis)
@@ -139,7 +141,7 @@ def has_natural_groups(whole: PackedWeight, by_rows: bool, cut: tuple[int, int])
 @pytest.mark.parametrize(
     ("N", "K", "G", "axis", "take", "cut", "message"),
     [
-        (8, 96, 64, 1, take_columns, (0, 48), "do not divide|does not divide 96"),
+        (8, 96, 64, 1, take_columns, (0, 48), "columns 0 to 48 .* 64 does not divide 96"),
         (8, 128, 32, 1, take_columns, (0, 48), "columns 0 to 48 .* multiples of 32"),
         (8, 12, 32, 1, take_rows, (0, 4), "rows 0 to 4 of a .8, 12. .* multiples of 32"),
         (24, 8, 6, 0, take_rows, (0, 6), "rows 0 to 6 .* multiple of N / G = 24 / 6"),
@@ -171,7 +173,9 @@ def test_scales_that_the_whole_has_once_must_agree():
     whole = random_weight(8, 4, 4, 4, 0).packed
     upper, lower = take_rows(whole, 0, 4), take_rows(whole, 4, 8)
     lower.scale[0, 3] += 1
-    with pytest.raises(ValueError, match="the scales of groups that several parts share differ"):
+    with pytest.raises(
+        ValueError, match="the scales of groups that several parts share differ"
+    ):
         join_rows([upper, lower], 4)
 
 
@@ -197,9 +201,7 @@ def test_a_part_of_a_real_layer_multiplies_as_the_rows_and_columns_do(axis):
     rows = take_rows(whole, 384, 768)
     assert torch.equal(torch.ops.hqqlora.dequantize(*rows, torch.float32), dense[384:768])
     columns = take_columns(whole, 192, 384)
-    assert torch.equal(
-        torch.ops.hqqlora.dequantize(*columns, torch.float32), dense[:, 192:384]
-    )
+    assert torch.equal(torch.ops.hqqlora.dequantize(*columns, torch.float32), dense[:, 192:384])
 
 
 def test_no_more_codes_than_a_block_are_unpacked_at_a_time(monkeypatch):

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from hqqlora.gguf.blocks import encode_q4, encode_q8, scale_and_offset
 from hqqlora.gguf.container import NewTensor, import_gguf
-from hqqlora.packed_codes import unpack_codes
 from hqqlora.linear import HQQLinear
+from hqqlora.packed_codes import unpack_codes
 
 BLOCK = 32
 DENSE_TYPES = ("F32", "F16", "BF16", "Q8_0")

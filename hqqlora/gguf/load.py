@@ -24,9 +24,9 @@ from hqqlora.gguf.architectures import (
 from hqqlora.gguf.blocks import FORMATS, BlockFormat
 from hqqlora.gguf.configuration import read_config
 from hqqlora.gguf.container import FileTensor, GGUFFile, import_gguf
-from hqqlora.packed_codes import pack_codes
 from hqqlora.gguf.rope import FREQUENCY_FACTORS
 from hqqlora.linear import HQQLinear
+from hqqlora.packed_codes import pack_codes
 from hqqlora.state_encoding import META_DTYPES
 
 _DENSE = ("F32", "F16", "BF16", "F64")

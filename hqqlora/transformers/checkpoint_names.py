@@ -31,6 +31,13 @@ class ModelNames:
         )
         return str(renamed)
 
+    def is_converted(self, stored: str) -> bool:
+        """Whether transformers splits, fuses or reorders the checkpoint's tensor `stored`."""
+        _, pattern = rename_source_key(
+            stored, self._renamings, self._converters, self._prefix, self._state
+        )
+        return pattern is not None
+
     def of(self, stored: str) -> str | None:
         """The name of the model's linear layer that the checkpoint calls `stored`."""
         for key in (self.key(f"{stored}.weight"), f"{stored}.weight"):

@@ -1,0 +1,1 @@
+"""`hqqlora info`: what is in a quantized model or an adapter."""

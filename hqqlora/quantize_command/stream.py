@@ -1,0 +1,201 @@
+"""Reading, quantizing and writing at the same time, with two weights in memory.
+
+While the processor's cores quantize one weight, one thread reads the next and another writes
+the last result. What is copied goes through in pieces.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hqqlora.command.errors import UsageError
+from hqqlora.files import naming, replacing_file
+from hqqlora.quantize_command.plan import Step
+from hqqlora.quantize_command.safetensors_file import FileLayout, FileWriter, total_bytes
+from hqqlora.quantizing import quantize_weight
+
+_PIECE = 2**24  # bytes of a tensor that is copied, in memory at a time
+_HELD = 3  # times the largest tensor: what may be in memory
+
+
+class Stream:
+    """Quantizes shard after shard, and keeps its promise about memory over all of them."""
+
+    def __init__(self, steps: Sequence[Step], advance: Callable[[int], object]) -> None:
+        """`steps`: all that are going to come. `advance` is told how many weights are done."""
+        self._bound = _HELD * max((step.source.nbytes for step in steps), default=0)
+        self._advance = advance
+
+    def write_shard(self, path: Path, steps: Sequence[Step]) -> None:
+        """Makes the file `path` of `steps`, atomically.
+
+        Raises:
+            UsageError: a weight cannot be quantized; names it.
+            OSError: a file cannot be read or written; names it.
+        """
+        layout = layout_of(steps)
+        # (Threads end before the file is closed, or another gets its number.)
+        with replacing_file(path) as temporary, ExitStack() as files:
+            descriptor = os.open(temporary, os.O_WRONLY)
+            files.callback(os.close, descriptor)
+            with naming(path):
+                _reserve(descriptor, layout.size)
+                writer = FileWriter(descriptor, layout)
+            reading = files.enter_context(ThreadPoolExecutor(1, "reading"))
+            writing = files.enter_context(ThreadPoolExecutor(1, "writing"))
+            self._run(path, steps, writer, reading, writing)
+
+    def _run(
+        self,
+        path: Path,
+        steps: Sequence[Step],
+        writer: FileWriter,
+        reading: ThreadPoolExecutor,
+        writing: ThreadPoolExecutor,
+    ) -> None:
+        weights = [step for step in steps if step.metadata is not None]
+        read = _ReadAhead(weights, reading)
+        write = _OneBehind(writing)
+        for step in steps:
+            if step.metadata is None:
+                write.submit(0, _copy, step, writer, path)
+            else:
+                tensors = self._quantize(step, read, write)
+                write.submit(
+                    total_bytes(step.results().values()), _write, tensors, writer, path
+                )
+                del tensors
+            self._advance(step.source.numel)
+        write.wait()
+
+    def _quantize(self, step: Step, read: _ReadAhead, write: _OneBehind) -> dict[str, Tensor]:
+        """Reads and quantizes. What would be too much at a time happens one after another."""
+        if _bytes_to_read(step) + write.pending_bytes > self._bound:
+            write.wait()
+        held = _bytes_dense(step) + total_bytes(step.results().values())
+        coming = read.bytes_of_next()
+        if ahead := held + coming <= self._bound:
+            held += coming
+        dense = read.take(ahead)
+        if held + write.pending_bytes > self._bound:
+            write.wait()
+        return _quantize(step, dense)
+
+
+class _ReadAhead:
+    """The weights in turn, each read while the one before is worked on."""
+
+    def __init__(self, steps: Sequence[Step], pool: ThreadPoolExecutor) -> None:
+        self._coming: Iterator[Step] = iter(steps)
+        self._pool = pool
+        self._step = next(self._coming, None)
+        self._future: Future[Tensor] | None = None
+        self._after = next(self._coming, None)
+
+    def bytes_of_next(self) -> int:
+        """What reading the weight after the one that `take` returns needs."""
+        return _bytes_to_read(self._after) if self._after else 0
+
+    def take(self, ahead: bool) -> Tensor:
+        """The weight. `ahead`: the next may be read meanwhile."""
+        assert self._step is not None
+        if self._future is None:
+            self._future = self._pool.submit(_read, self._step)
+        tensor = self._future.result()
+        self._future = None
+        if ahead and self._after is not None:
+            self._future = self._pool.submit(_read, self._after)
+        self._step, self._after = self._after, next(self._coming, None)
+        return tensor
+
+
+class _OneBehind:
+    """Work for another thread, one thing at a time."""
+
+    def __init__(self, pool: ThreadPoolExecutor) -> None:
+        self._pool = pool
+        self._future: Future[None] | None = None
+        self.pending_bytes = 0
+
+    def submit(self, size: int, work: Callable[..., None], *arguments: object) -> None:
+        """Waits for what has been submitted before. `size`: bytes that `arguments` hold."""
+        self.wait()
+        self.pending_bytes = size
+        self._future = self._pool.submit(work, *arguments)
+
+    def wait(self) -> None:
+        """Raises what has been raised there."""
+        future, self._future = self._future, None
+        if future is not None:
+            future.result()
+        self.pending_bytes = 0
+
+
+def layout_of(steps: Sequence[Step]) -> FileLayout:
+    """How the file of `steps` is laid out."""
+    shapes = {}
+    for step in steps:
+        shapes.update(step.results())
+    return FileLayout(shapes)
+
+
+def _bytes_dense(step: Step) -> int:
+    """Of the weight, once it has the dtype it is quantized in."""
+    return step.source.numel * step.dtype.itemsize
+
+
+def _bytes_to_read(step: Step) -> int:
+    """Of the weight as it is stored, and converted."""
+    converted = 0 if step.dtype == step.source.dtype else _bytes_dense(step)
+    return step.source.nbytes + converted
+
+
+def _read(step: Step) -> Tensor:
+    return step.source.read().to(step.dtype)
+
+
+@torch.no_grad()
+def _quantize(step: Step, dense: Tensor) -> dict[str, Tensor]:
+    metadata = step.metadata
+    assert metadata is not None
+    try:
+        W_q, scale, zero = quantize_weight(dense, metadata.settings, metadata.compute_dtype)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"{step.source.name} of {step.source.file}: {error}") from error
+    if metadata.settings.view_as_float:
+        W_q = W_q.view(metadata.compute_dtype)
+    tensors = {"W_q": W_q, "scale": scale, "zero": zero, **metadata.encoded()}
+    return {f"{step.layer}.{key}": tensor for key, tensor in tensors.items()}
+
+
+def _write(tensors: dict[str, Tensor], writer: FileWriter, path: Path) -> None:
+    with naming(path):
+        while tensors:
+            writer.write(*tensors.popitem())
+
+
+def _copy(step: Step, writer: FileWriter, path: Path) -> None:
+    source = step.source
+    written = 0
+    for first in range(0, source.nbytes, _PIECE):
+        piece = source.read_part(first, min(_PIECE, source.nbytes - first)).to(step.dtype)
+        with naming(path):
+            writer.write(source.name, piece, written)
+        written += piece.nbytes
+
+
+def _reserve(descriptor: int, size: int) -> None:
+    """Takes the space on the disk now, where the file system can: a full disk then shows
+    before the work, not after it."""
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    except OSError as error:
+        if error.errno in (28, 122, 27):  # no space, quota, file too large
+            raise
