@@ -13,7 +13,15 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..ops import PackedWeight
-from .functions import Linear, LoRALinear, TransformableLinear, TransformableLoRALinear
+from .dropout_seed import dropout_seed
+from .functions import (
+    Linear,
+    LoRALinear,
+    TransformableLinear,
+    TransformableLoRALinear,
+    factors_for,
+)
+from .input_cast import cast_input
 
 __all__ = ["linear", "lora_linear"]
 
@@ -56,21 +64,20 @@ def lora_linear(
 
     x: [..., K], float32, bfloat16 or float16, any leading dimensions and strides.
     bias: [N], float32 or x's dtype, or None.
-    A, B: [R, K] and [N, R], both float32 or both x's dtype; R up to 256.
+    A, B: [R, K] and [N, R], any of the three dtypes; R up to 256. In another than float32 or
+        x's they are cast to float32 for the time of the product.
     dropout: the probability, in [0, 1), that an element of x does not reach A. No mask is
         stored: a seed drawn from torch's default generator stands for it, so that
         torch.manual_seed and torch.utils.checkpoint reproduce it.
 
-    Returns y in x's dtype; dA and dB come in the dtype of A. Raises ValueError if scale or
-    zero requires a gradient, and RuntimeError, with the values, where shapes, dtypes or
+    Returns y in x's dtype; dA and dB come in the dtypes of A and B. Raises ValueError if scale
+    or zero requires a gradient, and RuntimeError, with the values, where shapes, dtypes or
     numbers do not fit.
     """
     _check_frozen(weight)
     if torch.is_autocast_enabled(x.device.type):
         x, bias = _autocast(x, bias)
-        if A.dtype != torch.float32 and A.dtype != x.dtype:
-            A, B = A.float(), B.float()
-    seed = torch.randint(2**63 - 1, (1,), device="cpu") if dropout > 0 else None
+    seed = dropout_seed() if dropout > 0 else None
     arguments = (x, *weight[:3], bias, A, B, seed, scaling, dropout, *weight[3:])
     y: Tensor
     if _transforms_active():
@@ -83,7 +90,10 @@ def lora_linear(
     ):
         y = LoRALinear.apply(*arguments)  # type: ignore[no-untyped-call]
     else:
-        y, _ = torch.ops.hqqlora.lora_linear(*arguments)
+        A, B = factors_for(x.dtype, A, B)
+        y, _ = torch.ops.hqqlora.lora_linear(
+            x, *weight[:3], bias, A, B, seed, scaling, dropout, *weight[3:]
+        )
     return y
 
 
@@ -100,7 +110,7 @@ def _autocast(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
     kernels add it before they round."""
     dtype = torch.get_autocast_dtype(x.device.type)
     if x.dtype != torch.float64:
-        x = x.to(dtype)
+        x = cast_input(x, dtype)
     if bias is not None and bias.dtype not in (torch.float32, x.dtype):
         bias = bias.to(x.dtype)
     return x, bias

@@ -5,7 +5,9 @@ What each function keeps for its backward pass:
 
 - references to ``W_q``, ``scale`` and ``zero``, never a dequantized copy;
 - ``x`` only where ``A`` needs a gradient (the dropout mask is drawn again from its seed);
-- ``xa = drop(x) A^T``, R numbers a token, only where ``B`` needs one.
+- ``xa = drop(x) A^T``, R numbers a token, only where ``B`` needs one;
+- references to ``A`` and ``B``; where the ops take them in another dtype alone, they are cast
+  for the time of each call.
 
 Each product comes twice. ``Linear`` and ``LoRALinear`` save in their forward, which costs a
 third of a separate ``setup_context`` (some 5 against 13 microseconds a call); the latter is
@@ -135,6 +137,20 @@ class TransformableLinear(Function):
 # ---- y = x W^T + bias + scaling * (drop(x) A^T) B^T ------------------------------------
 
 
+def factors_for(dtype: torch.dtype, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """A and B as the ops take them for an x of dtype: in that, or in float32."""
+    if A.dtype in (dtype, torch.float32) and B.dtype == A.dtype:
+        return A, B
+    return A.float(), B.float()
+
+
+def _forward_lora(inputs: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+    x, W_q, scale, zero, bias, A, B, *rest = inputs
+    A, B = factors_for(x.dtype, A, B)
+    y, xa = torch.ops.hqqlora.lora_linear(x, W_q, scale, zero, bias, A, B, *rest)
+    return y, xa
+
+
 def _save_lora(ctx: Any, inputs: tuple[Any, ...], xa: Tensor) -> None:
     x, W_q, scale, zero, bias, A, B, seed, *ctx.numbers = inputs
     needs_dA, needs_dB = ctx.needs_input_grad[5:7]
@@ -149,9 +165,12 @@ def _lora_backward(ctx: Any, dy: Tensor) -> Gradients:
     saved = ctx.saved_tensors
     dx = dA = dB = db = None
     if needs_dx or needs_dA or needs_dB:
+        *before, A, B, seed = saved
+        factors = factors_for(dy.dtype, A, B)
         dx, dA, dB = torch.ops.hqqlora.lora_linear_backward(
-            dy, *saved, *ctx.numbers, needs_dx, needs_dA, needs_dB
+            dy, *before, *factors, seed, *ctx.numbers, needs_dx, needs_dA, needs_dB
         )
+        dA, dB = dA.to(A.dtype), dB.to(B.dtype)
     if needs_db:
         db = _bias_gradient(dy, ctx.bias_dtype)
     dx, db, dA, dB = _refuse_second_derivative(
@@ -171,8 +190,7 @@ class LoRALinear(Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        y: Tensor
-        y, xa = torch.ops.hqqlora.lora_linear(*inputs)
+        y, xa = _forward_lora(inputs)
         _save_lora(ctx, inputs, xa)
         return y
 
@@ -188,8 +206,7 @@ class TransformableLoRALinear(Function):
 
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
-        y, xa = torch.ops.hqqlora.lora_linear(*inputs)
-        return y, xa
+        return _forward_lora(inputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

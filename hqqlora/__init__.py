@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from hqqlora.auto_hqq_model import AutoHQQHFModel, HQQModelForCausalLM
     from hqqlora.gguf import export_gguf, export_gguf_adapter, load_gguf
     from hqqlora.hqq_patch import patch_hqq, unpatch_hqq
+    from hqqlora.memory import MemoryReport, memory_report
+    from hqqlora.nonfinite import find_nonfinite
     from hqqlora.transformers import HqqConfig
 
 __version__ = "0.1.0"
@@ -48,27 +50,33 @@ __all__ = [
     "HQQModelForCausalLM",
     "HqqConfig",
     "LoRALinear",
+    "MemoryReport",
     "__version__",
     "add_lora",
     "export_gguf",
     "export_gguf_adapter",
+    "find_nonfinite",
     "load_adapter",
     "load_gguf",
     "lora_parameters",
+    "memory_report",
     "patch_hqq",
     "quantize_model",
     "save_adapter",
     "unpatch_hqq",
 ]
 
-# Where the names come from that need an optional package.
+# Where the names come from that need an optional package, or that few scripts need.
 _ON_DEMAND = {
     "AutoHQQHFModel": "hqqlora.auto_hqq_model",
     "HQQModelForCausalLM": "hqqlora.auto_hqq_model",
     "HqqConfig": "hqqlora.transformers",
+    "MemoryReport": "hqqlora.memory",
     "export_gguf": "hqqlora.gguf",
     "export_gguf_adapter": "hqqlora.gguf",
+    "find_nonfinite": "hqqlora.nonfinite",
     "load_gguf": "hqqlora.gguf",
+    "memory_report": "hqqlora.memory",
     "patch_hqq": "hqqlora.hqq_patch",
     "unpatch_hqq": "hqqlora.hqq_patch",
 }

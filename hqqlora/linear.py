@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,9 @@ from hqqlora.state_encoding import (
     fit_tensors,
     word_dtype,
 )
+
+if TYPE_CHECKING:
+    from hqqlora.distributed.tensor_parallel import WeightPart
 
 NO_WEIGHT = "this HQQLinear has no weight yet: load a state_dict into it"
 
@@ -47,6 +50,8 @@ class HQQLinear(nn.Linear):
     W_q: nn.Parameter
     scale: nn.Parameter
     zero: nn.Parameter
+    # Of a tensor-parallel layer: which part of which weight it holds (hqqlora.distributed).
+    weight_part: WeightPart | None = None
 
     def __init__(
         self,
@@ -168,6 +173,14 @@ class HQQLinear(nn.Linear):
     def is_initialized(self) -> bool:
         """Whether the layer has a weight."""
         return self._metadata is not None
+
+    def check_whole(self) -> None:
+        """Raises ValueError if the layer is one rank's part of a weight, which an adapter around
+        it would not know."""
+        if self.weight_part is not None:
+            raise ValueError(
+                "the layer is tensor-parallel: add adapters before parallelize_module"
+            )
 
     @property
     def metadata(self) -> LayerMetadata:

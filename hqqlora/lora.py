@@ -60,6 +60,7 @@ class LoRALinear(nn.Module):
         super().__init__()
         if not isinstance(base, HQQLinear):
             raise TypeError(f"a LoRALinear needs an HQQLinear, not {type(base).__name__}")
+        base.check_whole()
         if dtype not in (torch.float32, torch.float16, torch.bfloat16):
             raise TypeError(f"dtype must be float32, float16 or bfloat16, not {dtype}")
         self.r = _rank(r)
@@ -153,16 +154,11 @@ class LoRALinear(nn.Module):
             x,
             base.packed,
             base.bias_for(x) if self.lora_bias is None else self._total_bias(),
-            self._factor_for(x, self.lora_A),
-            self._factor_for(x, self.lora_B),
+            self.lora_A,
+            self.lora_B,
             self.scaling,
             self.lora_dropout if self.training else 0.0,
         )
-
-    @staticmethod
-    def _factor_for(x: Tensor, factor: Tensor) -> Tensor:
-        """A or B in a dtype the operator takes: float32, or x's own."""
-        return factor if factor.dtype in (x.dtype, torch.float32) else factor.float()
 
     def enable(self) -> None:
         """Lets the adapter take part (again)."""

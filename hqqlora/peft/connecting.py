@@ -60,6 +60,7 @@ def _with_our_layer(before: Function) -> Function:
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         if not isinstance(base, HQQLinear):
             return before(target, adapter_name, **keywords)
+        base.check_whole()
         config = keywords.pop("lora_config", None)  # what PEFT before 0.19 calls it
         if getattr(keywords.get("config", config), "fan_in_fan_out", False):
             raise ValueError(

@@ -53,8 +53,6 @@ class HQQLoraLinear(Linear):  # type: ignore[misc]
             return y
         base = self.base_layer
         A, B, scaling = self._factors(adapters)
-        if not (A.dtype == B.dtype and A.dtype in (x.dtype, torch.float32)):
-            A, B = A.float(), B.float()
         dropout = self._dropout(adapters[0])
         if adapters[0] in self.lora_variant:
             dora: HQQDoraLayer = self.lora_magnitude_vector[adapters[0]]

@@ -1,0 +1,42 @@
+"""The seed that stands for a dropout mask."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+
+
+def dropout_seed() -> Tensor:
+    """A seed [1], int64, on the CPU, from torch's default generator.
+
+    Under torch.compile it is marked as one to be kept for the backward pass. With an
+    `activation_memory_budget` below 1 the partitioner would otherwise draw it again there,
+    which gave another mask and gradients of another function (torch 2.13 knows only the
+    generators behind its own dropout as random). At a budget of exactly 0 it recomputes all the
+    same, and torch's own dropout too.
+    """
+    if torch.compiler.is_compiling():
+        kept: Tensor = checkpoint(
+            _draw, use_reentrant=False, preserve_rng_state=False, context_fn=_keep_all
+        )
+        return kept
+    return _draw()
+
+
+def _draw() -> Tensor:
+    return torch.randint(2**63 - 1, (1,), device="cpu")
+
+
+def _must_save(*_: Any, **__: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE
+
+
+_keep_all = functools.partial(create_selective_checkpoint_contexts, _must_save)

@@ -1,0 +1,44 @@
+"""Autocast's cast of an input, once for all layers that take it.
+
+q, k and v of an attention, and gate and up of an MLP, are called with the same tensor. Cast by
+each for itself, it would be kept three times, or twice, until the backward pass.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+class _LastCast(threading.local):
+    """The last cast of this thread. Nothing is kept alive: the result lives as long as a layer
+    has saved it, which is just when there is something to share."""
+
+    source: Callable[[], Tensor | None] = staticmethod(lambda: None)
+    result: Callable[[], Tensor | None] = staticmethod(lambda: None)
+    version = -1
+
+
+_last = _LastCast()
+
+
+def cast_input(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x.to(dtype)``, the same tensor as last time where that is still in use and x is still
+    what it was. Gradients flow through it."""
+    if x.dtype == dtype or torch.compiler.is_compiling() or x.is_inference():
+        return x.to(dtype)
+    known = _last.result() if _last.source() is x and _last.version == x._version else None
+    if (
+        known is not None
+        and known.dtype == dtype
+        and known.requires_grad == (x.requires_grad and torch.is_grad_enabled())
+    ):
+        return known
+    result = x.to(dtype)
+    _last.source, _last.result = weakref.ref(x), weakref.ref(result)
+    _last.version = x._version
+    return result
