@@ -10,6 +10,40 @@
 /* Vectors, or rows of W, of a register tile: 6 x 4 or 6 x 2 registers. */
 #define HQQ_TILED_SIDE (HQQ_TILE_REGISTERS / HQQ_TILED_TOKENS)
 
+/* A tile of up to HQQ_TILED_TOKENS rows and HQQ_TILED_SIDE columns, or vectors of them. */
+typedef void (*hqq_tile_fn)(float *sums, int64_t ld_sums, const void *left, int64_t ld_left,
+                            const void *right, int64_t ld_right, int64_t steps, int add);
+
+#define HQQ_TILE(multiply, rows, kind)                                                     \
+    static void tile_##rows##_##kind(float *sums, int64_t ld_sums, const void *left,       \
+                                     int64_t ld_left, const void *right, int64_t ld_right, \
+                                     int64_t steps, int add)                               \
+    {                                                                                      \
+        multiply(sums, ld_sums, left, ld_left, right, ld_right, steps, add, rows,          \
+                 HQQ_TILED_SIDE, kind);                                                    \
+    }
+#define HQQ_TILES(multiply, kind) \
+    HQQ_TILE(multiply, 1, kind)   \
+    HQQ_TILE(multiply, 2, kind)   \
+    HQQ_TILE(multiply, 3, kind)   \
+    HQQ_TILE(multiply, 4, kind) HQQ_TILE(multiply, 5, kind) HQQ_TILE(multiply, 6, kind)
+#define HQQ_TILE_ROW(kind)                                       \
+    {NULL,          tile_1_##kind, tile_2_##kind, tile_3_##kind, \
+     tile_4_##kind, tile_5_##kind, tile_6_##kind}
+
+/* tiles[kind][tokens], made of hqq_multiply_inner or hqq_multiply_outer (multiply_tile.h) */
+#if HQQ_HAS_PAIRS
+#define HQQ_TILE_TABLE(multiply)                                                         \
+    HQQ_TILES(multiply, HQQ_FLOATS)                                                      \
+    HQQ_TILES(multiply, HQQ_PAIRS)                                                       \
+    static const hqq_tile_fn tiles[2][HQQ_TILED_TOKENS + 1] = {HQQ_TILE_ROW(HQQ_FLOATS), \
+                                                               HQQ_TILE_ROW(HQQ_PAIRS)}
+#else
+#define HQQ_TILE_TABLE(multiply)    \
+    HQQ_TILES(multiply, HQQ_FLOATS) \
+    static const hqq_tile_fn tiles[1][HQQ_TILED_TOKENS + 1] = {HQQ_TILE_ROW(HQQ_FLOATS)}
+#endif
+
 /* How many tokens to take next, so that the last tile is about as high as the others. */
 static inline int hqq_tiled_tokens(int64_t left)
 {

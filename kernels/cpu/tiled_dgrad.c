@@ -3,35 +3,17 @@
 
 #include "tiled_block.h"
 
-typedef void (*tile_fn)(float *sums, int64_t ld_sums, const void *dy, int64_t ld_dy,
-                        const void *w, int64_t ld, int64_t steps, int add);
+HQQ_TILE_TABLE(hqq_multiply_outer);
 
-#define TILE(rows, kind)                                                                      \
-    static void tile_##rows##_##kind(float *sums, int64_t ld_sums, const void *dy,            \
-                                     int64_t ld_dy, const void *w, int64_t ld, int64_t steps, \
-                                     int add)                                                 \
-    {                                                                                         \
-        hqq_multiply_outer(sums, ld_sums, dy, ld_dy, w, ld, steps, add, rows, HQQ_TILED_SIDE, \
-                           kind);                                                             \
-    }
-#define TILES(kind) \
-    TILE(1, kind) TILE(2, kind) TILE(3, kind) TILE(4, kind) TILE(5, kind) TILE(6, kind)
-#define ROW(kind)                                                \
-    {NULL,          tile_1_##kind, tile_2_##kind, tile_3_##kind, \
-     tile_4_##kind, tile_5_##kind, tile_6_##kind}
-
-TILES(HQQ_FLOATS)
 #if HQQ_HAS_PAIRS
-TILES(HQQ_PAIRS)
-static const tile_fn tiles[2][HQQ_TILED_TOKENS + 1] = {ROW(HQQ_FLOATS), ROW(HQQ_PAIRS)};
-
 /* out [rows / 2] words a column: the bf16 of row 2 i, and above it that of row 2 i + 1. */
 static void pair_rows(void *out, int64_t ld_out, const uint16_t *in, int64_t ld_in,
                       int64_t rows, int64_t columns)
 {
+    typedef uint16_t lanes __attribute__((vector_size(64)));
     const __m512i first =
-        _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7,
-                         38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+        (__m512i)(lanes){0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                         8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
     const __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
     for (int64_t r = 0; r < rows; r += 2) {
         const uint16_t *even = in + r * ld_in, *odd = even + ld_in;
@@ -44,8 +26,6 @@ static void pair_rows(void *out, int64_t ld_out, const uint16_t *in, int64_t ld_
         }
     }
 }
-#else
-static const tile_fn tiles[1][HQQ_TILED_TOKENS + 1] = {ROW(HQQ_FLOATS)};
 #endif
 
 /* What is decoded next, on its way to the second cache while the tiles multiply: of each set, a
@@ -170,7 +150,7 @@ static void multiply_block(const hqq_tiled_chunk *c, const row_block *b, strips 
     decode_block(c, b);
     for (int64_t m = 0; m < tokens;) {
         int rows = hqq_tiled_tokens(tokens - m);
-        tile_fn tile = tiles[job->pairs][rows];
+        hqq_tile_fn tile = tiles[job->pairs][rows];
         float *sums = c->sums + m * c->ld_sums;
         copy_input(c, b, c->m_begin + m, rows, ld_dy * in_word);
         for (int64_t k = 0; k < c->end - c->begin; k += width) {

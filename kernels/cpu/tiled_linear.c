@@ -3,29 +3,7 @@
 
 #include "tiled_block.h"
 
-typedef void (*tile_fn)(float *sums, int64_t ld_sums, const void *x, const void *w, int64_t ld,
-                        int64_t steps, int add);
-
-#define TILE(rows, kind)                                                                  \
-    static void tile_##rows##_##kind(float *sums, int64_t ld_sums, const void *x,         \
-                                     const void *w, int64_t ld, int64_t steps, int add)   \
-    {                                                                                     \
-        hqq_multiply_inner(sums, ld_sums, x, ld, w, ld, steps, add, rows, HQQ_TILED_SIDE, \
-                           kind);                                                         \
-    }
-#define TILES(kind) \
-    TILE(1, kind) TILE(2, kind) TILE(3, kind) TILE(4, kind) TILE(5, kind) TILE(6, kind)
-#define ROW(kind)                                                \
-    {NULL,          tile_1_##kind, tile_2_##kind, tile_3_##kind, \
-     tile_4_##kind, tile_5_##kind, tile_6_##kind}
-
-TILES(HQQ_FLOATS)
-#if HQQ_HAS_PAIRS
-TILES(HQQ_PAIRS)
-static const tile_fn tiles[2][HQQ_TILED_TOKENS + 1] = {ROW(HQQ_FLOATS), ROW(HQQ_PAIRS)};
-#else
-static const tile_fn tiles[1][HQQ_TILED_TOKENS + 1] = {ROW(HQQ_FLOATS)};
-#endif
+HQQ_TILE_TABLE(hqq_multiply_inner);
 
 static int64_t least(int64_t a, int64_t b)
 {
@@ -81,12 +59,12 @@ static void multiply_sets(const hqq_tiled_chunk *c, const column_block *b, int64
         hqq_clear_terms(c->weights, job, r * b->ld + b->end - b->begin, r * b->ld + b->width);
     for (int64_t m = c->m_begin; m < c->m_end;) {
         int tokens = hqq_tiled_tokens(c->m_end - m);
-        tile_fn tile = tiles[job->pairs][tokens];
+        hqq_tile_fn tile = tiles[job->pairs][tokens];
         float *sums = c->sums + (m - c->m_begin) * c->ld_sums + set - c->begin;
         const void *input = hqq_word(input_of(c, b), (m - c->m_begin) * ld);
         for (int64_t r = 0; r < rows; r += HQQ_TILED_SIDE)
             tile(sums + r / HQQ_TILED_SETS * job->block_sets + r % HQQ_TILED_SETS, c->ld_sums,
-                 input, hqq_word(c->weights, r * ld), ld, b->steps, c->add || b->begin > 0);
+                 input, ld, hqq_word(c->weights, r * ld), ld, b->steps, c->add || b->begin > 0);
         m += tokens;
     }
 }
