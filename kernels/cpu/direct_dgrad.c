@@ -105,6 +105,7 @@ hqq_status hqq_direct_dgrad(void *dx, const void *dy, int64_t lddy, const hqq_we
                                 .M = M,
                                 .dtype = dtype,
                                 .sets = hqq_row_sets_of(&layout),
+                                .pairs = hqq_direct_dgrad_in_pairs(&layout, dtype, isa),
                                 .isa = isa};
     hqq_arena arena = {.base = workspace};
     float *dy_t = take_workspace(&job, &arena);

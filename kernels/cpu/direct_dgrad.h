@@ -32,6 +32,7 @@ typedef struct hqq_direct_dgrad_job {
     int64_t M;
     hqq_dtype dtype;
     hqq_row_sets sets;
+    int pairs; /* multiply in bf16 */
     hqq_isa isa;
 } hqq_direct_dgrad_job;
 

@@ -16,127 +16,20 @@
  *   axis 0: rows of one residue modulo N/G share their scales: within a batch of such rows the
  *           weight is q - zero, and the sum is multiplied by the scales at its end.
  *
- * Napkin, 4 bits, AVX-512: 64 bytes cost 4 loads that widen, 4 shifts, 8 look-ups, 2 tables
- * of 2, and 8 M multiplications: (20 + 8 M) / 2 cycles for 128 weights; 27 G weights/s a
+ * In fp32 with weights in fp32 (add_floats.h), or in pairs of bf16 (add_pairs.h).
+ *
+ * Napkin, 4 bits, AVX-512, fp32: 64 bytes cost 4 loads that widen, 4 shifts, 8 look-ups, 2
+ * tables of 2, and 8 M multiplications: (20 + 8 M) / 2 cycles for 128 weights; 27 G weights/s a
  * thread at M = 1 and 3 GHz, 9 at M = 8. Measured from memory: 16 and 5.
  */
+#include "add_floats.h"
 #include "code_runs.h"
-#include "decode.h"
 #include "direct_dgrad.h"
 #include "direct_tile.h"
-
-#define INLINE HQQ_ALWAYS_INLINE
-
-#if defined(__AVX512F__) || !defined(__x86_64__)
-#define MAX_SUMS 16
-#else
-#define MAX_SUMS 8
+#include "multiply_tile.h"
+#if HQQ_HAS_PAIRS
+#include "add_pairs.h"
 #endif
-#define MAX_TOKENS (MAX_SUMS / 2)
-
-/* Rows of W in a batch, about; packed rows are that over the slots of a word. */
-#define BATCH_ROWS 32
-
-/* A batch of packed rows against a block of columns, at whose first column the pointers are. */
-typedef struct add_block {
-    float *sums; /* [MB, ld] */
-    int64_t ld;
-    const uint8_t *words[BATCH_ROWS];
-    const float *dy[BATCH_ROWS]; /* of slot 0: [MB]; slot j lies dy_slot behind */
-    int64_t dy_slot;
-    int rows;                  /* packed ones */
-    int64_t next;              /* bytes to the words that are wanted after these */
-    const float *zero, *scale; /* axis 1: [rows, per, groups]; axis 0: of each column */
-    int64_t groups;
-    int64_t columns;
-    int64_t group_left; /* axis 1: columns to the end of the first group */
-    int64_t G;
-} add_block;
-
-/* sums[:, k:k + VN vectors] += the batch. g: axis 1, the group. */
-INLINE void add_vectors(const add_block *b, int64_t k, int64_t g, const int nbits,
-                        const int axis, const int MB, const int VN)
-{
-    const int PER = 8 / nbits, BY_TABLE = nbits <= HQQ_TABLE_BITS;
-    hqq_vec acc[16], zero[4];
-    for (int v = 0; v < VN; v++) {
-        if (axis == 0) zero[v] = hqq_vec_load(b->zero + k + v * HQQ_LANES);
-        for (int m = 0; m < MB; m++)
-            acc[m * VN + v] = axis == 0 ? hqq_vec_zero()
-                                        : hqq_vec_load(b->sums + m * b->ld + k + v * HQQ_LANES);
-    }
-    hqq_decoder d = hqq_decoder_of(nbits, BY_TABLE, 0.0f, 1.0f);
-    for (int r = 0; r < b->rows; r++) {
-        const uint8_t *bytes = b->words[r] + k;
-        hqq_ivec words[4];
-        __builtin_prefetch(bytes + b->next);
-#pragma GCC unroll 4
-        for (int v = 0; v < VN; v++) words[v] = hqq_ivec_load_u8(bytes + v * HQQ_LANES);
-#pragma GCC unroll 8
-        for (int j = 0; j < PER; j++) {
-            const float *dy = b->dy[r] + j * b->dy_slot;
-            if (axis == 1) {
-                int64_t at = (r * PER + j) * b->groups + g;
-                d = hqq_decoder_of(nbits, BY_TABLE, b->zero[at], b->scale[at]);
-            }
-            hqq_vec w[4];
-#pragma GCC unroll 4
-            for (int v = 0; v < VN; v++) {
-                w[v] = hqq_decode(&d, BY_TABLE, words[v] >> (8 - nbits * (j + 1)));
-                if (axis == 0) w[v] -= zero[v];
-            }
-#pragma GCC unroll 8
-            for (int m = 0; m < MB; m++) {
-                hqq_vec c = hqq_vec_set1(dy[m]);
-#pragma GCC unroll 4
-                for (int v = 0; v < VN; v++) acc[m * VN + v] += c * w[v];
-            }
-        }
-    }
-    for (int v = 0; v < VN; v++)
-        for (int m = 0; m < MB; m++) {
-            float *sums = b->sums + m * b->ld + k + v * HQQ_LANES;
-            hqq_vec sum = acc[m * VN + v];
-            if (axis == 0)
-                sum = hqq_vec_load(sums) + sum * hqq_vec_load(b->scale + k + v * HQQ_LANES);
-            hqq_vec_store(sums, sum);
-        }
-}
-
-INLINE void add_batch(const add_block *b, const int nbits, const int axis, const int MB)
-{
-    const int VN = MAX_SUMS / MB < 4 ? MAX_SUMS / MB : 4;
-    int64_t end = axis == 1 ? b->group_left : b->columns;
-    for (int64_t k = 0, g = 0; k < b->columns; g++, end += b->G) {
-        int64_t stop = end < b->columns ? end : b->columns;
-        for (; k + VN * HQQ_LANES <= stop; k += VN * HQQ_LANES)
-            add_vectors(b, k, g, nbits, axis, MB, VN);
-        for (; k < stop; k += HQQ_LANES) add_vectors(b, k, g, nbits, axis, MB, 1);
-    }
-}
-
-typedef void (*add_fn)(const add_block *);
-
-#define ADD(nbits, axis, MB)                                    \
-    static void add_##nbits##_##axis##_##MB(const add_block *b) \
-    {                                                           \
-        add_batch(b, nbits, axis, MB);                          \
-    }
-#define ADDS(nbits, MB) ADD(nbits, 0, MB) ADD(nbits, 1, MB)
-#define ALL_ADDS(nbits) ADDS(nbits, 1) ADDS(nbits, 2) ADDS(nbits, 4)
-/* clang-format off */
-ALL_ADDS(8) ALL_ADDS(4) ALL_ADDS(2) ALL_ADDS(1)
-#define PAIR(nbits, MB) {add_##nbits##_0_##MB, add_##nbits##_1_##MB}
-#if MAX_TOKENS == 8
-ADDS(8, 8) ADDS(4, 8) ADDS(2, 8) ADDS(1, 8)
-#define ROW(nbits) {PAIR(nbits, 1), PAIR(nbits, 2), PAIR(nbits, 4), PAIR(nbits, 8)}
-#else
-#define ROW(nbits) {PAIR(nbits, 1), PAIR(nbits, 2), PAIR(nbits, 4)}
-#endif
-
-/* By slots in a word (1, 2, 4, 8), tokens (1, 2, 4, 8) and axis; log2 of both. */
-static const add_fn adds[4][4][2] = {ROW(8), ROW(4), ROW(2), ROW(1)};
-/* clang-format on */
 
 static int log2_of(int power)
 {
@@ -185,6 +78,15 @@ static int64_t gather_batch(const dgrad_chunk *c, add_block *b, int64_t set, int
         b->dy[b->rows] = job->dy_t + p * job->ld_dy + m0;
         if (l->axis == 1) load_group_meta(c, b, p, b->rows);
     }
+#if HQQ_HAS_PAIRS
+    if (job->pairs) {
+        gather_dy_pairs(b, l->per);
+        if (l->axis == 0) {
+            hqq_to_pair_order(c->s.zero, c->columns);
+            hqq_to_pair_order(c->s.scale, c->columns);
+        }
+    }
+#endif
     /* The words of the next batch: axis 1, behind these rows; axis 0, of the next residue. */
     b->next = l->K * (l->axis == 1 ? b->rows : 1);
     return b->rows;
@@ -195,9 +97,13 @@ static void sum_part(const dgrad_chunk *c, int64_t m0, int MB)
 {
     const hqq_direct_dgrad_job *job = c->job;
     const hqq_layout *l = &job->layout;
-    add_fn add = adds[log2_of(l->per)][log2_of(MB)][l->axis];
+    add_fn add = float_adds[log2_of(l->per)][log2_of(MB)][l->axis];
+#if HQQ_HAS_PAIRS
+    if (job->pairs) add = pair_adds[log2_of(l->per)][log2_of(MB)][l->axis];
+#endif
     add_block b = {.sums = c->s.sums,
                    .ld = job->columns,
+                   .tokens = MB,
                    .dy_slot = l->N / l->per * job->ld_dy,
                    .zero = c->s.zero,
                    .scale = c->s.scale,
@@ -212,6 +118,10 @@ static void sum_part(const dgrad_chunk *c, int64_t m0, int MB)
         set += gather_batch(c, &b, set, m0);
         add(&b);
     }
+#if HQQ_HAS_PAIRS
+    for (int m = 0; m < MB && job->pairs; m++)
+        hqq_from_pair_order(c->s.sums + m * job->columns, c->columns);
+#endif
 }
 
 void HQQ_ISA_NAME(hqq_direct_dgrad_aligned)(const hqq_direct_dgrad_job *job, int64_t part,

@@ -77,10 +77,10 @@ hqq_status hqq_direct_linear(void *y, const void *x, int64_t ldx, const hqq_weig
     float *padded =
         hqq_arena_take(&arena, (size_t)(hqq_padded_tokens(M) * job.ldx) * sizeof(float));
     int aligned = hqq_vectors_align(&layout);
-    if (aligned)
-        HQQ_ISA_SELECT(isa, hqq_interleave_tokens)(padded, x, ldx, dtype, M, &layout);
-    else
-        HQQ_ISA_SELECT(isa, hqq_pad_rows)(padded, job.ldx, x, ldx, dtype, M, layout.K);
+    job.pairs = hqq_direct_in_pairs(&layout, dtype, isa);
+    if (aligned) HQQ_ISA_SELECT(isa, hqq_interleave_tokens)
+    (padded, x, ldx, dtype, M, &layout, job.pairs);
+    else HQQ_ISA_SELECT(isa, hqq_pad_rows)(padded, job.ldx, x, ldx, dtype, M, layout.K);
     job.x = padded;
     job.sets_in_chunk = CHUNK_WEIGHTS / (layout.K * layout.per) + 1;
     if (job.sets_in_chunk > MAX_CHUNK_SETS) job.sets_in_chunk = MAX_CHUNK_SETS;

@@ -20,7 +20,7 @@ hqq_status hqq_direct_linear(void *y, const void *x, int64_t ldx, const hqq_weig
 /* What the chunks share. */
 typedef struct hqq_direct_linear_job {
     void *y;
-    const float *x; /* as hqq_pad_rows or hqq_interleave_tokens left it */
+    const void *x; /* as hqq_pad_rows or hqq_interleave_tokens left it */
     int64_t ldx;
     const hqq_weight *weight;
     hqq_layout layout;
@@ -29,6 +29,7 @@ typedef struct hqq_direct_linear_job {
     hqq_dtype dtype; /* of y */
     hqq_row_sets sets;
     int64_t sets_in_chunk;
+    int pairs; /* multiply in bf16 */
     hqq_isa isa;
 } hqq_direct_linear_job;
 
@@ -41,10 +42,11 @@ HQQ_ISA_DECLARE(void, hqq_direct_linear_any,
                 (const hqq_direct_linear_job *job, int64_t set_begin, int64_t set_end,
                  void *scratch));
 
-/* The same for a weight whose vectors align (direct_tile.h); out holds M + 1 rows. */
+/* The same for a weight whose vectors align (direct_tile.h); out holds M + 1 rows, in fp32 or
+ * for pairs in bf16, which x then is. */
 HQQ_ISA_DECLARE(void, hqq_interleave_tokens,
-                (float *out, const void *x, int64_t ldx, hqq_dtype dtype, int64_t M,
-                 const hqq_layout *layout));
+                (void *out, const void *x, int64_t ldx, hqq_dtype dtype, int64_t M,
+                 const hqq_layout *layout, int pairs));
 HQQ_ISA_DECLARE(void, hqq_direct_linear_aligned,
                 (const hqq_direct_linear_job *job, int64_t set_begin, int64_t set_end,
                  void *scratch));
@@ -57,7 +59,8 @@ HQQ_ISA_DECLARE(void, hqq_direct_linear_aligned,
 typedef struct hqq_linear_scratch {
     float *sums;         /* [sets, tokens, per] vectors: at most 16 of 16 lanes a set */
     float *zero, *scale; /* axis 1: [per, groups of the block]; axis 0: [columns] */
-    float *scaled_x;     /* axis 0: [tokens, columns] */
+    float *scaled_x;     /* axis 0: [tokens, columns]; for pairs of bf16 */
+    float *constant;     /* axis 0, pairs: [2, 8 tokens] vectors */
 } hqq_linear_scratch;
 
 static inline hqq_linear_scratch hqq_linear_scratch_take(hqq_arena *arena, int64_t sets)
@@ -67,6 +70,7 @@ static inline hqq_linear_scratch hqq_linear_scratch_take(hqq_arena *arena, int64
     s.zero = hqq_arena_take(arena, HQQ_X_COLUMNS * sizeof(float));
     s.scale = hqq_arena_take(arena, HQQ_X_COLUMNS * sizeof(float));
     s.scaled_x = hqq_arena_take(arena, HQQ_X_BLOCK * sizeof(float));
+    s.constant = hqq_arena_take(arena, 2 * 8 * 16 * sizeof(float));
     return s;
 }
 

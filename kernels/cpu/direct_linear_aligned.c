@@ -13,36 +13,25 @@
  *   axis 0: rows of one residue modulo N/G share their scales, so x is multiplied by them once
  *           for all of these rows; the weight is then q - zero alone.
  *
- * Sums are fp32 products and additions of fp32 weights, whatever x is. bf16 dot products were
- * no faster: on a Sapphire Rapids vdpbf16ps starts every second cycle, the FMA twice a cycle.
+ * Sums are fp32 products and additions of fp32 weights, whatever x is (dot_floats.h); or of
+ * pairs of bf16, rounded weights as for a GEMM in bf16 (dot_pairs.h).
  *
- * x is kept as the loop reads it, [K/lanes, tokens, lanes] for each block of tokens, and taken
- * in blocks of columns that fit the first cache beside the codes.
+ * x is kept as the loop reads it, [K/lanes, tokens, lanes] for each block of tokens (a vector
+ * of bf16 has 32 lanes), and taken in blocks of columns that fit the first cache beside the
+ * codes.
  *
- * Napkin, 4 bits, AVX-512: 16 bytes cost a load that widens, a shift, two look-ups and 2 M
- * multiplications, and a table 3 for 64 weights: (6 + 2 M) / 2 cycles for 32 weights. At
- * 3 GHz that is 24 G weights/s a thread at M = 1 (12 GB/s of codes: memory is the bound), and
- * 8.7 at M = 8. Measured in cache: 22 and 6.9; from memory 16 and 6.
+ * Napkin, 4 bits, AVX-512, fp32: 16 bytes cost a load that widens, a shift, two look-ups and 2
+ * M multiplications, and a table 3 for 64 weights: (6 + 2 M) / 2 cycles for 32 weights. At 3
+ * GHz that is 24 G weights/s a thread at M = 1 (12 GB/s of codes: memory is the bound), and 8.7
+ * at M = 8. Measured in cache: 22 and 6.9; from memory 16 and 6.
  */
 #include "code_runs.h"
-#include "decode.h"
 #include "direct_linear.h"
 #include "direct_tile.h"
-
-#define INLINE HQQ_ALWAYS_INLINE
-
-/* gcc would rather load a vector again for each use, and run out of load ports. */
-#if defined(__AVX512F__)
-#define HQQ_KEEP_IN_REGISTER(v) __asm__("" : "+v"(v))
-#else
-#define HQQ_KEEP_IN_REGISTER(v) (void)(v)
-#endif
-
-/* Sums that fit the registers beside the weights and tables. */
-#if defined(__AVX512F__) || !defined(__x86_64__)
-#define MAX_SUMS 16
-#else
-#define MAX_SUMS 8
+#include "dot_floats.h"
+#include "multiply_tile.h"
+#if HQQ_HAS_PAIRS
+#include "dot_pairs.h"
 #endif
 
 static int max_tokens(const hqq_layout *l)
@@ -50,133 +39,41 @@ static int max_tokens(const hqq_layout *l)
     return MAX_SUMS / l->per;
 }
 
-void HQQ_ISA_NAME(hqq_interleave_tokens)(float *out, const void *x, int64_t ldx,
-                                         hqq_dtype dtype, int64_t M, const hqq_layout *layout)
+/* One token of a block of MB: x [K], or zeros for NULL. */
+static void interleave_floats(float *out, const void *x, hqq_dtype dtype, int64_t i, int64_t K,
+                              int MB)
+{
+    for (int64_t k = 0; k < K; k += HQQ_LANES)
+        hqq_vec_store(out + k * MB, x ? hqq_vec_load_dtype(x, dtype, i + k) : hqq_vec_zero());
+}
+
+static void interleave_pairs(uint16_t *out, const uint16_t *x, int64_t K, int MB)
+{
+    for (int64_t k = 0; k < K; k += 32) {
+        if (x)
+            memcpy(out + k * MB, x + k, 64);
+        else
+            memset(out + k * MB, 0, 64);
+    }
+}
+
+void HQQ_ISA_NAME(hqq_interleave_tokens)(void *out, const void *x, int64_t ldx, hqq_dtype dtype,
+                                         int64_t M, const hqq_layout *layout, int pairs)
 {
     int64_t K = layout->K;
     for (int64_t m0 = 0; m0 < M;) {
         int MB = hqq_tokens_at_once(M - m0, max_tokens(layout));
-        float *block = out + m0 * K;
-        for (int m = 0; m < MB; m++, m0++)
-            for (int64_t k = 0; k < K; k += HQQ_LANES) {
-                hqq_vec v =
-                    m0 < M ? hqq_vec_load_dtype(x, dtype, m0 * ldx + k) : hqq_vec_zero();
-                hqq_vec_store(block + k * MB + m * HQQ_LANES, v);
-            }
-    }
-}
-
-/* One packed row against a block of x. Pointers are at the block's first column. */
-typedef struct dot_block {
-    const uint8_t *words;
-    int64_t next; /* bytes to the words that are wanted after these */
-    const float *x;
-    const float *zero, *scale; /* axis 1: [per, stride] of the block's groups; axis 0: zero of
-                                  each column */
-    int64_t stride;
-    int64_t columns;
-    int64_t group_left; /* axis 1: columns to the end of the first group */
-    int64_t G;
-} dot_block;
-
-/* acc[m * PER + j] += the weight of slot j * x[m], for a vector of columns. */
-INLINE void dot_vector(hqq_vec *acc, const dot_block *b, int64_t k, const hqq_decoder *decoders,
-                       const int nbits, const int axis, const int MB)
-{
-    const int PER = 8 / nbits;
-    hqq_ivec words = hqq_ivec_load_u8(b->words + k);
-    hqq_vec x[8];
-#pragma GCC unroll 8
-    for (int m = 0; m < MB; m++) {
-        x[m] = hqq_vec_load(b->x + k * MB + m * HQQ_LANES);
-        HQQ_KEEP_IN_REGISTER(x[m]);
-    }
-#pragma GCC unroll 8
-    for (int j = 0; j < PER; j++) {
-        hqq_vec w = hqq_decode(&decoders[axis == 1 ? j : 0], nbits <= HQQ_TABLE_BITS,
-                               words >> (8 - nbits * (j + 1)));
-        if (axis == 0) w -= hqq_vec_load(b->zero + k);
-#pragma GCC unroll 8
-        for (int m = 0; m < MB; m++) acc[m * PER + j] += w * x[m];
-    }
-}
-
-/* Columns [k, end), end - k a multiple of 16, in UNROLL independent sets of sums. */
-INLINE void dot_columns(hqq_vec *acc, const dot_block *b, int64_t k, int64_t end,
-                        const hqq_decoder *decoders, const int nbits, const int axis,
-                        const int MB, const int UNROLL)
-{
-    const int SUMS = MB * 8 / nbits;
-    for (; k + UNROLL * HQQ_LANES <= end; k += UNROLL * HQQ_LANES) {
-        if (UNROLL > 1 || k % 64 == 0) __builtin_prefetch(b->words + k + b->next);
-#pragma GCC unroll 4
-        for (int u = 0; u < UNROLL; u++)
-            dot_vector(acc + u * SUMS, b, k + u * HQQ_LANES, decoders, nbits, axis, MB);
-    }
-    for (; k < end; k += HQQ_LANES) dot_vector(acc, b, k, decoders, nbits, axis, MB);
-}
-
-/* sums[m * PER + j] += the products of the block; lanes are summed at the very end. */
-INLINE void dot_packed_row(hqq_vec *sums, const dot_block *b, const int nbits, const int axis,
-                           const int MB)
-{
-    const int PER = 8 / nbits, SUMS = MB * PER;
-    /* at least eight chains of additions, to hide their latency */
-    const int UNROLL = SUMS >= 8 ? 1 : SUMS >= 4 ? 2 : 4;
-    hqq_vec acc[16] = {{0}};
-    hqq_decoder decoders[8];
-    if (axis == 0) {
-        decoders[0] = hqq_decoder_of(nbits, nbits <= HQQ_TABLE_BITS, 0.0f, 1.0f);
-        dot_columns(acc, b, 0, b->columns, decoders, nbits, axis, MB, UNROLL);
-    } else {
-        int64_t end = b->group_left;
-        for (int64_t k = 0, g = 0; k < b->columns; g++, k = end, end += b->G) {
-#pragma GCC unroll 8
-            for (int j = 0; j < PER; j++)
-                decoders[j] =
-                    hqq_decoder_of(nbits, nbits <= HQQ_TABLE_BITS, b->zero[j * b->stride + g],
-                                   b->scale[j * b->stride + g]);
-            dot_columns(acc, b, k, end < b->columns ? end : b->columns, decoders, nbits, axis,
-                        MB, UNROLL);
+        int64_t block = m0 * K;
+        for (int m = 0; m < MB; m++, m0++) {
+            if (pairs)
+                interleave_pairs((uint16_t *)out + block + m * 32,
+                                 m0 < M ? (const uint16_t *)x + m0 * ldx : NULL, K, MB);
+            else
+                interleave_floats((float *)out + block + m * HQQ_LANES, m0 < M ? x : NULL,
+                                  dtype, m0 * ldx, K, MB);
         }
     }
-#pragma GCC unroll 16
-    for (int i = 0; i < SUMS; i++) {
-        hqq_vec sum = sums[i] + acc[i];
-        for (int u = 1; u < UNROLL; u++) sum += acc[u * SUMS + i];
-        sums[i] = sum;
-    }
 }
-
-typedef void (*dot_fn)(hqq_vec *, const dot_block *);
-
-#define DOT(nbits, axis, MB)                                                   \
-    static void dot_##nbits##_##axis##_##MB(hqq_vec *sums, const dot_block *b) \
-    {                                                                          \
-        dot_packed_row(sums, b, nbits, axis, MB);                              \
-    }
-#define DOTS(nbits, MB) DOT(nbits, 0, MB) DOT(nbits, 1, MB)
-/* clang-format off */
-DOTS(8, 1) DOTS(8, 2) DOTS(8, 4) DOTS(8, 8)
-DOTS(4, 1) DOTS(4, 2) DOTS(4, 4)
-DOTS(2, 1) DOTS(2, 2)
-DOTS(1, 1)
-#define PAIR(nbits, MB) {dot_##nbits##_0_##MB, dot_##nbits##_1_##MB}
-#if MAX_SUMS == 16
-DOTS(4, 8) DOTS(2, 4) DOTS(1, 2)
-#define WIDEST PAIR
-#else
-#define WIDEST(nbits, MB) {NULL, NULL}
-#endif
-
-/* By slots in a word (1, 2, 4, 8), tokens (1, 2, 4, 8) and axis; log2 of both. */
-static const dot_fn dots[4][4][2] = {
-    {PAIR(8, 1), PAIR(8, 2), PAIR(8, 4), PAIR(8, 8)},
-    {PAIR(4, 1), PAIR(4, 2), PAIR(4, 4), WIDEST(4, 8)},
-    {PAIR(2, 1), PAIR(2, 2), WIDEST(2, 4)},
-    {PAIR(1, 1), WIDEST(1, 2)},
-};
-/* clang-format on */
 
 static int log2_of(int power)
 {
@@ -202,18 +99,51 @@ static void load_group_meta(const linear_chunk *c, int64_t p, int64_t g0, int64_
     }
 }
 
+#if HQQ_HAS_PAIRS
+/* Axis 0: x times the scales, rounded to bf16; and of each token, -sum of that times zero, in
+ * the lanes in which the codes' products are summed. It comes in two: what zeros are in bf16,
+ * from which codes are subtracted exactly, and what is left of them. In one, a lone weight
+ * whose code is close to its zero would be off. */
+static void scale_pairs(const hqq_linear_scratch *s, const uint16_t *x, int MB, int64_t columns)
+{
+    hqq_vec *first = (hqq_vec *)s->constant, *rest = first + 8;
+    for (int i = 0; i < 16; i++) first[i] = hqq_vec_zero();
+    for (int64_t k = 0; k < columns; k += 32) {
+        hqq_vec scale[2] = {hqq_vec_load(s->scale + k), hqq_vec_load(s->scale + k + 16)};
+        hqq_vec zero[2] = {-hqq_vec_load(s->zero + k), -hqq_vec_load(s->zero + k + 16)};
+        __m512i zeros[3]; /* fp32 is the sum of three bf16 */
+        for (int part = 0; part < 3; part++) zeros[part] = hqq_take_pairs(zero);
+        for (int m = 0; m < MB; m++) {
+            int64_t at = k * MB + m * 32;
+            __m512i scaled = hqq_round_to_pairs(hqq_vec_load_bf16(x + at) * scale[0],
+                                                hqq_vec_load_bf16(x + at + 16) * scale[1]);
+            _mm512_storeu_si512((uint16_t *)s->scaled_x + at, scaled);
+            first[m] = hqq_dot_pairs(first[m], scaled, zeros[0]);
+            rest[m] = hqq_dot_pairs(rest[m], scaled, zeros[1]);
+            rest[m] = hqq_dot_pairs(rest[m], scaled, zeros[2]);
+        }
+    }
+}
+#endif
+
 /* Axis 0: the zeros of residue r at the block's columns, and x times its scales. */
-static void load_residue(const linear_chunk *c, int64_t r, const float *x, int MB, int64_t k0,
+static void load_residue(const linear_chunk *c, int64_t r, const void *x, int MB, int64_t k0,
                          int64_t columns)
 {
     const hqq_weight *w = c->job->weight;
     int64_t at = r * c->job->layout.K + k0;
     hqq_load_floats(c->s.zero, w->zero, w->meta_dtype, at, columns);
     hqq_load_floats(c->s.scale, w->scale, w->meta_dtype, at, columns);
+    if (c->job->pairs) {
+#if HQQ_HAS_PAIRS
+        scale_pairs(&c->s, x, MB, columns);
+#endif
+        return;
+    }
     for (int64_t k = 0; k < columns; k += HQQ_LANES) {
         hqq_vec scale = hqq_vec_load(c->s.scale + k);
         for (int64_t i = k * MB; i < (k + HQQ_LANES) * MB; i += HQQ_LANES)
-            hqq_vec_store(c->s.scaled_x + i, hqq_vec_load(x + i) * scale);
+            hqq_vec_store(c->s.scaled_x + i, hqq_vec_load((const float *)x + i) * scale);
     }
 }
 
@@ -222,10 +152,15 @@ static void dot_sets(const linear_chunk *c, int64_t m0, int MB, int64_t k0, int6
 {
     const hqq_direct_linear_job *job = c->job;
     const hqq_layout *l = &job->layout;
-    dot_fn dot = dots[log2_of(l->per)][log2_of(MB)][l->axis];
-    const float *x = job->x + m0 * l->K + k0 * MB;
-    dot_block b = {.next = l->K,
+    dot_fn dot = float_dots[log2_of(l->per)][log2_of(MB)][l->axis];
+#if HQQ_HAS_PAIRS
+    if (job->pairs) dot = pair_dots[log2_of(l->per)][log2_of(MB)][l->axis];
+#endif
+    const void *x =
+        (const char *)job->x + (m0 * l->K + k0 * MB) * (job->pairs ? 2 : (int)sizeof(float));
+    dot_block b = {.next = l->K * job->sets.step,
                    .x = x,
+                   .constant = (const hqq_vec *)c->s.constant,
                    .zero = c->s.zero,
                    .scale = c->s.scale,
                    .columns = columns,

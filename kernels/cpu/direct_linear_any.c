@@ -97,7 +97,7 @@ static void linear_tile(const hqq_direct_linear_job *job, const int64_t *rows, i
             (row, 0, HQQ_F32, job->weight, rows[t], 1, 1, k, k + columns);
             for (int64_t i = columns; i < width; i++) row[i] = 0.0f;
         }
-        dot_tile(sums, job->x + k, job->ldx, M, tile, count, width);
+        dot_tile(sums, (const float *)job->x + k, job->ldx, M, tile, count, width);
     }
     store_columns(job, sums, rows, count);
 }

@@ -4,6 +4,7 @@
 #ifndef HQQ_KERNELS_CPU_DIRECT_TILE_H
 #define HQQ_KERNELS_CPU_DIRECT_TILE_H
 
+#include "isa.h"
 #include "row_sets.h"
 #include "workspace.h"
 
@@ -27,6 +28,22 @@ static inline int hqq_vectors_align(const hqq_layout *l)
 {
     return hqq_rows_align(l) && hqq_groups_align(l) && l->K % 16 == 0 &&
            (l->axis == 0 || l->G % 16 == 0);
+}
+
+/* Whether they multiply pairs of bf16 (pairs.h), for which vectors have 32 columns. With AMX
+ * came processors that start vdpbf16ps every second cycle and the FMA twice a cycle: where W is
+ * decoded vector by vector it was no faster there. */
+static inline int hqq_direct_in_pairs(const hqq_layout *l, hqq_dtype dtype, hqq_isa isa)
+{
+    return dtype == HQQ_BF16 && isa == HQQ_ISA_AVX512_BF16 && !hqq_has_amx_bf16() &&
+           hqq_vectors_align(l) && l->K % 32 == 0 && (l->axis == 0 || l->G % 32 == 0);
+}
+
+/* The same for dgrad, which takes two rows and 64 columns at a time. */
+static inline int hqq_direct_dgrad_in_pairs(const hqq_layout *l, hqq_dtype dtype, hqq_isa isa)
+{
+    return hqq_direct_in_pairs(l, dtype, isa) && l->nbits <= 4 && l->K % 64 == 0 &&
+           (l->axis == 0 || l->G % 64 == 0);
 }
 
 /* A tile takes whole sets until it has 8 rows or more: up to 10 (3 bits); 12 rounds that to

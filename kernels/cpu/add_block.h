@@ -1,0 +1,43 @@
+/* Between the driver of the direct input gradient and its inner loops. */
+#ifndef HQQ_KERNELS_CPU_ADD_BLOCK_H
+#define HQQ_KERNELS_CPU_ADD_BLOCK_H
+
+#include "simd.h"
+
+#if defined(__AVX512F__) || !defined(__x86_64__)
+#define MAX_SUMS 16
+#else
+#define MAX_SUMS 8
+#endif
+#define MAX_TOKENS (MAX_SUMS / 2)
+
+/* Rows of W in a batch, about; packed rows are that over the slots of a word. */
+#define BATCH_ROWS 32
+
+/* A batch of packed rows against a block of columns, at whose first column the pointers are. */
+typedef struct add_block {
+    float *sums; /* [tokens, ld] */
+    int64_t ld;
+    int tokens; /* MB */
+    const uint8_t *words[BATCH_ROWS];
+    const float *dy[BATCH_ROWS]; /* of slot 0: [MB]; slot j lies dy_slot behind */
+    int64_t dy_slot;
+    uint32_t dy_pairs[BATCH_ROWS / 2 * 8]; /* pairs: [two rows, per, MB], the first row low */
+    float dy_sums[8];                      /* pairs, axis 0: of all rows and slots */
+    int rows;                              /* packed ones */
+    int64_t next;                          /* bytes to the words that are wanted after these */
+    const float *zero, *scale; /* axis 1: [rows, per, groups]; axis 0: of each column */
+    int64_t groups;
+    int64_t columns;
+    int64_t group_left; /* axis 1: columns to the end of the first group */
+    int64_t G;
+} add_block;
+
+/* sums += the batch. */
+typedef void (*add_fn)(const add_block *);
+
+/* By slots in a word (1, 2, 4, 8), tokens (1, 2, 4, 8) and axis; log2 of both. Those whose sums
+ * would not fit the registers are NULL. */
+typedef const add_fn add_table[4][4][2];
+
+#endif

@@ -1,0 +1,112 @@
+/* The inner loops of the direct forward product in fp32 (direct_linear_aligned.c). */
+#ifndef HQQ_KERNELS_CPU_DOT_FLOATS_H
+#define HQQ_KERNELS_CPU_DOT_FLOATS_H
+
+#include "decode.h"
+#include "dot_block.h"
+
+/* gcc would rather load a vector again for each use, and run out of load ports. */
+#if defined(__AVX512F__) && !defined(HQQ_EMULATED_AVX512)
+#define HQQ_KEEP_IN_REGISTER(v) __asm__("" : "+v"(v))
+#else
+#define HQQ_KEEP_IN_REGISTER(v) (void)(v)
+#endif
+
+/* acc[m * PER + j] += the weight of slot j * x[m], for a vector of columns. */
+HQQ_ALWAYS_INLINE void dot_vector(hqq_vec *acc, const dot_block *b, int64_t k,
+                                  const hqq_decoder *decoders, const int nbits, const int axis,
+                                  const int MB)
+{
+    const int PER = 8 / nbits;
+    hqq_ivec words = hqq_ivec_load_u8(b->words + k);
+    hqq_vec x[8];
+#pragma GCC unroll 8
+    for (int m = 0; m < MB; m++) {
+        x[m] = hqq_vec_load((const float *)b->x + k * MB + m * HQQ_LANES);
+        HQQ_KEEP_IN_REGISTER(x[m]);
+    }
+#pragma GCC unroll 8
+    for (int j = 0; j < PER; j++) {
+        hqq_vec w = hqq_decode(&decoders[axis == 1 ? j : 0], nbits <= HQQ_TABLE_BITS,
+                               words >> (8 - nbits * (j + 1)));
+        if (axis == 0) w -= hqq_vec_load(b->zero + k);
+#pragma GCC unroll 8
+        for (int m = 0; m < MB; m++) acc[m * PER + j] += w * x[m];
+    }
+}
+
+/* Columns [k, end), end - k a multiple of 16, in UNROLL independent sets of sums. */
+HQQ_ALWAYS_INLINE void dot_columns(hqq_vec *acc, const dot_block *b, int64_t k, int64_t end,
+                                   const hqq_decoder *decoders, const int nbits, const int axis,
+                                   const int MB, const int UNROLL)
+{
+    const int SUMS = MB * 8 / nbits;
+    for (; k + UNROLL * HQQ_LANES <= end; k += UNROLL * HQQ_LANES) {
+        if (UNROLL > 1 || k % 64 == 0) __builtin_prefetch(b->words + k + b->next);
+#pragma GCC unroll 4
+        for (int u = 0; u < UNROLL; u++)
+            dot_vector(acc + u * SUMS, b, k + u * HQQ_LANES, decoders, nbits, axis, MB);
+    }
+    for (; k < end; k += HQQ_LANES) dot_vector(acc, b, k, decoders, nbits, axis, MB);
+}
+
+/* sums[m * PER + j] += the products of the block; lanes are summed at the very end. */
+HQQ_ALWAYS_INLINE void dot_packed_row(hqq_vec *sums, const dot_block *b, const int nbits,
+                                      const int axis, const int MB)
+{
+    const int PER = 8 / nbits, SUMS = MB * PER;
+    /* at least eight chains of additions, to hide their latency */
+    const int UNROLL = SUMS >= 8 ? 1 : SUMS >= 4 ? 2 : 4;
+    hqq_vec acc[16] = {{0}};
+    hqq_decoder decoders[8];
+    if (axis == 0) {
+        decoders[0] = hqq_decoder_of(nbits, nbits <= HQQ_TABLE_BITS, 0.0f, 1.0f);
+        dot_columns(acc, b, 0, b->columns, decoders, nbits, axis, MB, UNROLL);
+    } else {
+        int64_t end = b->group_left;
+        for (int64_t k = 0, g = 0; k < b->columns; g++, k = end, end += b->G) {
+#pragma GCC unroll 8
+            for (int j = 0; j < PER; j++)
+                decoders[j] =
+                    hqq_decoder_of(nbits, nbits <= HQQ_TABLE_BITS, b->zero[j * b->stride + g],
+                                   b->scale[j * b->stride + g]);
+            dot_columns(acc, b, k, end < b->columns ? end : b->columns, decoders, nbits, axis,
+                        MB, UNROLL);
+        }
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < SUMS; i++) {
+        hqq_vec sum = sums[i] + acc[i];
+        for (int u = 1; u < UNROLL; u++) sum += acc[u * SUMS + i];
+        sums[i] = sum;
+    }
+}
+
+#define DOT(nbits, axis, MB)                                                   \
+    static void dot_##nbits##_##axis##_##MB(hqq_vec *sums, const dot_block *b) \
+    {                                                                          \
+        dot_packed_row(sums, b, nbits, axis, MB);                              \
+    }
+#define DOTS(nbits, MB) DOT(nbits, 0, MB) DOT(nbits, 1, MB)
+/* clang-format off */
+DOTS(8, 1) DOTS(8, 2) DOTS(8, 4) DOTS(8, 8)
+DOTS(4, 1) DOTS(4, 2) DOTS(4, 4)
+DOTS(2, 1) DOTS(2, 2)
+DOTS(1, 1)
+#define PAIR(nbits, MB) {dot_##nbits##_0_##MB, dot_##nbits##_1_##MB}
+#if MAX_SUMS == 16
+DOTS(4, 8) DOTS(2, 4) DOTS(1, 2)
+#define WIDEST PAIR
+#else
+#define WIDEST(nbits, MB) {NULL, NULL}
+#endif
+
+static dot_table float_dots = {
+    {PAIR(8, 1), PAIR(8, 2), PAIR(8, 4), PAIR(8, 8)},
+    {PAIR(4, 1), PAIR(4, 2), PAIR(4, 4), WIDEST(4, 8)},
+    {PAIR(2, 1), PAIR(2, 2), WIDEST(2, 4)},
+    {PAIR(1, 1), WIDEST(1, 2)},
+};
+/* clang-format on */
+
+#endif
