@@ -16,6 +16,9 @@ static hqq_isa best_isa(void)
                  __builtin_cpu_supports("avx512vl");
     int bf16 =
         avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
+#if defined(HQQLORA_EMULATE_AVX512) /* tests/avx512_on_avx2 */
+    bf16 = avx2;
+#endif
     return bf16     ? HQQ_ISA_AVX512_BF16
            : avx512 ? HQQ_ISA_AVX512
            : avx2   ? HQQ_ISA_AVX2
@@ -34,7 +37,7 @@ hqq_isa hqq_isa_in_use(const hqq_context *context)
 
 int hqq_has_amx_bf16(void)
 {
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(HQQLORA_EMULATE_AVX512)
     unsigned a, b, c, d;
     return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1) && (d >> 24 & 1);
 #else
