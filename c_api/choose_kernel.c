@@ -1,5 +1,6 @@
 /*
- * Which kernel serves which shape: the one place.
+ * Which kernel serves which shape: the one place. benchmarks/tune.py measures the table's row
+ * for the machine it runs on.
  *
  *   direct    reads each code once a few tokens: its time grows with M from the start
  *   tiled     decodes a block once for all tokens, and multiplies at the rate of its tiles
@@ -11,7 +12,9 @@
  *   AVX-512 BF16   a Zen 4: in bf16 tiled and blocked are even at 64 tokens forward (0.95 of
  *                  torch's dense product); in dgrad tiled was ahead at 128 (1.06 against 0.99)
  *                  and is even with the dense product at 512. In fp32 tiled is 1.1 times the
- *                  dense product at 512, and in fp16 four times
+ *                  dense product at 512, and in fp16 four times. Measured before direct
+ *                  multiplied in pairs of bf16 and before groups were decoded together: to be
+ *                  measured again
  *   with AMX       a Xeon: torch's bf16 GEMM is three to four times as fast as without it, and
  *                  direct was ahead up to 20 tokens. fp16 and fp32 do not profit from AMX
  *   AVX-512        no instructions for bf16, so as fp32
