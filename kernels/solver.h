@@ -13,6 +13,7 @@
  *     hqq_lane hqq_lane_select(mask, a, b)               mask ? a : b
  *     int      hqq_lane_any(mask)
  *     hqq_lane hqq_lane_round_to(a, hqq_dtype)           through a storage type and back
+ *     HQQ_LANE_RINT(a)    where an instruction rounds, half to even (the sign of 0 is free)
  * and compiles without contraction (-ffp-contract=off, nvcc -fmad=false): hqq's arithmetic has
  * no fused multiply-add, and so every processor computes the same bits.
  */
@@ -33,11 +34,21 @@ HQQ_INLINE hqq_lane hqq_rint(hqq_lane t)
     return hqq_lane_select(hqq_lane_abs(t) <= 4194304.0f, hqq_rint_small(t), t);
 }
 
-/* The code nearest to position t; clipping first gives the same as clipping last. */
-HQQ_INLINE hqq_lane hqq_nearest_code(hqq_lane t, float levels)
+#ifndef HQQ_LANE_RINT
+#define HQQ_LANE_RINT(t) hqq_rint_small(t)
+#endif
+
+/* Clipping before rounding gives the same as clipping last. */
+HQQ_INLINE hqq_lane hqq_clip_to_codes(hqq_lane t, float levels)
 {
     t = hqq_lane_max(t, hqq_lane_set(0.0f));
-    return hqq_rint_small(hqq_lane_min(t, hqq_lane_set(levels)));
+    return hqq_lane_min(t, hqq_lane_set(levels));
+}
+
+/* The code nearest to position t. */
+HQQ_INLINE hqq_lane hqq_nearest_code(hqq_lane t, float levels)
+{
+    return HQQ_LANE_RINT(hqq_clip_to_codes(t, levels));
 }
 
 /* ---- storage ---------------------------------------------------------------------------- */
@@ -177,6 +188,21 @@ HQQ_INLINE hqq_candidate hqq_candidate_at(int i, int j, float levels)
 HQQ_INLINE hqq_lane hqq_cubed_error(hqq_lane t, float levels)
 {
     hqq_lane e = t - hqq_nearest_code(t, levels);
+    return e * e * hqq_lane_abs(e);
+}
+
+/* Whether a candidate may leave the codes by half a step or more. Its ends are 0.45 * slope
+ * outside at most, 0.479 for 15 levels and less for more: then rounding alone finds the code.
+ */
+HQQ_INLINE int hqq_search_clips(float levels)
+{
+    return levels < 15.0f;
+}
+
+/* hqq_cubed_error, to the bit, where the search does not clip: a fifth less work. */
+HQQ_INLINE hqq_lane hqq_cubed_error_inside(hqq_lane t)
+{
+    hqq_lane e = t - HQQ_LANE_RINT(t);
     return e * e * hqq_lane_abs(e);
 }
 

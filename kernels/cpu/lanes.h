@@ -43,6 +43,29 @@ static inline hqq_lane hqq_lane_max(hqq_lane a, hqq_lane b)
 #endif
 }
 
+/* One instruction in place of two; they are not slower anywhere. */
+#if defined(__AVX512F__)
+#define HQQ_LANE_RINT(a) \
+    ((hqq_lane)_mm512_roundscale_ps((__m512)(a), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC))
+#elif defined(__AVX2__)
+#define HQQ_LANE_RINT(a) \
+    ((hqq_lane)_mm256_round_ps((__m256)(a), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC))
+#endif
+
+/* Half to even, for 0 <= a <= 2^22. */
+static inline hqq_uvec hqq_lane_to_code(hqq_lane a)
+{
+#if defined(__AVX512F__)
+    return (hqq_uvec)_mm512_cvtps_epi32((__m512)a);
+#elif defined(__AVX2__)
+    return (hqq_uvec)_mm256_cvtps_epi32((__m256)a);
+#elif defined(__SSE2__)
+    return (hqq_uvec)_mm_cvtps_epi32((__m128)a);
+#else
+    return (hqq_uvec)(a + 8388608.0f) - 0x4b000000u; /* 2^23 and its bits */
+#endif
+}
+
 static inline hqq_lane hqq_lane_abs(hqq_lane a)
 {
     return (hqq_lane)((hqq_ivec)a & 0x7fffffff);

@@ -21,18 +21,23 @@ typedef struct finite_check {
     atomic_int_least64_t first_bad; /* `elements`: none */
 } finite_check;
 
+/* Without a sign, the bits of numbers are in their order, and infinity and NaN above them all.
+ * The largest is an instruction of its own for signed 16 bits on every processor. */
 static int any_non_finite(const void *W, hqq_dtype dtype, int64_t begin, int64_t end)
 {
-    uint32_t bad = 0;
     if (dtype == HQQ_F32) {
-        const uint32_t *w = W;
-        for (int64_t e = begin; e < end; e++) bad |= (w[e] & 0x7f800000u) == 0x7f800000u;
-    } else {
-        const uint16_t *w = W;
-        uint16_t exponent = dtype == HQQ_F16 ? 0x7c00 : 0x7f80;
-        for (int64_t e = begin; e < end; e++) bad |= (w[e] & exponent) == exponent;
+        const int32_t *w = W;
+        int32_t bad = 0;
+        for (int64_t e = begin; e < end; e++) bad |= (w[e] & 0x7fffffff) > 0x7f7fffff;
+        return bad;
     }
-    return bad != 0;
+    const int16_t *w = W;
+    int16_t largest = 0;
+    for (int64_t e = begin; e < end; e++) {
+        int16_t size = w[e] & 0x7fff;
+        largest = size > largest ? size : largest;
+    }
+    return largest >= (dtype == HQQ_F16 ? 0x7c00 : 0x7f80);
 }
 
 static hqq_status check_chunk(int64_t chunk, void *scratch, void *data)

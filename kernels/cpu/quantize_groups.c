@@ -12,10 +12,11 @@
  * steps is 4 KB and never leaves L1; memory moves 4 bytes a weight once more than needed (the
  * check for NaN), 2 GB/s of what a core can do.
  */
-#include "quantize_tile.h"
+#include "quantize_store.h"
 
 /* The candidates (i, 0) to (i, 3) of the range search in one pass. */
-static void search_row(hqq_tile *t, int i, float levels, hqq_lane *best, hqq_fit *fit)
+HQQ_ALWAYS_INLINE void search_row(hqq_tile *t, int i, float levels, int clips, hqq_lane *best,
+                                  hqq_fit *fit)
 {
     hqq_lane zero = hqq_lane_set(0.0f);
     hqq_lane sum[HQQ_SEARCH], total[HQQ_SEARCH], slope[HQQ_SEARCH];
@@ -26,7 +27,8 @@ static void search_row(hqq_tile *t, int i, float levels, hqq_lane *best, hqq_fit
     hqq_lane low = hqq_lane_set(hqq_candidate_at(i, 0, levels).low);
     HQQ_TILE_PASS(
         t, w -= low;
-        for (int j = 0; j < HQQ_SEARCH; j++) sum[j] += hqq_cubed_error(w * slope[j], levels),
+        for (int j = 0; j < HQQ_SEARCH; j++) sum[j] +=
+        clips ? hqq_cubed_error(w * slope[j], levels) : hqq_cubed_error_inside(w * slope[j]),
         for (int j = 0; j < HQQ_SEARCH; j++) {
             total[j] += sum[j];
             sum[j] = zero;
@@ -44,7 +46,10 @@ static hqq_fit search_range(hqq_tile *t, float levels)
 {
     hqq_lane best = hqq_lane_set(INFINITY);
     hqq_fit fit = {hqq_lane_set(1.0f), hqq_lane_set(0.0f)};
-    for (int i = 0; i < HQQ_SEARCH; i++) search_row(t, i, levels, &best, &fit);
+    if (hqq_search_clips(levels))
+        for (int i = 0; i < HQQ_SEARCH; i++) search_row(t, i, levels, 1, &best, &fit);
+    else
+        for (int i = 0; i < HQQ_SEARCH; i++) search_row(t, i, levels, 0, &best, &fit);
     return fit;
 }
 

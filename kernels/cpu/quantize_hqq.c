@@ -9,7 +9,7 @@
  * division and the sum of errors are there for the stop and fall away without it.
  */
 #include "mean_order.h"
-#include "quantize_tile.h"
+#include "quantize_store.h"
 
 typedef struct mean_sums {
     hqq_lane level[HQQ_MEAN_LEVELS][HQQ_MEAN_WIDEST];

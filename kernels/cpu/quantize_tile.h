@@ -1,8 +1,8 @@
 /*
  * A tile: up to HQQ_LANES neighbouring groups, one a lane, step i of it holding element i of
  * each. Loading transposes at axis 1, where a group is contiguous, and is a plain copy at
- * axis 0, where the groups are; storing puts the codes straight into their words. Nothing else
- * in the quantizer knows of axes.
+ * axis 0, where the groups are; quantize_store.h does the opposite. Nothing else in the
+ * quantizer knows of axes.
  */
 #ifndef HQQ_KERNELS_CPU_QUANTIZE_TILE_H
 #define HQQ_KERNELS_CPU_QUANTIZE_TILE_H
@@ -44,16 +44,20 @@ static inline void hqq_tile_load_rows(const hqq_tile *t)
     }
 }
 
-static inline void hqq_tile_load_columns(const hqq_tile *t)
+/* The weights of step i, at axis 0. */
+static inline hqq_lane hqq_tile_load_column(const hqq_tile *t, int64_t i)
 {
     const hqq_quantize_job *job = t->job;
+    int64_t e = i * job->layout.groups + t->first;
+    return t->live == HQQ_LANES ? hqq_vec_load_dtype(job->W, job->W_dtype, e)
+                                : hqq_vec_load_dtype_part(job->W, job->W_dtype, e, t->live);
+}
+
+static inline void hqq_tile_load_columns(const hqq_tile *t)
+{
     float *out = t->values;
-    for (int64_t i = t->begin; i < t->end; i++, out += HQQ_LANES) {
-        int64_t e = i * job->layout.groups + t->first;
-        hqq_vec_store(out, t->live == HQQ_LANES
-                               ? hqq_vec_load_dtype(job->W, job->W_dtype, e)
-                               : hqq_vec_load_dtype_part(job->W, job->W_dtype, e, t->live));
-    }
+    for (int64_t i = t->begin; i < t->end; i++, out += HQQ_LANES)
+        hqq_vec_store(out, hqq_tile_load_column(t, i));
 }
 
 static inline void hqq_tile_convert(const hqq_tile *t)
@@ -77,6 +81,15 @@ static inline const float *hqq_tile_at(hqq_tile *t, int64_t i)
         if (t->units) hqq_tile_convert(t);
     }
     return t->values + (i - t->begin) * HQQ_LANES;
+}
+
+/* The value of one step, in any order, at axis 0: it is not kept. */
+static inline hqq_lane hqq_tile_step(const hqq_tile *t, int64_t i)
+{
+    if (i >= t->begin && i < t->end)
+        return hqq_vec_load(t->values + (i - t->begin) * HQQ_LANES);
+    hqq_lane w = hqq_tile_load_column(t, i);
+    return t->units ? hqq_to_units(t->units, w) : w;
 }
 
 /* From now on values are positions in units. */
@@ -119,87 +132,6 @@ static inline void hqq_tile_store_meta(const hqq_tile *t, const hqq_stored *s)
     const hqq_quantize_job *job = t->job;
     hqq_vec_store_dtype_part(job->scale, job->meta_dtype, t->first, s->scale, t->live);
     hqq_vec_store_dtype_part(job->zero, job->meta_dtype, t->first, s->zero, t->live);
-}
-
-/* out[0:n] |= codes narrowed to bytes, or = for the first slot of the words. */
-static inline void hqq_put_bytes(uint8_t *out, hqq_uvec codes, int n, int first_slot)
-{
-#if defined(__AVX512F__)
-    __mmask16 mask = (__mmask16)_bzhi_u32(0xffff, (unsigned)n);
-    __m128i bytes = _mm512_cvtepi32_epi8((__m512i)codes);
-    if (!first_slot) bytes = _mm_or_si128(bytes, _mm_maskz_loadu_epi8(mask, out));
-    _mm_mask_storeu_epi8(out, mask, bytes);
-#else
-    typedef uint8_t lane_bytes __attribute__((vector_size(HQQ_LANES)));
-    lane_bytes bytes = __builtin_convertvector(codes, lane_bytes), old = {0};
-    if (n == HQQ_LANES) {
-        if (!first_slot) memcpy(&old, out, sizeof old);
-        bytes |= old;
-        memcpy(out, &bytes, sizeof bytes);
-    } else {
-        for (int i = 0; i < n; i++) out[i] = bytes[i] | (first_slot ? 0 : out[i]);
-    }
-#endif
-}
-
-/* The same for 32-bit words. */
-static inline void hqq_put_words(uint32_t *out, hqq_uvec codes, int n, int first_slot)
-{
-    hqq_uvec old = {0};
-    if (n == HQQ_LANES) {
-        if (!first_slot) memcpy(&old, out, sizeof old);
-        codes |= old;
-        memcpy(out, &codes, sizeof codes);
-    } else {
-        for (int i = 0; i < n; i++) out[i] = codes[i] | (first_slot ? 0 : out[i]);
-    }
-}
-
-/* Puts n codes, already shifted to their slot, into the words from `word`. */
-static inline void hqq_put_codes(const hqq_quantize_job *job, int64_t word, hqq_uvec codes,
-                                 int n, int first_slot)
-{
-    if (job->layout.word_bytes == 4)
-        hqq_put_words((uint32_t *)job->packed + word, codes, n, first_slot);
-    else
-        hqq_put_bytes((uint8_t *)job->packed + word, codes, n, first_slot);
-}
-
-/* Stores the codes nearest to value * slope + offset. */
-static inline void hqq_tile_store_codes(hqq_tile *t, hqq_fit fit, float levels)
-{
-    const hqq_quantize_job *job = t->job;
-    const hqq_layout *l = &job->layout;
-    if (l->axis == 1) {
-        int shift = hqq_slot_shift(l->nbits, t->slot);
-        for (int64_t i = 0; i < l->G; i += HQQ_LANES) {
-            int steps = (int)(l->G - i < HQQ_LANES ? l->G - i : HQQ_LANES);
-            const float *values = hqq_tile_at(t, i);
-            hqq_lane rows[HQQ_LANES];
-            for (int step = 0; step < HQQ_LANES; step++) {
-                hqq_lane w = hqq_vec_load(values + (step < steps ? step : 0) * HQQ_LANES);
-                hqq_lane q = hqq_nearest_code(w * fit.slope + fit.offset, levels);
-                rows[step] = (hqq_lane)(__builtin_convertvector(q, hqq_ivec) << shift);
-            }
-            hqq_vec_transpose(rows);
-            for (int lane = 0; lane < t->live; lane++)
-                hqq_put_codes(job, (t->band + lane) * l->G + i, (hqq_uvec)rows[lane], steps,
-                              t->slot == 0);
-        }
-    } else {
-        int64_t rows = l->words / l->groups;
-        for (int64_t i = 0, row = 0, slot = 0; i < l->G; i++) {
-            hqq_lane w = hqq_vec_load(hqq_tile_at(t, i));
-            hqq_lane q = hqq_nearest_code(w * fit.slope + fit.offset, levels);
-            hqq_uvec codes = (hqq_uvec) __builtin_convertvector(q, hqq_ivec)
-                             << hqq_slot_shift(l->nbits, (int)slot);
-            hqq_put_codes(job, row * l->groups + t->first, codes, t->live, slot == 0);
-            if (++row == rows) {
-                row = 0;
-                slot++;
-            }
-        }
-    }
 }
 
 /* Calls solve(&tile, data) for the tiles of bands [begin, end). */

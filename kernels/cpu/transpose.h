@@ -30,9 +30,38 @@
         v[i + (half)] = HQQ_SHUFFLE(a, b, HQQ_SECOND, half);     \
     }
 
+#if HQQ_LANES == 8 && defined(__AVX2__)
+/* AVX2 has no shuffle of two registers across their halves by indices: what the compiler makes
+ * of HQQ_EXCHANGE takes three instructions a result. Here each takes one: 4 x 4 within the
+ * halves, then the halves change places. */
+HQQ_ALWAYS_INLINE void hqq_transpose_avx2(__m256 v[8])
+{
+    __m256 in_halves[8];
+    _Pragma("GCC unroll 2") for (int i = 0; i < 8; i += 4)
+    {
+        __m256 a = _mm256_unpacklo_ps(v[i], v[i + 1]);
+        __m256 b = _mm256_unpackhi_ps(v[i], v[i + 1]);
+        __m256 c = _mm256_unpacklo_ps(v[i + 2], v[i + 3]);
+        __m256 d = _mm256_unpackhi_ps(v[i + 2], v[i + 3]);
+        in_halves[i] = _mm256_shuffle_ps(a, c, 0x44);
+        in_halves[i + 1] = _mm256_shuffle_ps(a, c, 0xee);
+        in_halves[i + 2] = _mm256_shuffle_ps(b, d, 0x44);
+        in_halves[i + 3] = _mm256_shuffle_ps(b, d, 0xee);
+    }
+    _Pragma("GCC unroll 4") for (int i = 0; i < 4; i++)
+    {
+        v[i] = _mm256_permute2f128_ps(in_halves[i], in_halves[i + 4], 0x20);
+        v[i + 4] = _mm256_permute2f128_ps(in_halves[i], in_halves[i + 4], 0x31);
+    }
+}
+#endif
+
 /* v[i][j] <-> v[j][i], by recursive halving: log2(lanes) shuffles a vector. */
 HQQ_ALWAYS_INLINE void hqq_vec_transpose(hqq_vec v[HQQ_LANES])
 {
+#if HQQ_LANES == 8 && defined(__AVX2__)
+    hqq_transpose_avx2((__m256 *)v);
+#else
 #if HQQ_LANES >= 16
     HQQ_EXCHANGE(v, 8)
 #endif
@@ -41,6 +70,7 @@ HQQ_ALWAYS_INLINE void hqq_vec_transpose(hqq_vec v[HQQ_LANES])
 #endif
     HQQ_EXCHANGE(v, 2)
     HQQ_EXCHANGE(v, 1)
+#endif
 }
 
 #endif
