@@ -25,7 +25,15 @@ def exit_code_and_output(argv, capsys):
 
 
 def test_the_commands():
-    assert NAMES == ["train", "quantize", "info", "bench finetune", "export gguf"]
+    assert NAMES == [
+        "train",
+        "quantize",
+        "info",
+        "bench finetune",
+        "bench quality",
+        "bench quantize",
+        "export gguf",
+    ]
 
 
 def test_help_names_all_commands(capsys):
