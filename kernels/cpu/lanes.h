@@ -43,7 +43,7 @@ static inline hqq_lane hqq_lane_max(hqq_lane a, hqq_lane b)
 #endif
 }
 
-/* One instruction in place of two; they are not slower anywhere. */
+/* One instruction in place of two. */
 #if defined(__AVX512F__)
 #define HQQ_LANE_RINT(a) \
     ((hqq_lane)_mm512_roundscale_ps((__m512)(a), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC))
