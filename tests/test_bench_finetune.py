@@ -24,7 +24,7 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
 ROUNDS, STEPS = 2, 2
-NAMES = list(CONTENDERS)
+NAMES = [name for name, who in CONTENDERS.items() if not who.compiled]
 
 
 pytestmark = pytest.mark.usefixtures("keep_threads")
@@ -146,6 +146,16 @@ def test_the_first_that_is_named_is_the_measure(place, capsys):
     rows = rows_of(capsys.readouterr().out)
     assert list(rows) == ["dense", "hqqlora"]
     assert rows["dense"][2] == "1.00"
+
+
+def test_a_compiled_contender_learns_what_the_same_one_does_uncompiled(place):
+    names = ["hqqlora", "hqqlora-compiled"]
+    more = ["--contenders", *names, "--json", place / "compiled.json"]
+    assert main(bench(place, *more)) == 0
+    figures = json.loads((place / "compiled.json").read_text())["contenders"]
+    eager, compiled = (figures[name]["training_losses"] for name in names)
+    assert compiled == pytest.approx(eager, rel=1e-4)
+    assert figures["hqqlora-compiled"]["ratio"] > 0
 
 
 def test_turns():

@@ -35,13 +35,16 @@ class Contender:
     model: nn.Module
     optimizer: torch.optim.Optimizer | None
     quantize_seconds: float | None
+    compiled: Callable[..., Any] | None = None
+    """What a step calls in the model's place: `model` under torch.compile."""
 
     def step(self, ids: Tensor) -> float:
         """One step on ids [batch, length]: forward, backward, AdamW. Returns the loss.
 
         The model's own forward computes the loss, as it does for transformers' Trainer.
         """
-        loss = self.model(input_ids=ids, labels=ids, use_cache=False).loss
+        forward = self.model if self.compiled is None else self.compiled
+        loss = forward(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
         if self.optimizer is not None:
             self.optimizer.step()
@@ -76,6 +79,9 @@ class Recipe(NamedTuple):
     """None: nothing is trained."""
     fused: bool
     """Whether each layer has to run this library's fused operation; else none may."""
+    compiled: bool = False
+    """Whether its steps go through torch.compile, as one graph. That takes minutes at first:
+    such a contender takes part where it is asked for."""
 
 
 def make_contender(name: str, dense: nn.Module, rank: int) -> Contender:
@@ -102,7 +108,9 @@ def make_contender(name: str, dense: nn.Module, rank: int) -> Contender:
             model = recipe.adapt(dense, layers, rank)
         optimizer = _start_training(name, model, len(layers))
     _check_operations(name, model, len(layers) if recipe.fused else 0)
-    return Contender(name, model.train(), optimizer, quantize_seconds)
+    model.train()
+    compiled = torch.compile(model, fullgraph=True) if recipe.compiled else None
+    return Contender(name, model, optimizer, quantize_seconds, compiled)
 
 
 def _start_training(name: str, model: nn.Module, layers: int) -> torch.optim.Optimizer:
@@ -238,19 +246,38 @@ CONTENDERS = {
         None,
         fused=False,
     ),
+    "hqqlora+peft-compiled": Recipe(
+        "hqqlora+peft under torch.compile",
+        ("peft",),
+        quantize_with_hqqlora,
+        adapt_with_peft,
+        fused=True,
+        compiled=True,
+    ),
+    "hqqlora-compiled": Recipe(
+        "hqqlora under torch.compile",
+        (),
+        quantize_with_hqqlora,
+        adapt_with_hqqlora,
+        fused=True,
+        compiled=True,
+    ),
 }
 _EXTRAS = {"hqq": "bench", "peft": "hf"}
 
 
 def choose_contenders(asked: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     """The names of those that take part, and why others do not. Without any `asked` for, that
-    is all; but hqq is a rival that one may do without.
+    is all that are not compiled; but hqq is a rival that one may do without.
 
     Raises:
-        UsageError: another package is not installed, or one that was asked for needs.
+        UsageError: another package is not installed, or one that was asked for needs; there is
+            no C++ compiler for one that is to be compiled.
     """
     chosen, left_out = [], {}
-    for name in asked or CONTENDERS:
+    for name in asked or [name for name, who in CONTENDERS.items() if not who.compiled]:
+        if CONTENDERS[name].compiled:
+            _check_compiler(name)
         missing = [p for p in CONTENDERS[name].packages if importlib.util.find_spec(p) is None]
         if not missing:
             chosen.append(name)
@@ -262,6 +289,13 @@ def choose_contenders(asked: Sequence[str]) -> tuple[list[str], dict[str, str]]:
             raise UsageError(f"{name}: {reason}")
         left_out[name] = reason
     return chosen, left_out
+
+
+def _check_compiler(name: str) -> None:
+    from torch._inductor.cpp_builder import get_cpp_compiler  # takes a second to import
+
+    with explaining(f"{name}: torch.compile needs a C++ compiler", UsageError):
+        get_cpp_compiler()
 
 
 # ---- whether it is what it says ----------------------------------------------------------

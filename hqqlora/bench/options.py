@@ -71,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "contenders",
         f"who takes part; times are compared with the first's ({what}; default: all whose "
-        "packages are installed)",
+        "packages are installed and that are not compiled)",
         nargs="+",
         choices=tuple(CONTENDERS),
         metavar="NAME",
