@@ -21,9 +21,10 @@ from .functions import (
     TransformableLoRALinear,
     factors_for,
 )
+from .grouped import grouped_linear, grouped_lora_linear
 from .input_cast import cast_input
 
-__all__ = ["linear", "lora_linear"]
+__all__ = ["grouped_linear", "grouped_lora_linear", "linear", "lora_linear"]
 
 
 def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:

@@ -120,6 +120,13 @@ typedef struct hqq_lora {
     uint64_t seed;   /* of the dropout mask; forward and backward must agree */
 } hqq_lora;
 
+/* Rows that are routed to E experts, sorted by expert: expert e has the rows offsets[e] to
+ * offsets[e+1] - 1. */
+typedef struct hqq_routing {
+    int64_t experts;        /* E */
+    const int64_t *offsets; /* [E+1], in host memory: 0, never falling, and M */
+} hqq_routing;
+
 /* Calls fn(b, e, data) on subranges that cover [begin, end) exactly once, from any threads,
  * and returns when all are done; 0 on success. torch_parallel_for has this signature. */
 typedef int32_t (*hqq_parallel_for_fn)(int64_t begin, int64_t end, int64_t grain,
@@ -260,6 +267,40 @@ HQQ_API hqq_status hqq_lora_linear_backward(void *dx, void *dA, void *dB, const 
                                             const hqq_lora *lora, int64_t M, hqq_dtype dtype,
                                             void *workspace, size_t workspace_bytes,
                                             const hqq_context *context);
+
+/* ---- mixtures of experts ----------------------------------------------------------- */
+
+/* The same products, of each row with the weight of the expert that it is routed to; M is
+ * routing->offsets[E]. All experts' weights are of one format, and so are their adapters, one
+ * behind the other: `weight` and `lora` describe the first. Packed words are [E,words], scale
+ * and zero [E,groups], A [E,R,K], B [E,N,R]; dA and dB likewise, zero for experts without rows.
+ * The dropout mask of expert e is that of its own rows and the seed lora->seed + e. */
+
+HQQ_API hqq_status hqq_grouped_workspace_size(size_t *bytes, const hqq_weight *weight,
+                                              const hqq_lora *lora, const hqq_routing *routing,
+                                              hqq_dtype dtype, const hqq_context *context);
+
+HQQ_API hqq_status hqq_grouped_linear(void *y, const void *x, int64_t ldx,
+                                      const hqq_weight *weight, const hqq_routing *routing,
+                                      hqq_dtype dtype, void *workspace, size_t workspace_bytes,
+                                      const hqq_context *context);
+
+HQQ_API hqq_status hqq_grouped_linear_dgrad(void *dx, const void *dy, int64_t lddy,
+                                            const hqq_weight *weight,
+                                            const hqq_routing *routing, hqq_dtype dtype,
+                                            void *workspace, size_t workspace_bytes,
+                                            const hqq_context *context);
+
+HQQ_API hqq_status hqq_grouped_lora_linear(void *y, float *xa, const void *x, int64_t ldx,
+                                           const hqq_weight *weight, const hqq_lora *lora,
+                                           const hqq_routing *routing, hqq_dtype dtype,
+                                           void *workspace, size_t workspace_bytes,
+                                           const hqq_context *context);
+
+HQQ_API hqq_status hqq_grouped_lora_linear_backward(
+    void *dx, void *dA, void *dB, const void *dy, int64_t lddy, const void *x, int64_t ldx,
+    const float *xa, const hqq_weight *weight, const hqq_lora *lora, const hqq_routing *routing,
+    hqq_dtype dtype, void *workspace, size_t workspace_bytes, const hqq_context *context);
 
 #ifdef __cplusplus
 }

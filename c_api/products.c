@@ -1,17 +1,12 @@
 /* Entry points of the products: check, settle the empty shapes, find workspace, call. */
+#include "products.h"
+
 #include "checks.h"
-#include "backend.h"
 #include "dtype.h"
 #include "status.h"
 
-/* The caller's workspace, or our own for the time of one call. */
-typedef struct borrowed_workspace {
-    void *memory;
-    int owned;
-} borrowed_workspace;
-
-static hqq_status borrow_workspace(borrowed_workspace *w, size_t needed, void *given,
-                                   size_t given_bytes)
+hqq_status hqq_borrow_workspace(hqq_borrowed_workspace *w, size_t needed, void *given,
+                                size_t given_bytes)
 {
     w->owned = 0;
     w->memory = given;
@@ -34,7 +29,7 @@ static hqq_status borrow_workspace(borrowed_workspace *w, size_t needed, void *g
     return HQQ_OK;
 }
 
-static void return_workspace(borrowed_workspace *w)
+void hqq_return_workspace(hqq_borrowed_workspace *w)
 {
     if (w->owned) hqq_backend_free(w->memory);
 }
@@ -45,37 +40,44 @@ static const hqq_lora *effective(const hqq_lora *lora)
     return lora && lora->rank > 0 ? lora : NULL;
 }
 
-/* An empty product needs none. */
-static hqq_status bytes_needed(size_t *bytes, const hqq_weight *weight, const hqq_lora *lora,
-                               int64_t M, hqq_dtype dtype, const hqq_context *context)
+hqq_status hqq_bytes_needed(size_t *bytes, const hqq_weight *weight, const hqq_lora *lora,
+                            int64_t M, hqq_dtype dtype, const hqq_context *context)
 {
     *bytes = 0;
     if (M == 0 || weight->out_features == 0 || weight->in_features == 0) return HQQ_OK;
     return hqq_backend_workspace_size(bytes, weight, lora, M, dtype, context);
 }
 
-hqq_status hqq_workspace_size(size_t *bytes, const hqq_weight *weight, const hqq_lora *lora,
-                              int64_t M, hqq_dtype dtype, const hqq_context *context)
+hqq_status hqq_prepare_workspace_size(const size_t *bytes, const hqq_weight *weight,
+                                      const hqq_lora **lora, int64_t M, hqq_dtype dtype,
+                                      const hqq_context *context)
 {
-    hqq_clear_error();
     if (!bytes) return hqq_fail(HQQ_INVALID, "bytes is NULL");
     HQQ_TRY(hqq_check_shape(weight));
     HQQ_TRY(hqq_check_dtype("dtype", dtype));
     HQQ_TRY(hqq_check_context(context));
     if (M < 0) return hqq_fail(HQQ_INVALID, "M is %lld; expected at least 0", (long long)M);
-    if (lora) HQQ_TRY(hqq_check_lora(lora, weight, dtype));
-    int64_t width = weight->out_features + weight->in_features + (lora ? lora->rank : 0);
+    if (*lora) HQQ_TRY(hqq_check_lora(*lora, weight, dtype));
+    int64_t width = weight->out_features + weight->in_features + (*lora ? (*lora)->rank : 0);
     int64_t elements; /* of the largest things that can be in it: [M,R], [M,N] or [M,K] */
     if (__builtin_mul_overflow(M, width, &elements) || elements > (INT64_C(1) << 56))
         return hqq_fail(HQQ_INVALID,
                         "M is %lld; that many rows of %lld are more than 2^56 "
                         "elements",
                         (long long)M, (long long)width);
-    return bytes_needed(bytes, weight, effective(lora), M, dtype, context);
+    *lora = effective(*lora);
+    return HQQ_OK;
 }
 
-static hqq_status forward(hqq_forward *f, void *workspace, size_t workspace_bytes,
-                          const hqq_context *context)
+hqq_status hqq_workspace_size(size_t *bytes, const hqq_weight *weight, const hqq_lora *lora,
+                              int64_t M, hqq_dtype dtype, const hqq_context *context)
+{
+    hqq_clear_error();
+    HQQ_TRY(hqq_prepare_workspace_size(bytes, weight, &lora, M, dtype, context));
+    return hqq_bytes_needed(bytes, weight, lora, M, dtype, context);
+}
+
+hqq_status hqq_prepare_forward(hqq_forward *f, const hqq_context *context)
 {
     HQQ_TRY(hqq_check_weight(f->weight));
     HQQ_TRY(hqq_check_dtype("dtype", f->dtype));
@@ -90,15 +92,26 @@ static hqq_status forward(hqq_forward *f, void *workspace, size_t workspace_byte
     HQQ_TRY(hqq_check_aligned("xa", f->xa, sizeof(float)));
     if (f->lora) HQQ_TRY(hqq_check_lora(f->lora, f->weight, f->dtype));
     f->lora = effective(f->lora);
-    if (f->M == 0) return HQQ_OK;
+    return HQQ_OK;
+}
+
+int hqq_is_empty_forward(const hqq_forward *f)
+{
     int wants_xa = f->xa && f->lora;
-    if (N == 0 && !wants_xa) return HQQ_OK;
-    borrowed_workspace w;
+    return f->M == 0 || (f->weight->out_features == 0 && !wants_xa);
+}
+
+static hqq_status forward(hqq_forward *f, void *workspace, size_t workspace_bytes,
+                          const hqq_context *context)
+{
+    HQQ_TRY(hqq_prepare_forward(f, context));
+    if (hqq_is_empty_forward(f)) return HQQ_OK;
+    hqq_borrowed_workspace w;
     size_t needed;
-    HQQ_TRY(bytes_needed(&needed, f->weight, f->lora, f->M, f->dtype, context));
-    HQQ_TRY(borrow_workspace(&w, needed, workspace, workspace_bytes));
+    HQQ_TRY(hqq_bytes_needed(&needed, f->weight, f->lora, f->M, f->dtype, context));
+    HQQ_TRY(hqq_borrow_workspace(&w, needed, workspace, workspace_bytes));
     hqq_status status = hqq_backend_forward(f, w.memory, context);
-    return_workspace(&w);
+    hqq_return_workspace(&w);
     return status;
 }
 
@@ -138,8 +151,7 @@ hqq_status hqq_lora_linear(void *y, float *xa, const void *x, int64_t ldx,
     return forward(&f, workspace, workspace_bytes, context);
 }
 
-static hqq_status backward(hqq_backward *b, void *workspace, size_t workspace_bytes,
-                           const hqq_context *context)
+hqq_status hqq_prepare_backward(hqq_backward *b, const hqq_context *context)
 {
     HQQ_TRY(hqq_check_weight(b->weight));
     HQQ_TRY(hqq_check_dtype("dtype", b->dtype));
@@ -157,13 +169,20 @@ static hqq_status backward(hqq_backward *b, void *workspace, size_t workspace_by
     }
     if (b->dA || (b->dB && !b->xa))
         HQQ_TRY(hqq_check_matrix("x", b->x, b->M, K, b->ldx, b->dtype));
+    return HQQ_OK;
+}
+
+static hqq_status backward(hqq_backward *b, void *workspace, size_t workspace_bytes,
+                           const hqq_context *context)
+{
+    HQQ_TRY(hqq_prepare_backward(b, context));
     if (!b->dx && !b->dA && !b->dB) return HQQ_OK;
-    borrowed_workspace w;
+    hqq_borrowed_workspace w;
     size_t needed;
-    HQQ_TRY(bytes_needed(&needed, b->weight, b->lora, b->M, b->dtype, context));
-    HQQ_TRY(borrow_workspace(&w, needed, workspace, workspace_bytes));
+    HQQ_TRY(hqq_bytes_needed(&needed, b->weight, b->lora, b->M, b->dtype, context));
+    HQQ_TRY(hqq_borrow_workspace(&w, needed, workspace, workspace_bytes));
     hqq_status status = hqq_backend_backward(b, w.memory, context);
-    return_workspace(&w);
+    hqq_return_workspace(&w);
     return status;
 }
 

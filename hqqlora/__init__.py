@@ -28,8 +28,11 @@ from typing import TYPE_CHECKING
 
 from hqqlora.adapters import load_adapter, save_adapter
 from hqqlora.config import BaseQuantizeConfig
+from hqqlora.expert_weights import HQQExpertWeights
+from hqqlora.experts import HQQExperts
 from hqqlora.linear import HQQLinear
 from hqqlora.lora import LoRALinear
+from hqqlora.lora_experts import LoRAExpertWeights
 from hqqlora.model import add_lora, lora_parameters, quantize_model
 from hqqlora.peft import import_hook
 
@@ -46,9 +49,12 @@ __version__ = "0.1.0"
 __all__ = [
     "AutoHQQHFModel",
     "BaseQuantizeConfig",
+    "HQQExpertWeights",
+    "HQQExperts",
     "HQQLinear",
     "HQQModelForCausalLM",
     "HqqConfig",
+    "LoRAExpertWeights",
     "LoRALinear",
     "MemoryReport",
     "__version__",

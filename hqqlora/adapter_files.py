@@ -28,7 +28,6 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "modules_to_save": (None, []),
     "trainable_token_indices": (None,),
     "layer_replication": (None,),
-    "target_parameters": (None, []),
     "alora_invocation_tokens": (None,),
     "use_bdlora": (None, False),
     "arrow_config": (None,),

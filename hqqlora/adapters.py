@@ -20,10 +20,13 @@ from hqqlora.adapter_files import (
     read_config,
     read_factors,
 )
+from hqqlora.expert_adapters import own_names, peft_names, target_parameters
+from hqqlora.expert_weights import HQQExpertWeights
 from hqqlora.files import creating_folder, write_json, write_safetensors
 from hqqlora.linear import HQQLinear
 from hqqlora.lora import LoRALinear
-from hqqlora.model import insert_adapters, lora_layers
+from hqqlora.lora_experts import LoRAExpertWeights
+from hqqlora.model import Adapted, adapter_for, insert_adapters, lora_layers
 from hqqlora.module_names import pattern_value, unwrapped
 
 
@@ -36,7 +39,9 @@ def save_adapter(
     load them. The files appear as a whole or not at all.
 
     Args:
-        model: with at least one `LoRALinear`; merged or not.
+        model: with at least one adapter; merged or not. Those of experts are written as PEFT's
+            `target_parameters`, for which PEFT has no dropout: it loads them if lora_dropout is
+            0.
         folder: created if need be; files of an earlier adapter in it are replaced.
         base_model_name_or_path: what the adapter belongs on, for the reader to find it. None:
             what the model says of itself (transformers' `name_or_path`).
@@ -84,7 +89,9 @@ def load_adapter(
             named), or it does not fit the model; nothing is changed.
     """
     config = read_config(Path(folder))
-    factors = read_factors(Path(folder), config)
+    stored = read_factors(Path(folder), config)
+    names = own_names(model, stored, config)
+    factors = {names[name]: pair for name, pair in stored.items()}
     modules = {unwrapped(name): module for name, module in model.named_modules()}
     adapters = {
         name: _fit(modules.get(name), name, pair, config, dtype)
@@ -99,10 +106,15 @@ def load_adapter(
 # ---- writing -----------------------------------------------------------------------------
 
 
-def _tensors_of(layers: Mapping[str, LoRALinear]) -> dict[str, Tensor]:
+def _tensors_of(layers: Mapping[str, Adapted]) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
-    for name, layer in layers.items():
-        prefix = PREFIX + (name + "." if name else "")
+    for name, stored in peft_names(layers).items():
+        layer = layers[name]
+        prefix = PREFIX + (stored + "." if stored else "")
+        if isinstance(layer, LoRAExpertWeights):
+            for factor, tensor in layer.peft_factors().items():
+                tensors[f"{prefix}{factor}.weight"] = tensor.contiguous()
+            continue
         tensors[prefix + "lora_A.weight"] = layer.lora_A
         tensors[prefix + "lora_B.weight"] = layer.lora_B
         if layer.lora_bias is not None:
@@ -111,7 +123,7 @@ def _tensors_of(layers: Mapping[str, LoRALinear]) -> dict[str, Tensor]:
 
 
 def _config_of(
-    model: nn.Module, layers: Mapping[str, LoRALinear], base: str | None
+    model: nn.Module, layers: Mapping[str, Adapted], base: str | None
 ) -> dict[str, Any]:
     r = Counter(layer.r for layer in layers.values()).most_common(1)[0][0]
     alpha = Counter(layer.lora_alpha for layer in layers.values()).most_common(1)[0][0]
@@ -135,6 +147,8 @@ def _config_of(
         "init_lora_weights": True,
         "modules_to_save": None,
     }
+    if parameters := target_parameters(layers):
+        config["target_parameters"] = parameters
     if any(layer.lora_bias is not None for layer in layers.values()):
         if any(layer.lora_bias is None for layer in layers.values()):
             raise ValueError("lora_bias differs between layers; PEFT's format has one for all")
@@ -147,7 +161,7 @@ def _key(name: str) -> str:
     return "^" + name.replace(".", r"\.")
 
 
-def _common(layers: Mapping[str, LoRALinear], attribute: str) -> Any:
+def _common(layers: Mapping[str, Adapted], attribute: str) -> Any:
     values = {getattr(layer, attribute) for layer in layers.values()}
     if len(values) > 1:
         raise ValueError(
@@ -162,9 +176,10 @@ def _task_type(model: nn.Module) -> str | None:
     return "CAUSAL_LM" if causal and hasattr(model, "prepare_inputs_for_generation") else None
 
 
-def _target_modules(model: nn.Module, layers: Mapping[str, LoRALinear]) -> list[str]:
+def _target_modules(model: nn.Module, adapted: Mapping[str, Adapted]) -> list[str]:
     """The last parts of the names, such as "q_proj", if those mean no other module; otherwise
-    the full names."""
+    the full names. (Experts are no modules of their own in PEFT: see `target_parameters`.)"""
+    layers = {name for name, layer in adapted.items() if isinstance(layer, LoRALinear)}
     last_parts = {name.rpartition(".")[2] for name in layers}
     inside = tuple(name + "." for name in layers)
     others = (
@@ -178,7 +193,10 @@ def _target_modules(model: nn.Module, layers: Mapping[str, LoRALinear]) -> list[
 
 
 @torch.no_grad()
-def _copy(pair: Factors, adapter: LoRALinear) -> None:
+def _copy(pair: Factors, adapter: Adapted) -> None:
+    if isinstance(adapter, LoRAExpertWeights):
+        adapter.set_peft_factors(pair.A, pair.B)
+        return
     adapter.lora_A.copy_(pair.A)
     adapter.lora_B.copy_(pair.B)
     if adapter.lora_bias is not None and pair.bias is not None:
@@ -191,15 +209,15 @@ def _fit(
     pair: Factors,
     config: Mapping[str, Any],
     dtype: torch.dtype,
-) -> LoRALinear:
-    """The layer that takes the factors: the model's own LoRALinear, or a new one around its
-    HQQLinear. Does not change the model."""
+) -> Adapted:
+    """The module that takes the factors: the model's own adapter, or a new one around its
+    quantized layer. Does not change the model."""
     if module is None:
         raise ValueError(f"the model has no module {name!r} for the adapter")
     r = int(pattern_value(name, config.get("rank_pattern") or {}, config["r"]))
     alpha = pattern_value(name, config.get("alpha_pattern") or {}, config["lora_alpha"])
-    if isinstance(module, HQQLinear):
-        adapter = LoRALinear(
+    if isinstance(module, (HQQLinear, HQQExpertWeights)):
+        adapter = adapter_for(
             module,
             r,
             alpha,
@@ -208,7 +226,7 @@ def _fit(
             lora_bias=pair.bias is not None,
             dtype=dtype,
         ).train(module.training)
-    elif isinstance(module, LoRALinear):
+    elif isinstance(module, (LoRALinear, LoRAExpertWeights)):
         adapter = module
         if adapter.merged:
             raise ValueError(f"{name} has a merged adapter: unmerge it first")
@@ -228,9 +246,14 @@ def _fit(
         raise ValueError(
             f"{name} is a {type(module).__name__}: only quantized layers take adapters"
         )
+    held_factors = (
+        adapter.peft_factors()
+        if isinstance(adapter, LoRAExpertWeights)
+        else {"lora_A": adapter.lora_A, "lora_B": adapter.lora_B}
+    )
     for factor, tensor, shape in (
-        ("lora_A", pair.A, adapter.lora_A.shape),
-        ("lora_B", pair.B, adapter.lora_B.shape),
+        ("lora_A", pair.A, held_factors["lora_A"].shape),
+        ("lora_B", pair.B, held_factors["lora_B"].shape),
         ("lora_B.bias", pair.bias, (adapter.out_features,)),
     ):
         if tensor is not None and tuple(tensor.shape) != tuple(shape):

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from hqqlora.config import QuantSettings
+from hqqlora.expert_weights import HQQExpertWeights
+from hqqlora.experts import expert_parameters, matrix_shape, settings_for_experts
 from hqqlora.linear import HQQLinear
 from hqqlora.module_names import first_match, matches
 
@@ -20,9 +22,9 @@ _ADAPTER_PARTS = frozenset({"lora_A", "lora_B"})
 def layers_to_quantize(
     model: nn.Module, config: Mapping[str, Any], skip_modules: tuple[str, ...]
 ) -> dict[str, tuple[list[str], QuantSettings]]:
-    """For each layer to quantize, under one of its names: all its names, and how. Holds no
-    reference to a module, so that none outlives its replacement. See `hqqlora.quantize_model`
-    for `config` and `skip_modules`.
+    """For each layer to quantize, under one of its names: all its names, and how; and so for
+    each projection of experts. Holds no reference to a module, so that none outlives its
+    replacement. See `hqqlora.quantize_model` for `config` and `skip_modules`.
 
     Raises:
         ValueError: there is none, or a group size does not divide a weight; names the layer.
@@ -52,10 +54,24 @@ def layers_to_quantize(
             continue
         settings.group_size_for(module.out_features, module.in_features, name)
         plan[id(module)] = ([name], settings)
+    for name, experts, parameter in expert_parameters(model):
+        used.update(pattern for pattern in patterns if matches(name, pattern))
+        if id(parameter) in plan:
+            plan[id(parameter)][0].append(name)
+            continue
+        pattern = first_match(name, patterns)
+        settings = None if pattern is None else patterns[pattern]
+        if settings is None or first_match(name, skip_modules) is not None:
+            continue
+        settings = settings_for_experts(settings)
+        settings.group_size_for(*matrix_shape(experts, parameter), name)
+        plan[id(parameter)] = ([name], settings)
     for pattern in patterns.keys() - used:
         warnings.warn(f"no module's name matches the pattern {pattern!r}", stacklevel=3)
-    warn_of_experts(model)
-    if not plan and not any(isinstance(module, HQQLinear) for module in model.modules()):
+    warn_of_unknown_stacks(model)
+    if not plan and not any(
+        isinstance(module, (HQQLinear, HQQExpertWeights)) for module in model.modules()
+    ):
         raise ValueError(
             f"no layer of {type(model).__name__} is to be quantized: none is an nn.Linear that "
             f"the configuration means and skip_modules={list(skip_modules)} does not"
@@ -109,18 +125,43 @@ def why_left_dense(
     return None
 
 
-def warn_of_experts(model: nn.Module) -> None:
-    """Mixture-of-experts models keep most weights in 3-D parameters that no nn.Linear holds."""
-    experts = [
-        (name, parameter)
-        for name, parameter in model.named_parameters()
-        if parameter.dim() == 3 and "expert" in name
+def unquantized_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The weights of `model` that are dense, of two and more dimensions, each under one name:
+    embeddings, routers, convolutions and what was left out or is not known here. Adapters are
+    not among them."""
+    return [
+        (f"{prefix}.{key}" if prefix else key, parameter)
+        for prefix, module in model.named_modules()
+        if not isinstance(module, (HQQLinear, HQQExpertWeights))
+        for key, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() >= 2
+        and not any(part.startswith("lora_") for part in (*prefix.split("."), key))
     ]
-    if experts:
-        name, parameter = experts[0]
-        size = sum(parameter.numel() * parameter.element_size() for _, parameter in experts)
+
+
+def warn_of_unknown_stacks(model: nn.Module) -> None:
+    """Mixtures of experts have most of their weights in 3-D parameters, of which only those are
+    known that transformers describes: of others, warns that they stay dense."""
+    known = {id(parameter) for _, _, parameter in expert_parameters(model)}
+    stacks = [
+        (name, parameter)
+        for name, parameter in unquantized_parameters(model)
+        if parameter.dim() == 3
+        and parameter.size(0) > 1
+        and id(parameter) not in known
+        and not _is_of_torch(model.get_submodule(name.rpartition(".")[0]))
+    ]
+    if stacks:
+        name, parameter = stacks[0]
+        size = sum(parameter.numel() * parameter.element_size() for _, parameter in stacks)
         warnings.warn(
-            f"{len(experts)} expert parameters ({size / 2**20:.0f} MiB), such as {name} "
-            f"{list(parameter.shape)}, stay dense: only nn.Linear layers are quantized",
+            f"{len(stacks)} expert parameters ({size / 2**20:.0f} MiB), such as {name} "
+            f"{list(parameter.shape)}, stay dense: of 3-D parameters only those are quantized "
+            f"that belong to experts modules in transformers' form",
             stacklevel=4,
         )
+
+
+def _is_of_torch(module: nn.Module) -> bool:
+    """Whether the module's class is one of torch's own, such as Conv1d."""
+    return type(module) is not nn.Module and type(module).__module__.startswith("torch.")

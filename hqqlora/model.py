@@ -11,10 +11,17 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from hqqlora.expert_weights import HQQExpertWeights
+from hqqlora.experts import is_projection, quantize_experts
 from hqqlora.layers_to_quantize import layers_to_quantize
 from hqqlora.linear import HQQLinear
 from hqqlora.lora import LoRALinear
+from hqqlora.lora_experts import LoRAExpertWeights
 from hqqlora.module_names import ALL_LINEAR, check_pattern, is_target, pattern_value, unwrapped
+
+# Modules with a frozen quantized weight, and those with a trained adapter around one.
+Quantized = HQQLinear | HQQExpertWeights
+Adapted = LoRALinear | LoRAExpertWeights
 
 
 def quantize_model(
@@ -26,7 +33,8 @@ def quantize_model(
     progress: bool = True,
     device: torch.device | str | int | None = None,
 ) -> nn.Module:
-    """Replaces every nn.Linear of `model` by an `HQQLinear`, in place.
+    """Replaces every nn.Linear of `model` by an `HQQLinear`, in place, and every projection of
+    a transformers experts module, which is a 3-D parameter, by an `HQQExpertWeights`.
 
     Layers go one after another, and each dense weight is freed before the next is touched, so
     that memory never exceeds the model and one layer. Layers already quantized stay as they
@@ -67,9 +75,19 @@ def quantize_model(
     plan = layers_to_quantize(model, config, tuple(skip_modules))
     for name in tqdm(list(plan), desc="quantizing", unit="layer", disable=not progress):
         places, settings = plan.pop(name)
-        dense = model.get_submodule(name)
-        assert isinstance(dense, nn.Linear)
         try:
+            if is_projection(model, name):
+                quantize_experts(
+                    model,
+                    name,
+                    settings.to_config(),
+                    compute_dtype,
+                    device,
+                    meta_dtype=meta_dtype,
+                )
+                continue
+            dense = model.get_submodule(name)
+            assert isinstance(dense, nn.Linear)
             quantized: nn.Module = HQQLinear(
                 dense,
                 settings.to_config(),
@@ -99,7 +117,8 @@ def add_lora(
     dtype: torch.dtype = torch.float32,
     init_lora_weights: bool | str = True,
 ) -> nn.Module:
-    """Puts a `LoRALinear` around quantized layers of `model`, in place, and freezes the rest.
+    """Puts a `LoRALinear` around quantized layers of `model`, and a `LoRAExpertWeights`, an
+    adapter for each expert, around quantized experts, in place; and freezes the rest.
 
     Args:
         model: with quantized layers (see `quantize_model`).
@@ -128,8 +147,8 @@ def add_lora(
     adapters = []
     for name in names:
         base = model.get_submodule(name)
-        assert isinstance(base, HQQLinear)
-        adapter = LoRALinear(
+        assert isinstance(base, Quantized)
+        adapter = adapter_for(
             base,
             pattern_value(unwrapped(name), rank_pattern or {}, r),
             pattern_value(unwrapped(name), alpha_pattern or {}, lora_alpha),
@@ -144,7 +163,14 @@ def add_lora(
     return model
 
 
-def insert_adapters(model: nn.Module, adapters: Iterable[LoRALinear]) -> None:
+def adapter_for(base: Quantized, *arguments: Any, **options: Any) -> Adapted:
+    """A new adapter around `base`; the arguments are those of `LoRALinear`."""
+    if isinstance(base, HQQExpertWeights):
+        return LoRAExpertWeights(base, *arguments, **options)
+    return LoRALinear(base, *arguments, **options)
+
+
+def insert_adapters(model: nn.Module, adapters: Iterable[Adapted]) -> None:
     """Puts each adapter in the place of its base, wherever that is in `model`, and leaves
     nothing trainable but adapters."""
     for parameter in model.parameters():
@@ -158,7 +184,7 @@ def insert_adapters(model: nn.Module, adapters: Iterable[LoRALinear]) -> None:
 
 
 def lora_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """The parameters to train: A, B and bias of every `LoRALinear` in `model`, each once."""
+    """The parameters to train: A, B and bias of every adapter in `model`, each once."""
     for _, adapter in lora_layers(model):
         yield adapter.lora_A
         yield adapter.lora_B
@@ -166,10 +192,10 @@ def lora_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
             yield adapter.lora_bias
 
 
-def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
-    """The names and layers of every `LoRALinear` in `model`."""
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, Adapted]]:
+    """The names and modules of every `LoRALinear` and `LoRAExpertWeights` in `model`."""
     for name, module in model.named_modules():
-        if isinstance(module, LoRALinear):
+        if isinstance(module, Adapted):
             yield name, module
 
 
@@ -203,9 +229,9 @@ def _targets(model: nn.Module, target_modules: str | Sequence[str]) -> list[str]
             ) from error
         if not meant:
             continue
-        if isinstance(module, LoRALinear):
+        if isinstance(module, Adapted):
             raise ValueError(f"{name} has an adapter already")
-        if isinstance(module, HQQLinear):
+        if isinstance(module, Quantized):
             names.append(name)
         elif isinstance(module, nn.Linear):
             raise ValueError(f"{name} is not quantized: only quantized layers take adapters")
@@ -219,9 +245,9 @@ def _all_linear(model: nn.Module) -> list[str]:
     output = find_output() if callable(find_output) else None
     names = []
     for name, module in model.named_modules():
-        if isinstance(module, LoRALinear):
+        if isinstance(module, Adapted):
             raise ValueError(f"{name} has an adapter already")
-        if isinstance(module, HQQLinear) and module is not output:
+        if isinstance(module, Quantized) and module is not output:
             names.append(name)
     if not names:
         raise ValueError("no layer is quantized: call quantize_model first")

@@ -46,6 +46,13 @@ hqq_status hqq_backend_forward(const hqq_forward *f, void *workspace,
 hqq_status hqq_backend_backward(const hqq_backward *b, void *workspace,
                                 const hqq_context *context);
 
+/* The products of all experts. `f` and `b` describe all rows and the first expert's weight and
+ * adapter; workspace: what the largest expert needs. */
+hqq_status hqq_backend_grouped_forward(const hqq_forward *f, const hqq_routing *routing,
+                                       void *workspace, const hqq_context *context);
+hqq_status hqq_backend_grouped_backward(const hqq_backward *b, const hqq_routing *routing,
+                                        void *workspace, const hqq_context *context);
+
 /* out = W[row_begin:row_end, column_begin:column_end] */
 hqq_status hqq_backend_dequantize(void *out, int64_t ld_out, hqq_dtype out_dtype,
                                   const hqq_weight *weight, int64_t row_begin, int64_t row_end,

@@ -11,6 +11,15 @@ Importing this module loads the native library and makes the ops known to torch.
 ``lora_linear_backward`` dy -> dx, dA, dB
 ======================== ==================================================================
 
+and, of rows that are sorted by expert, each with the weight of its own expert:
+
+================================ ==========================================================
+``grouped_linear``               x [M,K] -> y [M,N]
+``grouped_linear_dgrad``         dy [M,N] -> dx [M,K]
+``grouped_lora_linear``          x -> y and drop(x) A^T
+``grouped_lora_linear_backward`` dy -> dx, dA [E,R,K], dB [E,N,R]
+================================ ==========================================================
+
 with N = out_features, K = in_features, A [R,K] and B [N,R]. The ops compute and do not
 differentiate: results of tensors that require gradients carry none. `hqqlora.autograd` holds
 the differentiable functions. Wrong arguments raise RuntimeError with the values.

@@ -251,34 +251,45 @@ inline void check_contiguous(const char *name, const Tensor &t)
               " and strides ", strides_of(t));
 }
 
-inline void check_meta(const char *name, const Tensor &t, int64_t groups, const Device &device)
+/* "", or what a message says of the experts whose tensors are stacked (0: none are). */
+inline std::string of_experts(int64_t experts)
+{
+    return experts ? " for each of " + std::to_string(experts) + " experts" : "";
+}
+
+inline void check_meta(const char *name, const Tensor &t, int64_t groups, const Device &device,
+                       int64_t experts)
 {
     check_device(name, t, device);
-    HQQ_CHECK(t.numel() == groups, name, " must have one element for each of the ", groups,
-              " groups, got shape ", shape_of(t));
+    HQQ_CHECK(t.numel() == groups * (experts ? experts : 1), name,
+              " must have one element for each of the ", groups, " groups", of_experts(experts),
+              ", got shape ", shape_of(t));
     check_contiguous(name, t);
 }
 
-/* The descriptor of a packed weight. It borrows the tensors' memory. */
+/* The descriptor of a packed weight, or of the first of those of several experts. It borrows
+ * the tensors' memory. */
 inline hqq_weight check_weight(const Tensor &W_q, const Tensor &scale, const Tensor &zero,
                                int64_t out_features, int64_t in_features, int64_t nbits,
-                               int64_t group_size, int64_t axis, const Device &device)
+                               int64_t group_size, int64_t axis, const Device &device,
+                               int64_t experts = 0)
 {
     hqq_weight weight = check_format(out_features, in_features, nbits, group_size, axis);
     PackedSizes sizes = packed_sizes(weight);
     check_device("W_q", W_q, device);
     HQQ_CHECK(W_q.scalar_type() == sizes.word_dtype, "W_q must be ", name_of(sizes.word_dtype),
               " for nbits = ", nbits, ", got ", name_of(W_q.scalar_type()));
-    HQQ_CHECK(W_q.numel() == sizes.words, "W_q must have ", sizes.words,
-              " elements for out_features = ", out_features, ", in_features = ", in_features,
+    HQQ_CHECK(W_q.numel() == sizes.words * (experts ? experts : 1), "W_q must have ",
+              sizes.words, " elements", of_experts(experts),
+              " for out_features = ", out_features, ", in_features = ", in_features,
               ", nbits = ", nbits, ", group_size = ", group_size, ", axis = ", axis,
               ", got shape ", shape_of(W_q));
     check_contiguous("W_q", W_q);
     weight.meta_dtype = dtype_of("scale", scale);
     HQQ_CHECK(zero.scalar_type() == scale.scalar_type(), "zero must have the dtype of scale, ",
               name_of(scale.scalar_type()), ", got ", name_of(zero.scalar_type()));
-    check_meta("scale", scale, sizes.groups, device);
-    check_meta("zero", zero, sizes.groups, device);
+    check_meta("scale", scale, sizes.groups, device, experts);
+    check_meta("zero", zero, sizes.groups, device, experts);
     weight.packed = W_q.const_data_ptr();
     weight.scale = scale.const_data_ptr();
     weight.zero = zero.const_data_ptr();
@@ -305,8 +316,11 @@ inline hqq_dtype check_bias(const OptionalTensor &bias, int64_t out_features,
  * contiguous. x_name is "x" or "dy", whichever gave x_dtype. */
 inline hqq_lora check_adapter(const Tensor &A, const Tensor &B, const hqq_weight &weight,
                               const OptionalTensor &seed, double scaling, double dropout,
-                              const char *x_name, ScalarType x_dtype, const Device &device)
+                              const char *x_name, ScalarType x_dtype, const Device &device,
+                              int64_t experts = 0)
 {
+    const std::string first = experts ? std::to_string(experts) + ", " : "";
+    const int64_t stacked = experts ? 1 : 0;
     check_device("A", A, device);
     check_device("B", B, device);
     ScalarType dtype = A.scalar_type();
@@ -314,13 +328,16 @@ inline hqq_lora check_adapter(const Tensor &A, const Tensor &B, const hqq_weight
               name_of(x_dtype), " as ", x_name, ", got ", name_of(dtype));
     HQQ_CHECK(B.scalar_type() == dtype, "B must have the dtype of A, ", name_of(dtype),
               ", got ", name_of(B.scalar_type()));
-    HQQ_CHECK(A.dim() == 2 && A.size(1) == weight.in_features,
-              "A must have shape [R, in_features = ", weight.in_features, "], got ",
+    HQQ_CHECK(A.dim() == 2 + stacked && A.size(1 + stacked) == weight.in_features &&
+                  (!stacked || A.size(0) == experts),
+              "A must have shape [", first, "R, in_features = ", weight.in_features, "], got ",
               shape_of(A));
-    int64_t rank = A.size(0);
+    int64_t rank = A.size(stacked);
     HQQ_CHECK(rank <= kMaxRank, "the rank of A must be at most ", kMaxRank, ", got ", rank);
-    HQQ_CHECK(has_shape(B, {weight.out_features, rank}), "B must have shape [",
-              weight.out_features, ", ", rank, "], got ", shape_of(B));
+    HQQ_CHECK(stacked ? has_shape(B, {experts, weight.out_features, rank})
+                      : has_shape(B, {weight.out_features, rank}),
+              "B must have shape [", first, weight.out_features, ", ", rank, "], got ",
+              shape_of(B));
     HQQ_CHECK(std::isfinite(scaling), "scaling must be finite, got ", scaling);
     HQQ_CHECK(dropout >= 0 && dropout < 1, "dropout must be at least 0 and below 1, got ",
               dropout);
@@ -339,6 +356,27 @@ inline hqq_lora check_adapter(const Tensor &A, const Tensor &B, const hqq_weight
         lora.seed = static_cast<uint64_t>(*seed->const_data_ptr<int64_t>());
     }
     return lora;
+}
+
+/* ---- experts ----------------------------------------------------------------------- */
+
+/* Which rows of x [M,width], or of dy, belong to which expert. It borrows the offsets' memory;
+ * their order is the C library's to check. */
+inline hqq_routing check_routing(const Tensor &offsets, const char *x_name, const Tensor &x)
+{
+    HQQ_CHECK(x.dim() == 2, x_name, " must have two dimensions, got shape ", shape_of(x));
+    HQQ_CHECK(device_of(offsets).is_cpu(), "offsets must be on cpu, got a tensor on ",
+              name_of(device_of(offsets)));
+    HQQ_CHECK(offsets.scalar_type() == ScalarType::Long && offsets.dim() == 1 &&
+                  offsets.size(0) >= 2 && offsets.is_contiguous(),
+              "offsets must be a contiguous int64 tensor of shape [experts + 1], got ",
+              name_of(offsets.scalar_type()), " of shape ", shape_of(offsets));
+    hqq_routing routing = {};
+    routing.experts = offsets.size(0) - 1;
+    routing.offsets = offsets.const_data_ptr<int64_t>();
+    HQQ_CHECK(routing.offsets[routing.experts] == x.size(0), "offsets must end with the ",
+              x.size(0), " rows of ", x_name, ", got ", routing.offsets[routing.experts]);
+    return routing;
 }
 
 } // namespace hqqlora

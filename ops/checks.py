@@ -145,8 +145,11 @@ def check_weight(
     group_size: int,
     axis: int,
     device: torch.device,
+    experts: int | None = None,
 ) -> None:
-    """A packed weight on one device: see `PackedWeight`."""
+    """A packed weight on one device: see `PackedWeight`; or those of several experts."""
+    stacked = 1 if experts is None else experts
+    of_experts = "" if experts is None else f" for each of {experts} experts"
     check_format(out_features, in_features, nbits, group_size, axis)
     words = math.prod(packed_shape(out_features, in_features, nbits, group_size, axis))
     groups = math.prod(meta_shape(out_features, in_features, group_size, axis))
@@ -159,11 +162,11 @@ def check_weight(
         ),
     )
     check(
-        W_q.numel() == words,
+        W_q.numel() == words * stacked,
         lambda: (
-            f"W_q must have {words} elements for out_features = {out_features}, in_features = "
-            f"{in_features}, nbits = {nbits}, group_size = {group_size}, axis = {axis}, got "
-            f"shape {shape_of(W_q)}"
+            f"W_q must have {words} elements{of_experts} for out_features = {out_features}, "
+            f"in_features = {in_features}, nbits = {nbits}, group_size = {group_size}, axis = "
+            f"{axis}, got shape {shape_of(W_q)}"
         ),
     )
     check_contiguous("W_q", W_q)
@@ -178,10 +181,10 @@ def check_weight(
     for name, meta in (("scale", scale), ("zero", zero)):
         check_device(name, meta, device)
         check(
-            meta.numel() == groups,
+            meta.numel() == groups * stacked,
             lambda name=name, meta=meta: (  # type: ignore[misc]
-                f"{name} must have one element for each of the {groups} groups, got shape "
-                f"{shape_of(meta)}"
+                f"{name} must have one element for each of the {groups} groups{of_experts}, "
+                f"got shape {shape_of(meta)}"
             ),
         )
         check_contiguous(name, meta)
@@ -212,8 +215,12 @@ def check_adapter(
     dropout: float,
     x_name: str,
     x: Tensor,
+    experts: int | None = None,
 ) -> None:
-    """A [R,K] and B [N,R], both float32 or both x's dtype; the seed where there is dropout."""
+    """A [R,K] and B [N,R] (of experts: [E,R,K] and [E,N,R]), both float32 or both x's dtype;
+    the seed where there is dropout."""
+    first = [] if experts is None else [experts]
+    comma = "".join(f"{size}, " for size in first)
     check_device("A", A, x.device)
     check_device("B", B, x.device)
     check(
@@ -225,14 +232,16 @@ def check_adapter(
         lambda: f"B must have the dtype of A, {name_of(A.dtype)}, got {name_of(B.dtype)}",
     )
     check(
-        A.dim() == 2 and A.shape[1] == in_features,
-        lambda: f"A must have shape [R, in_features = {in_features}], got {shape_of(A)}",
+        A.dim() == 2 + len(first)
+        and list(A.shape[:-2]) == first
+        and A.shape[-1] == in_features,
+        lambda: f"A must have shape [{comma}R, in_features = {in_features}], got {shape_of(A)}",
     )
-    rank = A.shape[0]
+    rank = A.shape[-2]
     check(rank <= MAX_RANK, lambda: f"the rank of A must be at most {MAX_RANK}, got {rank}")
     check(
-        B.dim() == 2 and B.shape[0] == out_features and B.shape[1] == rank,
-        lambda: f"B must have shape [{out_features}, {rank}], got {shape_of(B)}",
+        list(B.shape) == [*first, out_features, rank],
+        lambda: f"B must have shape [{comma}{out_features}, {rank}], got {shape_of(B)}",
     )
     check(math.isfinite(scaling), lambda: f"scaling must be finite, got {scaling:g}")
     check(
@@ -255,6 +264,27 @@ def check_adapter(
                 f"{name_of(seed.dtype)} of shape {shape_of(seed)}"
             ),
         )
+
+
+def check_routing(offsets: Tensor, x_name: str, x: Tensor) -> int:
+    """Which rows of x [M,width], or dy, belong to which expert: offsets int64 [E + 1] on the
+    CPU. Returns E. What the offsets are is seen when the op runs."""
+    check(x.dim() == 2, lambda: f"{x_name} must have two dimensions, got shape {shape_of(x)}")
+    check(
+        offsets.device.type == "cpu" or offsets.device == x.device == torch.device("meta"),
+        lambda: f"offsets must be on cpu, got a tensor on {offsets.device}",
+    )
+    check(
+        offsets.dtype == torch.int64
+        and offsets.dim() == 1
+        and offsets.shape[0] >= 2
+        and offsets.is_contiguous(),
+        lambda: (
+            f"offsets must be a contiguous int64 tensor of shape [experts + 1], got "
+            f"{name_of(offsets.dtype)} of shape {shape_of(offsets)}"
+        ),
+    )
+    return offsets.shape[0] - 1
 
 
 def rows_of(tensor: Tensor) -> int:

@@ -25,6 +25,10 @@ OPS = (
     "linear_dgrad",
     "lora_linear",
     "lora_linear_backward",
+    "grouped_linear",
+    "grouped_linear_dgrad",
+    "grouped_lora_linear",
+    "grouped_lora_linear_backward",
 )
 
 

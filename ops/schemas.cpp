@@ -24,4 +24,13 @@ STABLE_TORCH_LIBRARY(hqqlora, m)
     m.def("lora_linear_backward(Tensor dy, Tensor? x, Tensor? xa, " WEIGHT ", " ADAPTER
           ", " FORMAT ", bool needs_dx, bool needs_dA, bool needs_dB) "
           "-> (Tensor dx, Tensor dA, Tensor dB)");
+
+    /* of E experts: a first dimension E in W_q, scale, zero, A and B; offsets [E + 1] */
+    m.def("grouped_linear(Tensor x, " WEIGHT ", Tensor offsets, " FORMAT ") -> Tensor");
+    m.def("grouped_linear_dgrad(Tensor dy, " WEIGHT ", Tensor offsets, " FORMAT ") -> Tensor");
+    m.def("grouped_lora_linear(Tensor x, " WEIGHT ", Tensor offsets, " ADAPTER ", " FORMAT ") "
+          "-> (Tensor y, Tensor xa)");
+    m.def("grouped_lora_linear_backward(Tensor dy, Tensor? x, Tensor? xa, " WEIGHT
+          ", Tensor offsets, " ADAPTER ", " FORMAT ", bool needs_dx, bool needs_dA, "
+          "bool needs_dB) -> (Tensor dx, Tensor dA, Tensor dB)");
 }

@@ -146,8 +146,20 @@ Rows::Rows(const Tensor &t) : tensor(t), count(rows_of(t)), stride(row_stride(t)
 Workspace::Workspace(const hqq_weight &weight, const hqq_lora *lora, int64_t M, hqq_dtype dtype,
                      const TorchContext &context)
 {
-    constexpr uintptr_t alignment = 64;
     context.check(hqq_workspace_size(&bytes_, &weight, lora, M, dtype, context));
+    allocate(context);
+}
+
+Workspace::Workspace(const hqq_weight &weight, const hqq_lora *lora, const hqq_routing &routing,
+                     hqq_dtype dtype, const TorchContext &context)
+{
+    context.check(hqq_grouped_workspace_size(&bytes_, &weight, lora, &routing, dtype, context));
+    allocate(context);
+}
+
+void Workspace::allocate(const TorchContext &context)
+{
+    constexpr uintptr_t alignment = 64;
     if (bytes_ == 0) return;
     /* torch aligns to 64 bytes, but a replaced allocator need not */
     memory_ = empty({static_cast<int64_t>(bytes_ + alignment - 1)}, ScalarType::Byte,

@@ -77,10 +77,14 @@ class Workspace
   public:
     Workspace(const hqq_weight &weight, const hqq_lora *lora, int64_t M, hqq_dtype dtype,
               const TorchContext &context);
+    Workspace(const hqq_weight &weight, const hqq_lora *lora, const hqq_routing &routing,
+              hqq_dtype dtype, const TorchContext &context);
     void *data() const { return data_; }
     size_t bytes() const { return bytes_; }
 
   private:
+    void allocate(const TorchContext &context); /* bytes_ of it */
+
     std::optional<Tensor> memory_;
     void *data_ = nullptr;
     size_t bytes_ = 0;

@@ -75,7 +75,6 @@ def tiny_mixtral() -> Any:
     )
 
 
-@pytest.mark.filterwarnings("ignore:4 expert parameters|2 expert parameters")
 @pytest.mark.parametrize(
     ("make", "dense_layers"),
     [

@@ -30,7 +30,7 @@ from tiny_models import (  # noqa: E402
     tiny_t5,
 )
 
-from hqqlora import BaseQuantizeConfig, HQQLinear, quantize_model  # noqa: E402
+from hqqlora import BaseQuantizeConfig, HQQExpertWeights, HQQLinear, quantize_model  # noqa: E402
 from hqqlora.transformers import HqqConfig, HqqQuantizer  # noqa: E402
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -233,7 +233,9 @@ class TestWhichLayers:
         assert model.classifier.weight.requires_grad
         assert set(linear_names(model)) - set(quantized_names(model)) == {"classifier"}
 
-    def test_experts_in_one_tensor_stay_dense_and_are_told(self, tmp_path: Path) -> None:
+    def test_experts_in_one_tensor_are_quantized_and_their_router_is_not(
+        self, tmp_path: Path
+    ) -> None:
         torch.manual_seed(0)
         config = transformers.MixtralConfig(
             vocab_size=96,
@@ -245,9 +247,10 @@ class TestWhichLayers:
             num_local_experts=2,
         )
         folder = save_tiny(transformers.MixtralForCausalLM(config), tmp_path)
-        with pytest.warns(UserWarning, match="expert parameters .* stay dense"):
-            model = load(folder)
+        model = load(folder)
         assert "model.layers.0.self_attn.q_proj" in quantized_names(model)
+        assert isinstance(model.model.layers[0].mlp.experts.gate_up_proj, HQQExpertWeights)
+        assert isinstance(model.model.layers[0].mlp.gate.weight, torch.nn.Parameter)
         assert torch.isfinite(model(**inputs_for(model)).logits).all()
 
     def test_nothing_is_said_where_nothing_is_unusual(self, llama: Path) -> None:

@@ -132,6 +132,47 @@ def tiny_vit(model_class: type | None = None, **config: Any) -> Any:
     return _random(model_class or transformers.ViTForImageClassification, settings)
 
 
+def tiny_mixtral(model_class: type | None = None, **config: Any) -> Any:
+    """Causal; every layer has four experts, of which each token takes two."""
+    import transformers
+
+    settings = transformers.MixtralConfig(**{**_DECODER, "num_local_experts": 4, **config})
+    return _random(model_class or transformers.MixtralForCausalLM, settings)
+
+
+def tiny_qwen2_moe(model_class: type | None = None, **config: Any) -> Any:
+    """Causal; layer 0 has six experts and a shared one, layer 1 is dense."""
+    import transformers
+
+    experts = {
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 96,
+        "mlp_only_layers": [1],
+    }
+    settings = transformers.Qwen2MoeConfig(**{**_DECODER, **experts, **config})
+    return _random(model_class or transformers.Qwen2MoeForCausalLM, settings)
+
+
+def tiny_qwen3_moe(model_class: type | None = None, **config: Any) -> Any:
+    """Causal; every layer has eight experts."""
+    import transformers
+
+    experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    settings = transformers.Qwen3MoeConfig(**{**_DECODER, **experts, **config})
+    return _random(model_class or transformers.Qwen3MoeForCausalLM, settings)
+
+
+def tiny_gpt_oss(model_class: type | None = None, **config: Any) -> Any:
+    """Causal; experts in layers whose weights are transposed and interleaved, with biases."""
+    import transformers
+
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 64}
+    settings = transformers.GptOssConfig(**{**_DECODER, **experts, **config})
+    return _random(model_class or transformers.GptOssForCausalLM, settings)
+
+
 def tiny_model(family: str, **config: Any) -> Any:
     """The tiny model of one of FAMILIES."""
     return globals()[f"tiny_{family}"](**config)

@@ -14,7 +14,10 @@ import peft.tuners.lora.model as lora_model
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
+from hqqlora.expert_weights import HQQExpertWeights
+from hqqlora.experts import HQQExperts
 from hqqlora.linear import HQQLinear
+from hqqlora.peft.experts_layer import ParamWrapper, as_parameters, is_shown
 from hqqlora.peft.lora_layer import HQQLoraLinear
 from hqqlora.peft.undoing import Snapshot, check_all_used, check_modules_to_save
 
@@ -54,10 +57,14 @@ def _wrap(owner: Any, name: str, wrapper: Callable[[Function], Function]) -> Non
 
 
 def _with_our_layer(before: Function) -> Function:
-    """LoRA's choice of a layer class: `HQQLoraLinear` for an `HQQLinear`."""
+    """LoRA's choice of a layer class: `HQQLoraLinear` for an `HQQLinear`, our `ParamWrapper`
+    for a projection of `HQQExperts`."""
 
     def dispatch_hqq(target: nn.Module, adapter_name: str, **keywords: Any) -> Any:
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        parameter = keywords.get("parameter_name")
+        if isinstance(base, HQQExperts) and is_shown(base._parameters.get(parameter or "")):
+            return ParamWrapper(target, adapter_name, **keywords)
         if not isinstance(base, HQQLinear):
             return before(target, adapter_name, **keywords)
         base.check_whole()
@@ -116,6 +123,9 @@ def _counting_weights(before: Function) -> Function:
             if isinstance(layer, HQQLinear) and layer.is_initialized():
                 total += layer.in_features * layer.out_features
                 total -= layer.W_q.numel() + layer.scale.numel() + layer.zero.numel()
+            elif isinstance(layer, HQQExpertWeights):
+                total += layer.weight.numel()
+                total -= layer.W_q.numel() + layer.scale.numel() + layer.zero.numel()
         return trainable, total
 
     return get_nb_trainable_parameters
@@ -134,7 +144,8 @@ def _putting_all_in_or_none(before: Function) -> Function:
         check_modules_to_save(model, self.peft_config[adapter_name])
         is_first = not any(isinstance(m, BaseTunerLayer) for m in model.modules())
         try:
-            return before(self, model, adapter_name, *arguments, **keywords)
+            with as_parameters(model):
+                return before(self, model, adapter_name, *arguments, **keywords)
         except BaseException:
             if is_first:
                 snapshot.restore()

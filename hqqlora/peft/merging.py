@@ -11,9 +11,12 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from hqqlora.expert_weights import HQQExpertWeights
+from hqqlora.experts import dequantize_experts
 from hqqlora.linear import HQQLinear
 from hqqlora.lora import MERGED_KEYS
 from hqqlora.peft.dora import HQQDoraVariant
+from hqqlora.peft.experts_layer import ParamWrapper
 
 
 def merge(layer: Any, adapters: Sequence[str]) -> None:
@@ -118,7 +121,7 @@ def merge_and_unload(
         dequantize: False: the sums are quantized again, which costs accuracy (see the
             warning); True: every quantized layer becomes an nn.Linear that holds weight +
             adapter, added in float32 and rounded once. Its adapters may be of any kind that
-            PEFT merges.
+            PEFT merges, but for those of experts.
         dtype: of the dense layers. None: each layer's compute_dtype.
         safe_merge, adapter_names: as in PEFT.
 
@@ -129,6 +132,11 @@ def merge_and_unload(
     if not hasattr(tuner, "merge_adapter"):
         raise TypeError(f"{type(model).__name__} is not a PEFT model with layers to merge")
     layers = [m for m in tuner.modules() if isinstance(m, BaseTunerLayer)]
+    if dequantize and any(isinstance(layer, ParamWrapper) for layer in layers):
+        raise ValueError(
+            "dequantize=True does not merge adapters of experts (target_parameters): "
+            "model.merge_and_unload() merges them into the quantized weights"
+        )
     before = [(layer, layer.base_layer, list(layer.merged_adapters)) for layer in layers]
     try:
         with warnings.catch_warnings():
@@ -250,6 +258,9 @@ def _make_dense(model: nn.Module, dtype: torch.dtype | None) -> None:
             attribute,
             to_linear(layer, dtype or layer.compute_dtype),
         )
+    for name, module in list(model.named_modules()):
+        if isinstance(module, HQQExpertWeights):
+            dequantize_experts(model, name, dtype)
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
         quantizer.remove_quantization_config(model)

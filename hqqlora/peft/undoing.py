@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from hqqlora.expert_weights import HQQExpertWeights
 from hqqlora.linear import HQQLinear
 
 
@@ -21,7 +22,8 @@ class Snapshot:
         self._codes = [
             (layer, layer.W_q.data, layer.scale.data, layer.zero.data)
             for layer in model.modules()
-            if isinstance(layer, HQQLinear) and layer.is_initialized()
+            if isinstance(layer, HQQExpertWeights)
+            or (isinstance(layer, HQQLinear) and layer.is_initialized())
         ]
         self._had_peft_config = hasattr(model, "peft_config")
 

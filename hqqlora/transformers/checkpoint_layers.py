@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -51,6 +51,9 @@ class CheckpointLayer:
 
     def checked(self, metadata: LayerMetadata, layer: str) -> None:
         """ValueError, naming the layer, if a tensor is not what `metadata` calls for."""
+        if self.num_experts is not None:
+            self._check_experts(metadata, layer)
+            return
         state = LayerState(self.W_q, self.scale, self.zero, self.bias, metadata)
         fit_tensors(state, metadata, layer)
         for name in ("scale", "zero"):
@@ -59,6 +62,21 @@ class CheckpointLayer:
                 raise ValueError(
                     f"{layer}: {name} is {list(found.shape)}, not {list(metadata.meta_shape)}"
                 )
+
+    @property
+    def num_experts(self) -> int | None:
+        """How many experts' weights are stacked; None: it is one weight."""
+        return self.W_q.size(0) if self.W_q.dim() == 3 else None
+
+    def _check_experts(self, metadata: LayerMetadata, layer: str) -> None:
+        counts = [tensor.shape[:1] for tensor in (self.W_q, self.scale, self.zero)]
+        if len(set(counts)) > 1 or self.num_experts == 0 or self.scale.dim() != 3:
+            shapes = [list(tensor.shape) for tensor in (self.W_q, self.scale, self.zero)]
+            raise ValueError(
+                f"{layer}: W_q, scale and zero are {shapes}, not those of as many experts"
+            )
+        first = replace(self, W_q=self.W_q[0], scale=self.scale[0], zero=self.zero[0])
+        first.checked(metadata, layer)
 
     @property
     def is_float_view(self) -> bool:

@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
+from transformers import core_model_loading
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
+from hqqlora.expert_weights import HQQExpertWeights
+from hqqlora.experts import expert_parameters
 from hqqlora.linear import HQQLinear
 from hqqlora.state_encoding import TENSOR_KEYS
 
@@ -22,7 +25,8 @@ class ModelNames:
         self._converters = [c for c in conversions if isinstance(c, WeightConverter)]
         self._prefix = model.base_model_prefix
         self._state = model.state_dict()
-        self._linear = {n for n, m in model.named_modules() if type(m) is nn.Linear}
+        self._known = {n for n, m in model.named_modules() if type(m) is nn.Linear}
+        self._known.update(name for name, *_ in expert_parameters(model))
 
     def key(self, stored: str) -> str:
         """The model's name for the checkpoint's tensor `stored`."""
@@ -39,10 +43,11 @@ class ModelNames:
         return pattern is not None
 
     def of(self, stored: str) -> str | None:
-        """The name of the model's linear layer that the checkpoint calls `stored`."""
+        """The name of the model's linear layer, or projection of experts, that the checkpoint
+        calls `stored`."""
         for key in (self.key(f"{stored}.weight"), f"{stored}.weight"):
             name = key.removesuffix(".weight")
-            if name in self._linear:
+            if name in self._known:
                 return name
         return None
 
@@ -52,9 +57,19 @@ def keep_parts_apart(model: Any) -> None:
     weight, say) where it would fuse quantized layers: codes cannot be put together like
     weights. They are saved, and load, under the names that the model has for them."""
     conversions = getattr(model, "_weight_conversions", None)
-    if conversions:
-        keys = _quantized_keys(model)
-        model._weight_conversions = [c for c in conversions if not _fuses(c, keys)]
+    if conversions is None:
+        conversions = _conversions_of_new(model)
+    keys = _quantized_keys(model)
+    apart = [c for c in conversions if not _fuses(c, keys)]
+    if len(apart) < len(conversions):
+        model._weight_conversions = apart
+
+
+def _conversions_of_new(model: Any) -> list[Any]:
+    """What transformers applies when it saves a model that it has not loaded."""
+    prefix_change = getattr(core_model_loading, "PrefixChange", ())
+    conversions = get_model_conversion_mapping(model, add_legacy=False)
+    return [c for c in conversions if not isinstance(c, prefix_change)]
 
 
 def _quantized_keys(model: nn.Module) -> list[str]:
@@ -63,7 +78,7 @@ def _quantized_keys(model: nn.Module) -> list[str]:
     return [
         f"{name}.{key}"
         for name, layer in model.named_modules()
-        if isinstance(layer, HQQLinear)
+        if isinstance(layer, (HQQLinear, HQQExpertWeights))
         for key in ("weight", *TENSOR_KEYS)
     ]
 

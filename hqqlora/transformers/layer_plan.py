@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from hqqlora.config import QuantSettings
-from hqqlora.layers_to_quantize import tied_weights, warn_of_experts, why_left_dense
+from hqqlora.experts import expert_parameters, matrix_shape, settings_for_experts
+from hqqlora.layers_to_quantize import tied_weights, warn_of_unknown_stacks, why_left_dense
 from hqqlora.module_names import linear_tag, matches
 from hqqlora.state_encoding import LayerMetadata
 from hqqlora.transformers.config import HqqConfig, is_per_key
@@ -57,7 +58,8 @@ class LayerSettings:
 def layers_to_quantize(
     model: Any, config: HqqConfig, dtype: torch.dtype
 ) -> dict[str, QuantSettings]:
-    """For each layer to quantize, its name and how. `model` may be on the meta device.
+    """For each layer to quantize, and each projection of experts, its name and how. `model`
+    may be on the meta device.
 
     Raises:
         ValueError: there is none; a key of the configuration means no layer; or a group size
@@ -72,7 +74,9 @@ def layers_to_quantize(
         for name, module in model.named_modules(remove_duplicate=False)
         if type(module) is nn.Linear
     ]
-    settings_of.check_keys((name for name, _ in linear), type(model).__name__)
+    experts = list(expert_parameters(model))
+    names = [name for name, _ in linear] + [name for name, _, _ in experts]
+    settings_of.check_keys(names, type(model).__name__)
     places = Counter(id(module) for _, module in linear)
     for name, module in linear:
         settings = settings_of.for_layer(name)
@@ -88,7 +92,12 @@ def layers_to_quantize(
             continue
         _check_shape(name, module, settings, dtype)
         plan[name] = settings
-    warn_of_experts(model)
+    for name, owner, parameter in experts:
+        settings = settings_of.for_layer(name)
+        if settings is not None:
+            settings.group_size_for(*matrix_shape(owner, parameter), name)
+            plan[name] = settings_for_experts(settings)
+    warn_of_unknown_stacks(model)
     if not plan:
         raise ValueError(
             f"no layer of {type(model).__name__} is to be quantized: none is an nn.Linear that "

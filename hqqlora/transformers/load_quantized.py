@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
 
+from hqqlora.expert_weights import HQQExpertWeights
+from hqqlora.experts import as_experts, expert_parameters, matrix_shape, settings_for_experts
 from hqqlora.linear import HQQLinear
 from hqqlora.module_names import linear_tag
 from hqqlora.state_encoding import METADATA_KEYS, LayerMetadata
@@ -32,7 +35,8 @@ def prepare_quantized(
     model: Any, config: HqqConfig, dtype: torch.dtype, files: Sequence[str] | None
 ) -> None:
     """Puts an `HQQLinear` without data in the place of each linear layer that the checkpoint
-    has quantized. Nothing is changed if that fails.
+    has quantized, and an `HQQExpertWeights` in that of each projection of experts. Nothing is
+    changed if that fails.
 
     Raises:
         ValueError: no layer is quantized there, or one is missing, incomplete, or of another
@@ -48,19 +52,35 @@ def prepare_quantized(
     names = ModelNames(model)
     settings_of = LayerSettings(config)
     dtypes = ModuleDtypes(model, dtype)
-    layers: dict[str, HQQLinear] = {}
+    experts = {name: (module, weight) for name, module, weight in expert_parameters(model)}
+    layers: dict[str, HQQLinear | HQQExpertWeights] = {}
     for stored_name, layer in found.items():
         name = names.of(stored_name)
         if name is None:
             _refuse_experts(model, stored_name)
             continue  # transformers reports it as unexpected
+        if name in experts and layer.num_experts is None:
+            _refuse_expert(model, stored_name)
+        if name in experts:
+            module, weight = experts[name]
+            shape = matrix_shape(module, weight)
+            metadata = layer.metadata or _configured_metadata(name, shape, settings_of, dtype)
+            layers[name] = _build_experts(
+                name, (weight.size(0), *shape), layer, metadata, dtypes.of(name)
+            )
+            continue
         dense = model.get_submodule(name)
-        metadata = layer.metadata or _configured_metadata(name, dense, settings_of, dtype)
+        shape = (dense.out_features, dense.in_features)
+        metadata = layer.metadata or _configured_metadata(name, shape, settings_of, dtype)
         layers[name] = _build(name, dense, layer, metadata, dtypes.of(name))
     if contents is not None:
         _check_complete(model, layers, names, contents)
     for name, built in layers.items():
-        model.set_submodule(name, built)
+        if isinstance(built, HQQExpertWeights):
+            prefix, _, key = name.rpartition(".")
+            as_experts(model, prefix).put(key, built)
+        else:
+            model.set_submodule(name, built)
     keep_integers(model)
     ignored = model._keys_to_ignore_on_load_unexpected
     kind = list if ignored is None else type(ignored)  # a list or a set: versions differ
@@ -118,6 +138,32 @@ def _build(
     return built
 
 
+def _build_experts(
+    name: str,
+    expected: tuple[int, int, int],
+    layer: CheckpointLayer,
+    metadata: LayerMetadata,
+    compute_dtype: torch.dtype,
+) -> HQQExpertWeights:
+    found = (layer.num_experts, metadata.out_features, metadata.in_features)
+    if found != expected:
+        raise ValueError(
+            f"{name}: the checkpoint's weights are {list(found)}, the model's {list(expected)}"
+        )
+    layer.checked(metadata, name)
+    metadata = replace(
+        metadata,
+        settings=settings_for_experts(metadata.settings),
+        compute_dtype=compute_dtype,
+    )
+    try:
+        built = HQQExpertWeights(expected[0], metadata, layer.scale.dtype, "meta")
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{name}: {error}") from error
+    built.state_dict_metadata = False
+    return built
+
+
 def _as_configured(
     model: Any, config: HqqConfig, dtype: torch.dtype
 ) -> dict[str, CheckpointLayer]:
@@ -130,7 +176,8 @@ def _as_configured(
             continue
         if settings_of.for_layer(name) is None:
             continue
-        metadata = _configured_metadata(name, dense, settings_of, dtype)
+        shape = (dense.out_features, dense.in_features)
+        metadata = _configured_metadata(name, shape, settings_of, dtype)
         layer = HQQLinear(
             dense,
             metadata.settings.to_config(),
@@ -139,11 +186,19 @@ def _as_configured(
             initialize=False,
         )
         layers[name] = CheckpointLayer(layer.W_q, layer.scale, layer.zero, dense.bias, metadata)
+    for name, module, weight in expert_parameters(model):
+        if settings_of.for_layer(name) is None:
+            continue
+        shape = matrix_shape(module, weight)
+        metadata = _configured_metadata(name, shape, settings_of, dtype)
+        metadata = replace(metadata, settings=settings_for_experts(metadata.settings))
+        stack = HQQExpertWeights(weight.size(0), metadata, dtype, "meta")
+        layers[name] = CheckpointLayer(stack.W_q, stack.scale, stack.zero, None, metadata)
     return layers
 
 
 def _configured_metadata(
-    name: str, dense: nn.Linear, settings_of: LayerSettings, dtype: torch.dtype
+    name: str, shape: tuple[int, int], settings_of: LayerSettings, dtype: torch.dtype
 ) -> LayerMetadata:
     settings = settings_of.for_layer(name)
     if settings is None:
@@ -151,8 +206,8 @@ def _configured_metadata(
             f"{name} is quantized in the checkpoint, which has no metadata of it, and the "
             f"configuration says nothing about it"
         )
-    settings.group_size_for(dense.out_features, dense.in_features, name)
-    return LayerMetadata(settings, dense.out_features, dense.in_features, dtype)
+    settings.group_size_for(*shape, name)
+    return LayerMetadata(settings, *shape, dtype)
 
 
 def _refuse_experts(model: nn.Module, stored: str) -> None:
@@ -165,39 +220,36 @@ def _refuse_experts(model: nn.Module, stored: str) -> None:
         except AttributeError:
             continue
         if any(p.dim() == 3 for p in module.parameters(recurse=False)):
-            raise ValueError(
-                f"{stored}: the checkpoint has one quantized layer for each expert, but "
-                f"{type(model).__name__} has all experts in one tensor, which cannot be "
-                f"quantized"
-            )
+            _refuse_expert(model, stored)
         return
+
+
+def _refuse_expert(model: nn.Module, stored: str) -> NoReturn:
+    raise ValueError(
+        f"{stored}: the checkpoint has one quantized layer for each expert, but "
+        f"{type(model).__name__} has all experts in one tensor: quantize the dense "
+        f"checkpoint anew"
+    )
 
 
 def _check_complete(
     model: nn.Module,
-    layers: Mapping[str, HQQLinear],
+    layers: Mapping[str, HQQLinear | HQQExpertWeights],
     names: ModelNames,
     contents: CheckpointContents,
 ) -> None:
     """ValueError if the checkpoint has quantized layers of a kind, but not all of them. (What
     it has not at all, such as a new classifier, transformers initialises and reports.)"""
     kinds = {linear_tag(name): name for name in layers}
-    suspects = [
-        name
-        for name, module in model.named_modules()
-        if type(module) is nn.Linear and name not in layers and linear_tag(name) in kinds
-    ]
+    weights = {n: f"{n}.weight" for n, m in model.named_modules() if type(m) is nn.Linear}
+    weights.update((name, name) for name, *_ in expert_parameters(model))
+    suspects = [name for name in weights if name not in layers and linear_tag(name) in kinds]
     if not suspects:
         return
-    dense = _dense_layers(names, contents.other_keys)
+    dense = {names.key(key) for key in contents.other_keys}
     for name in suspects:
-        if name not in dense:
+        if weights[name] not in dense:
             raise ValueError(
                 f"{name}: the checkpoint has no such layer, but it has "
                 f"{kinds[linear_tag(name)]}"
             )
-
-
-def _dense_layers(names: ModelNames, keys: Iterable[str]) -> set[str]:
-    weights = (names.key(key) for key in keys if key.endswith(".weight"))
-    return {key.removesuffix(".weight") for key in weights}

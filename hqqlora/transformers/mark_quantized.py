@@ -8,6 +8,8 @@ from typing import Any
 from torch import nn
 
 from hqqlora.config import QuantSettings
+from hqqlora.expert_weights import HQQExpertWeights
+from hqqlora.experts import expert_parameters
 from hqqlora.linear import HQQLinear
 from hqqlora.module_names import linear_tag
 from hqqlora.transformers.config import HqqConfig
@@ -22,7 +24,11 @@ def mark_quantized(model: Any) -> HqqConfig:
     Raises:
         ValueError: no layer is quantized.
     """
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, HQQLinear)}
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, (HQQLinear, HQQExpertWeights))
+    }
     if not layers:
         raise ValueError(f"no layer of {type(model).__name__} is quantized")
     config = _configuration_of(model, layers)
@@ -36,13 +42,16 @@ def mark_quantized(model: Any) -> HqqConfig:
     return config
 
 
-def _configuration_of(model: nn.Module, layers: dict[str, HQQLinear]) -> HqqConfig:
+def _configuration_of(
+    model: nn.Module, layers: dict[str, HQQLinear | HQQExpertWeights]
+) -> HqqConfig:
     """One configuration for all layers, or one for each of their tags."""
     dense = {
         linear_tag(name)
         for name, module in model.named_modules()
         if type(module) is nn.Linear and name not in layers
     }
+    dense.update(linear_tag(name) for name, *_ in expert_parameters(model))
     of_tag: dict[str, QuantSettings] = {}
     for name, layer in layers.items():
         of_tag.setdefault(linear_tag(name), layer.metadata.settings)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps
 
 from hqqlora.config import QuantSettings
+from hqqlora.experts import as_experts, is_projection, quantized_projection
 from hqqlora.linear import HQQLinear
 from hqqlora.module_names import linear_tag
 from hqqlora.quantizing import quantize_weight
@@ -26,13 +27,46 @@ class LayersToQuantize:
         # transformers' own set of what is missing so far.
         self.missing_keys: set[str] | None = None
 
+    def name_of(self, parameter: str) -> str | None:
+        """The planned layer, or projection of experts, that `parameter` is the weight of."""
+        if parameter in self.plan:
+            return parameter
+        layer = parameter.removesuffix(".weight")
+        return layer if layer in self.plan and layer != parameter else None
+
     def quantize(self, model: nn.Module, name: str, weight: Tensor) -> dict[str, Tensor]:
-        """Puts an `HQQLinear` without data in the place of the linear layer `name`, and returns
-        the tensors that it needs, under their full names.
+        """Puts an `HQQLinear` without data in the place of the linear layer `name`, or an
+        `HQQExpertWeights` in that of experts, and returns the tensors that it needs, under
+        their full names.
 
         Raises:
             ValueError, TypeError: the weight cannot be quantized; names the layer, which stays.
         """
+        if is_projection(model, name):
+            tensors = self._quantize_experts(model, name, weight)
+        else:
+            tensors = self._quantize_linear(model, name, weight)
+        self.done[name] = self.plan.pop(name)
+        keys = (f"{name}.{key}" for key in ("W_q", "scale", "zero"))
+        return dict(zip(keys, tensors, strict=True))
+
+    def _quantize_experts(
+        self, model: nn.Module, name: str, weight: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        prefix, _, key = name.rpartition(".")
+        module = model.get_submodule(prefix)
+        try:
+            layer = quantized_projection(module, weight, self.plan[name].to_config())
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{name}: {error}") from error
+        tensors = (layer.W_q.data, layer.scale.data, layer.zero.data)
+        layer.state_dict_metadata = False
+        as_experts(model, prefix).put(key, layer.to("meta"))
+        return tensors
+
+    def _quantize_linear(
+        self, model: nn.Module, name: str, weight: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         settings = self.plan[name]
         dense = model.get_submodule(name)
         assert isinstance(dense, nn.Linear)
@@ -50,9 +84,7 @@ class LayersToQuantize:
         layer.state_dict_metadata = False
         layer._parameters["bias"] = dense.bias  # which may be loaded already, or not
         model.set_submodule(name, layer)
-        self.done[name] = self.plan.pop(name)
-        keys = (f"{name}.{key}" for key in ("W_q", "scale", "zero"))
-        return dict(zip(keys, tensors, strict=True))
+        return tensors
 
     def finish(self, model: nn.Module) -> None:
         """Quantizes what has been loaded without coming by, as parts of a fused weight may.
@@ -65,7 +97,7 @@ class LayersToQuantize:
         missing = self.missing_keys
         kinds = {linear_tag(name): name for name in self.done}
         for name in list(self.plan):
-            if missing is not None and f"{name}.weight" not in missing:
+            if missing is not None and not {name, f"{name}.weight"} & missing:
                 self._quantize_loaded(model, name)
             elif (kind := linear_tag(name)) in kinds:
                 raise ValueError(
@@ -82,6 +114,8 @@ class LayersToQuantize:
         """transformers raises, or with ignore_mismatched_sizes makes a new weight; its first
         versions put the wrong one into the model."""
         for name, shape in self.mismatched.items():
+            if is_projection(model, name):
+                continue  # of experts: not in the first versions
             dense = model.get_submodule(name)
             assert isinstance(dense, nn.Linear)
             expected = (dense.out_features, dense.in_features)
@@ -92,8 +126,7 @@ class LayersToQuantize:
                 )
 
     def _quantize_loaded(self, model: nn.Module, name: str) -> None:
-        weight = model.get_submodule(name).weight
-        assert isinstance(weight, Tensor)
+        weight = _weight(model, name)
         if weight.is_meta:
             raise ValueError(f"{name}: a weight that is loaded in parts cannot be offloaded")
         for key, tensor in self.quantize(model, name, weight.detach()).items():
@@ -126,11 +159,12 @@ class QuantizeWeight(ConversionOps):  # type: ignore[misc]
             # Taken out, so that nobody holds the dense weight any longer than needed.
             weight = input_dict.pop(key)
             weight = weight[0] if isinstance(weight, list) else weight
-            name = key.removesuffix(".weight")
-            if name in layers.plan and not _fits(model, name, weight):
+            name = layers.name_of(key)
+            if name is not None and weight.shape != _weight(model, name).shape:
                 del layers.plan[name]
                 layers.mismatched[name] = weight.shape
-            if name not in layers.plan:
+                name = None
+            if name is None:
                 result[key] = weight
                 continue
             layers.missing_keys = missing_keys
@@ -143,9 +177,13 @@ class QuantizeWeight(ConversionOps):  # type: ignore[misc]
         return result
 
 
-def _fits(model: nn.Module, name: str, weight: Tensor) -> bool:
-    expected = model.get_submodule(name).weight
-    return isinstance(expected, Tensor) and weight.shape == expected.shape
+def _weight(model: nn.Module, name: str) -> Tensor:
+    """The dense weight of the layer `name`, or the parameter of that name."""
+    owner = name if not is_projection(model, name) else name.rpartition(".")[0]
+    key = "weight" if owner == name else name.rpartition(".")[2]
+    weight = getattr(model.get_submodule(owner), key)
+    assert isinstance(weight, Tensor)
+    return weight
 
 
 class _Failure(dict[str, Tensor]):

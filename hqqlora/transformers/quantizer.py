@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers.quantizers.base import HfQuantizer
 
+from hqqlora.expert_weights import HQQExpertWeights
+from hqqlora.experts import dequantize_experts, expert_parameters
 from hqqlora.linear import HQQLinear
 from hqqlora.module_names import linear_tag
 from hqqlora.peft import install
@@ -64,16 +66,16 @@ class HqqQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def param_needs_quantization(self, model: Any, param_name: str, **unused: Any) -> bool:
         """Whether `param_name` is a weight that is to be quantized."""
-        name, _, key = param_name.rpartition(".")
-        return key == "weight" and name in self._layers.plan
+        return self._layers.name_of(param_name) is not None
 
     def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
         """Bytes an element of `param` takes once it is loaded, for device maps."""
-        name, _, key = param_name.rpartition(".")
-        settings = self._layers.plan.get(name) if key == "weight" else None
-        if settings is None:
+        name = self._layers.name_of(param_name)
+        if name is None:
             return float(param.element_size())
-        group_size = settings.group_size_for(param.size(0), param.size(1), name)
+        settings = self._layers.plan[name]
+        # (a transposed stack's group size is that of its rows or columns only if it is None)
+        group_size = settings.group_size_for(param.size(-2), param.size(-1), name)
         words = 0.4 if settings.nbits == 3 else settings.nbits / 8
         return words + 2 * param.element_size() / group_size
 
@@ -104,7 +106,7 @@ class HqqQuantizer(HfQuantizer):  # type: ignore[misc]
             refuse_converted(model)
             restore_words(model)
         for layer in model.modules():
-            if isinstance(layer, HQQLinear):
+            if isinstance(layer, (HQQLinear, HQQExpertWeights)):
                 layer.requires_grad_(False)  # the loader has its own mind about that
         keep_parts_apart(model)
         install()  # PEFT's layers for ours
@@ -117,12 +119,15 @@ class HqqQuantizer(HfQuantizer):  # type: ignore[misc]
             return
         of_tag: dict[str, Any] = {}
         for name, module in model.named_modules():
-            if not isinstance(module, nn.Linear):
+            if not isinstance(module, (nn.Linear, HQQExpertWeights)):
                 continue
             settings = None
-            if isinstance(module, HQQLinear):
+            if isinstance(module, (HQQLinear, HQQExpertWeights)):
                 settings = module.metadata.settings.to_config()
             if of_tag.setdefault(linear_tag(name), settings) != settings:
+                return
+        for name, _, _ in expert_parameters(model):
+            if of_tag.setdefault(linear_tag(name), None) is not None:
                 return
         quantized = {tag: settings for tag, settings in of_tag.items() if settings}
         self.quantization_config.quant_config = quantized
@@ -135,8 +140,11 @@ class HqqQuantizer(HfQuantizer):  # type: ignore[misc]
         """The state_dict with hqq's nineteen keys a layer."""
         state: dict[str, Tensor] = model.state_dict()
         for name, layer in model.named_modules():
-            if isinstance(layer, HQQLinear) and f"{name}.W_q" in state:
+            if f"{name}.W_q" not in state:
+                continue
+            if isinstance(layer, HQQLinear):
                 state[f"{name}.W_q"] = layer.stored("W_q", layer.W_q.detach())
+            if isinstance(layer, (HQQLinear, HQQExpertWeights)):
                 for key, value in layer.metadata.encoded().items():
                     state[f"{name}.{key}"] = value
         return state, {}
@@ -145,13 +153,20 @@ class HqqQuantizer(HfQuantizer):  # type: ignore[misc]
         # A string is what stands in a saved model's configuration.
         wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         dtypes = None if wanted is None else ModuleDtypes(model, wanted)
-        layers = [(n, m) for n, m in model.named_modules() if isinstance(m, HQQLinear)]
+        layers = [
+            (name, module)
+            for name, module in model.named_modules()
+            if isinstance(module, (HQQLinear, HQQExpertWeights))
+        ]
         for name, layer in layers:
             if layer.W_q.is_meta:
                 raise RuntimeError(f"{name} is offloaded and cannot be dequantized")
         for name, layer in layers:
-            dense = _dense(layer, dtypes.of(name) if dtypes else layer.compute_dtype)
-            model.set_submodule(name, dense)
+            of_layer = dtypes.of(name) if dtypes else layer.compute_dtype
+            if isinstance(layer, HQQExpertWeights):
+                dequantize_experts(model, name, of_layer)
+            else:
+                model.set_submodule(name, _dense(layer, of_layer))
         del model.hqq_quantized
         return model
 

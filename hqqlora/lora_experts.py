@@ -1,0 +1,150 @@
+"""LoRAExpertWeights: a trainable low-rank update for each expert of a frozen mixture."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from hqqlora.autograd import grouped_lora_linear
+from hqqlora.expert_weights import HQQExpertWeights
+from hqqlora.lora import _alpha, _dropout, _rank
+
+
+class LoRAExpertWeights(nn.Module):
+    """``y[m] = W_e x[m] + scaling * B_e A_e drop(x[m])`` for each row m and its expert e.
+
+    Only `lora_A` [E, r, in_features] and `lora_B` [E, out_features, r] are trained; an expert
+    without rows gets a gradient of zero. ``scaling`` is lora_alpha / r, or lora_alpha / sqrt(r)
+    with `use_rslora`.
+    """
+
+    # As `LoRALinear` has it; there is none here.
+    lora_bias = None
+
+    def __init__(
+        self,
+        base: HQQExpertWeights,
+        r: int = 8,
+        lora_alpha: float = 16,
+        lora_dropout: float = 0.0,
+        *,
+        use_rslora: bool = False,
+        lora_bias: bool = False,
+        dtype: torch.dtype = torch.float32,
+        init_lora_weights: bool | str = True,
+    ) -> None:
+        """Adds an adapter to `base`, on its device. The arguments are those of `LoRALinear`.
+
+        Raises:
+            TypeError: base is not an HQQExpertWeights, r not an integer, dtype not one of the
+                three.
+            ValueError: a number is out of range; or lora_bias is set: experts take none.
+        """
+        super().__init__()
+        if not isinstance(base, HQQExpertWeights):
+            raise TypeError(
+                f"a LoRAExpertWeights needs an HQQExpertWeights, not {type(base).__name__}"
+            )
+        if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            raise TypeError(f"dtype must be float32, float16 or bfloat16, not {dtype}")
+        if lora_bias:
+            raise ValueError("lora_bias=True is not supported for the weights of experts")
+        self.r = _rank(r)
+        self.lora_alpha = _alpha(lora_alpha)
+        self.lora_dropout = _dropout(lora_dropout)
+        self.use_rslora = bool(use_rslora)
+        self.scaling = self.lora_alpha / (math.sqrt(self.r) if use_rslora else self.r)
+        self.base_layer = base.requires_grad_(False)
+        E, N, K = base.weight.shape
+        self.lora_A = nn.Parameter(torch.empty(E, self.r, K, dtype=dtype, device=base.device))
+        self.lora_B = nn.Parameter(torch.empty(E, N, self.r, dtype=dtype, device=base.device))
+        self.reset_lora_parameters(init_lora_weights)
+
+    @torch.no_grad()
+    def reset_lora_parameters(self, init_lora_weights: bool | str = True) -> None:
+        """Initialises A and B anew, each expert's as `LoRALinear` does."""
+        if init_lora_weights not in (True, False, "gaussian"):
+            raise ValueError(
+                f"init_lora_weights={init_lora_weights!r} is not True, False or 'gaussian'"
+            )
+        for A, B in zip(self.lora_A, self.lora_B, strict=True):
+            if init_lora_weights == "gaussian":
+                nn.init.normal_(A, std=1 / self.r)
+            else:
+                nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+            if init_lora_weights is False:
+                nn.init.kaiming_uniform_(B, a=math.sqrt(5))
+            else:
+                nn.init.zeros_(B)
+
+    @property
+    def in_features(self) -> int:
+        """K of the base."""
+        return self.base_layer.in_features
+
+    @property
+    def out_features(self) -> int:
+        """N of the base."""
+        return self.base_layer.out_features
+
+    @property
+    def num_experts(self) -> int:
+        """E of the base."""
+        return self.base_layer.num_experts
+
+    @property
+    def weight(self) -> Tensor:
+        """The base's placeholder, for code that reads a shape, dtype or device."""
+        return self.base_layer.weight
+
+    @property
+    def merged(self) -> bool:
+        """False: adapters of experts are not merged."""
+        return False
+
+    def extra_repr(self) -> str:
+        """What `print(module)` says."""
+        text = f"r={self.r}, lora_alpha={self.lora_alpha:g}, scaling={self.scaling:g}"
+        return text + (f", lora_dropout={self.lora_dropout:g}" if self.lora_dropout else "")
+
+    def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
+        """y [M, out_features] for rows x [M, in_features] sorted by expert; see
+        `HQQExpertWeights`."""
+        return grouped_lora_linear(
+            x,
+            self.base_layer.packed,
+            offsets,
+            self._factor_for(x, self.lora_A),
+            self._factor_for(x, self.lora_B),
+            self.scaling,
+            self.lora_dropout if self.training else 0.0,
+        )
+
+    @staticmethod
+    def _factor_for(x: Tensor, factor: Tensor) -> Tensor:
+        """A or B in a dtype the operator takes: float32, or x's own."""
+        return factor if factor.dtype in (x.dtype, torch.float32) else factor.float()
+
+    def delta_weight(self) -> Tensor:
+        """``scaling * B_e A_e`` [E, out_features, in_features], float32."""
+        return self.scaling * (self.lora_B.float() @ self.lora_A.float())
+
+    # ---- PEFT's form of the factors -------------------------------------------------
+
+    def peft_factors(self) -> dict[str, Tensor]:
+        """A and B as PEFT's adapters of 3-D parameters have them: lora_A [E * r, in_features],
+        lora_B [out_features, r * E] with the expert as the faster index."""
+        E, r, K = self.lora_A.shape
+        return {
+            "lora_A": self.lora_A.detach().reshape(E * r, K),
+            "lora_B": self.lora_B.detach().permute(1, 2, 0).reshape(-1, r * E),
+        }
+
+    @torch.no_grad()
+    def set_peft_factors(self, A: Tensor, B: Tensor) -> None:
+        """The way back from `peft_factors`."""
+        E, r, K = self.lora_A.shape
+        self.lora_A.copy_(A.reshape(E, r, K))
+        self.lora_B.copy_(B.reshape(-1, r, E).permute(2, 0, 1))
