@@ -6,7 +6,7 @@ Nothing here runs until something has gone wrong: then the step is taken once mo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -27,8 +27,8 @@ class Nonfinite:
     layer: str
     """The name of the module, without wrappers; "" is the model itself."""
     kind: str
-    """One of "weights", "adapter" (a parameter of the layer is not finite), "activations" (all is
-    finite that goes in, and its output is not), "gradients" (likewise backward), or "inputs"."""
+    """One of "weights", "adapter" (a parameter of the layer is not finite), "activations" (what
+    goes in is finite, what comes out is not), "gradients" (likewise backward), "inputs"."""
     detail: str
     """Which tensor, and what is known about it."""
 
@@ -56,11 +56,8 @@ def find_nonfinite(model: nn.Module, inputs: Any) -> Nonfinite | None:
     """
     watch = _Watch(model)
     step = inputs if callable(inputs) else partial(_run, model, inputs)
-    with _as_before(model), watch.hooked():
-        try:
-            step()
-        except _FoundError:
-            pass
+    with _as_before(model), watch.hooked(), suppress(_FoundError):
+        step()
     return watch.found or watch.first_gradient()
 
 
@@ -112,7 +109,8 @@ class _Watch:
             handles.append(module.register_forward_hook(after, with_kwargs=True))
         for parameter, place in _owners(self.model).items():
             if parameter.requires_grad:
-                handles.append(parameter.register_hook(self._note(*place)))
+                note = self._note(*place)
+                handles.append(parameter.register_hook(note))  # type: ignore[no-untyped-call]
         try:
             yield
         finally:
@@ -125,14 +123,14 @@ class _Watch:
             if not _finite(tensor):
                 self._stop(name, module, "input", tensor)
             if tensor.requires_grad:
-                tensor.register_hook(self._note(name, "input"))
+                tensor.register_hook(self._note(name, "input"))  # type: ignore[no-untyped-call]
 
     def _after(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         for tensor in _tensors(output):
             if not _finite(tensor):
                 self._stop(name, module, "output", tensor, _tensors(args))
             if tensor.requires_grad:
-                tensor.register_hook(self._note(name, "output"))
+                tensor.register_hook(self._note(name, "output"))  # type: ignore[no-untyped-call]
 
     def _stop(
         self,

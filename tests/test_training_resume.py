@@ -234,3 +234,25 @@ def test_a_loss_that_is_not_finite_ends_the_run(place, tmp_path, monkeypatch, ca
     assert last.startswith("hqqlora train: step 4: the loss is nan")
     assert last.endswith("try a lower --learning-rate")
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["checkpoint.pt"]
+
+
+def test_a_loss_that_is_not_finite_is_traced_to_its_layer(place, tmp_path, monkeypatch, capsys):
+    """An infinite element gets into the adapter after the third step."""
+    take = loop._take_step
+
+    def take_and_spoil(loss, windows, optimizer, options, progress, parameters):
+        take(loss, windows, optimizer, options, progress, parameters)
+        if progress.step == 3:
+            layer = loss.model.get_submodule("model.layers.1.mlp.up_proj")
+            layer.lora_B.data[5, 1] = float("inf")
+
+    monkeypatch.setattr(loop, "_take_step", take_and_spoil)
+    assert main(train(place, tmp_path / "run")) == 1
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith(
+        "hqqlora train: step 4: the loss is nan and the gradient's norm nan; "
+    )
+    assert last.endswith(
+        "it begins in the adapter of model.layers.1.mlp.up_proj: lora_B has 1 infinite of 512 "
+        "elements; try a lower --learning-rate"
+    )

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from hqqlora.command.errors import DivergedError, StopRequestedError
+from hqqlora.nonfinite import find_nonfinite
 from hqqlora.training.checkpoint import Progress
 from hqqlora.training.next_token_loss import NextTokenLoss
 from hqqlora.training.options import TrainOptions
@@ -119,18 +120,32 @@ def _take_step(
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.zero_grad(set_to_none=True)
-    value = loss.backward(training_batch(windows, step, options.batch, options.seed))
+    batch = training_batch(windows, step, options.batch, options.seed)
+    random_state = torch.get_rng_state()
+    value = loss.backward(batch)
     norm = nn.utils.clip_grad_norm_(parameters, options.clip or math.inf).item()
     if not (math.isfinite(value) and math.isfinite(norm)):
+        place = _where_it_begins(loss, batch, random_state)
         raise DivergedError(
-            f"step {step + 1}: the loss is {value:g} and the gradient's norm {norm:g}; try a "
-            "lower --learning-rate"
+            f"step {step + 1}: the loss is {value:g} and the gradient's norm {norm:g}; {place}"
+            "try a lower --learning-rate"
         )
     optimizer.step()
     progress.losses.append(value)
     progress.rates.append(rate)
     progress.norms.append(norm)
     progress.seconds.append(time.perf_counter() - start)
+
+
+def _where_it_begins(loss: NextTokenLoss, batch: Tensor, random_state: Tensor) -> str:
+    """Takes the step again, with the masks it had, to find the layer; a clause, or nothing."""
+
+    def again() -> None:
+        torch.set_rng_state(random_state)
+        loss.backward(batch)
+
+    place = find_nonfinite(loss.model, again)
+    return "" if place is None else f"{place}; "
 
 
 @contextmanager

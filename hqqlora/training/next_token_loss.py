@@ -26,9 +26,9 @@ class NextTokenLoss:
 
     def __init__(self, model: nn.Module) -> None:
         """For `model`, a transformers causal language model."""
-        self._model = cast(Any, model)
+        self.model = cast(Any, model)
         self._backbone: Any = getattr(model, "base_model", None)
-        self._head: Any = self._model.get_output_embeddings()
+        self._head: Any = self.model.get_output_embeddings()
         self.chunked = self._chunks_agree()
 
     def sum(self, ids: Tensor) -> float:
@@ -63,7 +63,7 @@ class NextTokenLoss:
         if self.chunked:
             states = self._backbone(input_ids=ids, use_cache=False)[0]
         else:
-            states = self._model(input_ids=ids, use_cache=False).logits
+            states = self.model(input_ids=ids, use_cache=False).logits
         return states[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
 
     def _logits(self, states: Tensor) -> Tensor:
@@ -71,16 +71,16 @@ class NextTokenLoss:
 
     @torch.no_grad()
     def _chunks_agree(self) -> bool:
-        if self._backbone is None or self._backbone is self._model or self._head is None:
+        if self._backbone is None or self._backbone is self.model or self._head is None:
             return False
-        training = self._model.training
-        self._model.eval()
+        training = self.model.training
+        self.model.eval()
         try:
-            vocabulary = len(self._model.get_input_embeddings().weight)
+            vocabulary = len(self.model.get_input_embeddings().weight)
             ids = torch.arange(8).remainder(vocabulary)[None]
-            whole = self._model(input_ids=ids, use_cache=False).logits
+            whole = self.model(input_ids=ids, use_cache=False).logits
             states = self._backbone(input_ids=ids, use_cache=False)[0]
             parts = self._head(states)
         finally:
-            self._model.train(training)
+            self.model.train(training)
         return whole.shape == parts.shape and torch.allclose(whole, parts, rtol=0.02, atol=0.02)
