@@ -175,8 +175,8 @@ class HQQLinear(nn.Linear):
         return self._metadata is not None
 
     def check_whole(self) -> None:
-        """Raises ValueError if the layer is one rank's part of a weight, which an adapter around
-        it would not know."""
+        """Raises ValueError if the layer is one rank's part of a weight, of which an adapter
+        around it would know nothing."""
         if self.weight_part is not None:
             raise ValueError(
                 "the layer is tensor-parallel: add adapters before parallelize_module"
