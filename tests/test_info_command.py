@@ -159,19 +159,31 @@ def test_a_dense_model(folders: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert found["layers"] == []
 
 
-@pytest.mark.filterwarnings("ignore:2 expert parameters")
 def test_experts_that_are_dense_are_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     save_tiny(tiny_mixtral(), tmp_path / "dense")
     assert quantize(tmp_path / "dense", tmp_path / "q") == 0
     shown = capsys.readouterr()
-    assert "2 expert parameters (0 MiB)" in shown.err
-    assert "(experts are one 3-D parameter, no linear layers)" in shown.out
+    assert "(experts are copied as they are)" in shown.out
     text = info(capsys, tmp_path / "q")
     assert text.count("an expert, not quantized") == 3
     assert "of these, 6 could be expected to be quantized and are not: 0.2 MB" in text
     assert transformers.MixtralForCausalLM.from_pretrained(tmp_path / "q") is not None
+
+
+def test_quantized_experts_are_counted_all(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tiny_mixtral()
+    experts, out_features, in_features = model.model.layers[0].mlp.experts.down_proj.shape
+    config = hqqlora.BaseQuantizeConfig(nbits=4, group_size=32)
+    hqqlora.quantize_model(model, config, progress=False).save_pretrained(tmp_path)
+    (layer,) = [
+        layer for layer in values(capsys, tmp_path)["layers"] if "down_proj" in layer["name"]
+    ]
+    assert layer["shape"] == [experts, out_features, in_features]
+    assert layer["bits_per_weight"] == 4 + 2 * 32 / 32  # scale and zero in float32
 
 
 # ---- --plot ----------------------------------------------------------------------------------

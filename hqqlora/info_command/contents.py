@@ -3,6 +3,7 @@ are read, and of qmodel.pt what it maps; weights only when asked for."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,19 +33,29 @@ _LAYER_KEYS = frozenset((*TENSOR_KEYS, *METADATA_KEYS, *OLD_KEYS))
 
 @dataclass(frozen=True)
 class QuantizedLayer:
-    """A quantized layer. `metadata` is None where the checkpoint does not say how the layer is
-    quantized. `nbytes`: of codes, scales and zeros."""
+    """A quantized layer, or a projection of experts. `metadata` is None where the checkpoint
+    does not say how the layer is quantized. `nbytes`: of codes, scales and zeros. `experts`:
+    how many matrices are stacked; None: it is one matrix."""
 
     name: str
     metadata: LayerMetadata | None
     nbytes: int
+    experts: int | None
     _state: Mapping[str, Any]
+
+    @property
+    def shape(self) -> tuple[int, ...] | None:
+        """[out_features, in_features], of experts [experts, out_features, in_features]."""
+        m = self.metadata
+        if m is None:
+            return None
+        matrix = (m.out_features, m.in_features)
+        return matrix if self.experts is None else (self.experts, *matrix)
 
     @property
     def numel(self) -> int | None:
         """The number of weights."""
-        m = self.metadata
-        return None if m is None else m.out_features * m.in_features
+        return None if self.shape is None else math.prod(self.shape)
 
     @property
     def bits_per_weight(self) -> float | None:
@@ -150,7 +161,8 @@ def _layer(name: str, state: Mapping[str, Any]) -> QuantizedLayer:
     }
     decoded = decode_layer(shown, name)
     nbytes = sum(tensor.nbytes for tensor in (decoded.W_q, decoded.scale, decoded.zero))
-    return QuantizedLayer(name, decoded.metadata, nbytes, kept)
+    experts = decoded.W_q.size(0) if decoded.W_q.dim() == 3 else None
+    return QuantizedLayer(name, decoded.metadata, nbytes, experts, kept)
 
 
 def _shape_only(value: Any) -> Any:
@@ -164,7 +176,7 @@ def _read(value: Any) -> Any:
 
 
 def _note(name: str, shape: tuple[int, ...]) -> str:
-    """Most weights of a mixture of experts are in tensors that quantizers pass over."""
+    """Most weights of a mixture of experts are in its experts."""
     if "expert" in name and len(shape) == 3:
         return "experts in one 3-D tensor, not quantized"
     if "expert" in name and len(shape) == 2:

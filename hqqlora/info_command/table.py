@@ -18,7 +18,7 @@ def as_values(contents: Contents, errors: Mapping[str, float] | None) -> dict[st
     values["layers"] = [
         {
             "name": layer.name,
-            "shape": None if (m := layer.metadata) is None else [m.out_features, m.in_features],
+            "shape": None if (m := layer.metadata) is None else layer.shape,
             "bits": None if m is None else m.settings.nbits,
             "group_size": None if m is None else m.group_size,
             "axis": None if m is None else m.settings.axis,
@@ -114,10 +114,10 @@ def _kinds(layers: Sequence[QuantizedLayer], every: bool) -> dict[str, list[Quan
 
 def _format(layer: QuantizedLayer) -> list[str]:
     m = layer.metadata
-    if m is None:
+    if m is None or layer.shape is None:
         return ["?", "?", "?", "?", "?"]
     return [
-        f"{m.out_features} x {m.in_features}",
+        " x ".join(map(str, layer.shape)),
         str(m.settings.nbits),
         str(m.group_size),
         str(m.settings.axis),

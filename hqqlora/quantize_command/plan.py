@@ -220,7 +220,7 @@ def _why_dense(
             return f"tied to {tied[module]}"
         return _CONVERTED if converted else "not to be quantized"
     if state[key].dim() == 3 and "expert" in key:
-        return "experts are one 3-D parameter, no linear layers"
+        return "experts are copied as they are"
     return ""
 
 
