@@ -26,7 +26,7 @@ SOURCES := CMakeLists.txt pyproject.toml $(wildcard kernels/CMakeLists.txt kerne
   kernels/cpu/*.[ch] kernels/cuda/* c_api/* ops/CMakeLists.txt ops/*.cpp ops/*.h)
 C_SOURCES = $$(git ls-files '*.c' '*.h' '*.cpp' '*.cu' '*.cuh')
 
-.PHONY: all train test test-c test-torch-versions bench sass lint format asan clean FORCE
+.PHONY: all train test test-c test-torch-versions bench tune sass lint format asan avx512 clean FORCE
 all: $(VENV)/built
 
 train: $(VENV)/model
@@ -49,12 +49,25 @@ asan: $(VENV)/built
 	$(BIN)/cmake --build build/asan
 	$(BIN)/ctest --test-dir build/asan --output-on-failure --parallel $(TEST_PROCESSES)
 
+# the kernels for AVX-512 and AVX-512 BF16 as loops on AVX2, where there is no such processor
+AVX512_TESTS := direct dequantize tiled lora gemm blocked
+avx512: $(VENV)/built
+	$(BIN)/cmake -S . -B build/avx512 -G Ninja -DHQQLORA_TORCH=OFF -DHQQLORA_CUDA=OFF \
+	  -DHQQLORA_EMULATE_AVX512=ON >build/avx512-configure.log
+	$(BIN)/cmake --build build/avx512 --target $(AVX512_TESTS:%=test_%)
+	$(BIN)/ctest --test-dir build/avx512 --output-on-failure --parallel $(TEST_PROCESSES) \
+	  -R '^($(subst $() ,|,$(AVX512_TESTS)))$$'
+
 # the shim that was built here, loaded and run under another torch
 test-torch-versions: $(VENV)/built
 	PYTHON=$(PYTHON) BUILT_VENV=$(BIN)/.. tests/second_torch.sh
 
 bench: $(VENV)/bench
 	$(BIN)/python benchmarks/run.py
+
+# the thresholds between the CPU's kernels, measured: the table of c_api/choose_kernel.c
+tune: $(VENV)/bench
+	$(BIN)/python benchmarks/tune.py
 
 sass: $(VENV)/sass
 	$(BIN)/python benchmarks/sass_report.py

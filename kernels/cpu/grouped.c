@@ -3,7 +3,7 @@
  * product of its own; what is decided here is who works on it.
  *
  *   few rows    experts side by side, each on one thread: a product of few rows is short, and
- *               threads that wait for each other at the end of each cost more than they save
+ *               threads would wait for each other at the end of each
  *   many rows   one after the other, each on all threads
  */
 #include "experts.h"
@@ -12,7 +12,8 @@
 #include "parallel.h"
 #include "status.h"
 
-/* Experts side by side, if at least so many of them have few rows. */
+/* Experts side by side, if at least so many of them have few rows: enough for a few threads.
+ * Not measured yet. */
 enum { HQQ_SIDE_BY_SIDE_LEAST = 4 };
 
 /* One of `forward` and `backward` is not NULL. */
