@@ -115,7 +115,7 @@ class LanguageModel:
         """Keeps the dense weights and the dense model's predictions for `windows`."""
         self.model, self.windows = model, windows
         self.weights = {
-            name: model.get_submodule(name).weight.detach().clone()
+            name: model.get_parameter(f"{name}.weight").detach().clone()
             for name in linear_layers(model)
         }
         self.dense = {name: self.predictions(ids) for name, ids in windows.items()}

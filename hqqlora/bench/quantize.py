@@ -25,7 +25,7 @@ class Shape(NamedTuple):
 
     out_features: int
     in_features: int
-    count: int
+    copies: int
 
 
 # q and o; gate and up, down (the same weights, other rows); k and v
@@ -77,8 +77,8 @@ def run(options: argparse.Namespace) -> None:
     for shape in LLAMA_70B:
         elements = shape.out_features * shape.in_features
         took = seconds_of(shape, options.bits, options.group_size, options.rounds)
-        weights += shape.count * elements
-        seconds += shape.count * took
+        weights += shape.copies * elements
+        seconds += shape.copies * took
         rows.append(
             [
                 f"{shape.out_features} x {shape.in_features}",
