@@ -50,7 +50,7 @@ asan: $(VENV)/built
 	$(BIN)/ctest --test-dir build/asan --output-on-failure --parallel $(TEST_PROCESSES)
 
 # the kernels for AVX-512 and AVX-512 BF16 as loops on AVX2, where there is no such processor
-AVX512_TESTS := direct dequantize tiled lora gemm blocked
+AVX512_TESTS := direct dequantize tiled lora gemm blocked quantize quantize_odd
 avx512: $(VENV)/built
 	$(BIN)/cmake -S . -B build/avx512 -G Ninja -DHQQLORA_TORCH=OFF -DHQQLORA_CUDA=OFF \
 	  -DHQQLORA_EMULATE_AVX512=ON >build/avx512-configure.log

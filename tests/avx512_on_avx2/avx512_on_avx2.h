@@ -102,6 +102,23 @@ EMU void emu_mask_cvtepi32_storeu_epi16(void *p, uint64_t mask, __m512i v)
 {
     emu_mask_storeu_epi16_256(p, mask, emu_cvtepi32_epi16(v));
 }
+EMU __m512i emu_cvtps_epi32(__m512 v)
+{
+    __m256 half[2];
+    memcpy(half, &v, 64);
+    __m256i ints[2] = {_mm256_cvtps_epi32(half[0]), _mm256_cvtps_epi32(half[1])};
+    return emu_loadu_512(ints);
+}
+/* To whole numbers, half to even: all that is asked of it. */
+EMU __m512 emu_round_ps(__m512 v)
+{
+    __m256 half[2];
+    memcpy(half, &v, 64);
+    for (int i = 0; i < 2; i++)
+        half[i] = _mm256_round_ps(half[i], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    memcpy(&v, half, 64);
+    return v;
+}
 EMU __m512 emu_cvtph_ps(__m256i v)
 {
     __m256 half[2] = {_mm256_cvtph_ps(_mm256_castsi256_si128(v)),
@@ -318,24 +335,27 @@ EMU __m512 emu_most(__m512 a, __m512 b)
 }
 
 /* ---- under the intrinsics' names --------------------------------------------------------- */
-#define _mm512_loadu_si512                emu_loadu_512
-#define _mm512_storeu_si512               emu_storeu_512
-#define _mm512_loadu_ps(p)                ((__m512)emu_loadu_512(p))
-#define _mm512_storeu_ps(p, v)            emu_storeu_512(p, (__m512i)(v))
-#define _mm_maskz_loadu_epi8              emu_maskz_loadu_epi8_128
-#define _mm256_maskz_loadu_epi8           emu_maskz_loadu_epi8_256
-#define _mm256_maskz_loadu_epi16          emu_maskz_loadu_epi16_256
-#define _mm512_maskz_loadu_epi32          emu_maskz_loadu_epi32
-#define _mm512_maskz_loadu_ps             emu_maskz_loadu_ps
-#define _mm_mask_storeu_epi8              emu_mask_storeu_epi8_128
-#define _mm256_mask_storeu_epi16          emu_mask_storeu_epi16_256
-#define _mm512_mask_storeu_epi16          emu_mask_storeu_epi16
-#define _mm512_mask_storeu_ps             emu_mask_storeu_ps
-#define _mm512_cvtepu8_epi32              emu_cvtepu8_epi32
-#define _mm512_cvtepu8_epi16              emu_cvtepu8_epi16
-#define _mm512_cvtepu16_epi32             emu_cvtepu16_epi32
-#define _mm512_cvtepi32_epi16             emu_cvtepi32_epi16
-#define _mm512_cvtepi32_epi8              emu_cvtepi32_epi8
+#define _mm512_loadu_si512       emu_loadu_512
+#define _mm512_storeu_si512      emu_storeu_512
+#define _mm512_loadu_ps(p)       ((__m512)emu_loadu_512(p))
+#define _mm512_storeu_ps(p, v)   emu_storeu_512(p, (__m512i)(v))
+#define _mm_maskz_loadu_epi8     emu_maskz_loadu_epi8_128
+#define _mm256_maskz_loadu_epi8  emu_maskz_loadu_epi8_256
+#define _mm256_maskz_loadu_epi16 emu_maskz_loadu_epi16_256
+#define _mm512_maskz_loadu_epi32 emu_maskz_loadu_epi32
+#define _mm512_maskz_loadu_ps    emu_maskz_loadu_ps
+#define _mm_mask_storeu_epi8     emu_mask_storeu_epi8_128
+#define _mm256_mask_storeu_epi16 emu_mask_storeu_epi16_256
+#define _mm512_mask_storeu_epi16 emu_mask_storeu_epi16
+#define _mm512_mask_storeu_ps    emu_mask_storeu_ps
+#define _mm512_cvtepu8_epi32     emu_cvtepu8_epi32
+#define _mm512_cvtepu8_epi16     emu_cvtepu8_epi16
+#define _mm512_cvtepu16_epi32    emu_cvtepu16_epi32
+#define _mm512_cvtepi32_epi16    emu_cvtepi32_epi16
+#define _mm512_cvtepi32_epi8     emu_cvtepi32_epi8
+#define _mm512_cvtps_epi32       emu_cvtps_epi32
+#undef _mm512_roundscale_ps
+#define _mm512_roundscale_ps(v, nearest)  emu_round_ps(v)
 #define _mm512_mask_cvtepi32_storeu_epi16 emu_mask_cvtepi32_storeu_epi16
 #undef _mm512_cvtps_ph
 #define _mm512_cvtph_ps              emu_cvtph_ps
