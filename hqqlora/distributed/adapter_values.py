@@ -65,7 +65,9 @@ def new_adapters(model: nn.Module, names: Iterable[str]) -> list[NewAdapter]:
 
 def _adapters_of(module: nn.Module, name: str) -> Iterator[NewAdapter]:
     if isinstance(module, LoRALinear):
-        own = {f"{name}.{a}": (module, a) for a, _ in module.named_parameters(recurse=False)}
+        own: dict[str, tuple[nn.Module, str]] = {
+            f"{name}.{a}": (module, a) for a, _ in module.named_parameters(recurse=False)
+        }
         yield NewAdapter(own, module.reset_lora_parameters)
         return
     if not isinstance(getattr(module, "lora_A", None), nn.ModuleDict):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -168,7 +169,8 @@ def _allocate(model: nn.Module, device: torch.device) -> None:
             again.append((name, first[id(parameter)]))
         else:
             first[id(parameter)] = name
-    model._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t)
+    apply: Any = model._apply
+    apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t)
     for name, original in again:
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, model.get_parameter(original))

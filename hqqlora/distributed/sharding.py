@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
@@ -55,7 +55,7 @@ def shard_model(
     if mesh is None:
         device = torch.accelerator.current_accelerator()
         kind = "cpu" if device is None else device.type
-        mesh = dist.init_device_mesh(kind, (dist.get_world_size(),))
+        mesh = init_device_mesh(kind, (dist.get_world_size(),))
     options: dict[str, Any] = {
         "mesh": mesh,
         "reshard_after_forward": reshard_after_forward,
@@ -80,7 +80,7 @@ def transformer_blocks(model: nn.Module) -> list[nn.Module]:
     """
     if isinstance(model, nn.ModuleList):
         return list(model)
-    blocks = []
+    blocks: list[nn.Module] = []
     stack = list(model.children())[::-1]
     while stack:
         module = stack.pop()

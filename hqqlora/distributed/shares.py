@@ -38,18 +38,19 @@ class Share:
         sharded = [
             (i, p) for i, p in enumerate(parameter.placements) if not isinstance(p, Replicate)
         ]
-        if len(sharded) != 1 or type(sharded[0][1]) is not Shard:
+        mesh_dim, placement = sharded[0] if len(sharded) == 1 else (0, None)
+        # (A subclass of Shard divides in another way.)
+        if not isinstance(placement, Shard) or type(placement) is not Shard:
             raise ValueError(
                 f"{name} is divided as {parameter.placements}: only what fully_shard does over "
                 f"one dimension of a mesh can be loaded"
             )
-        mesh_dim, placement = sharded[0]
         mesh = parameter.device_mesh
         dim, ranks = placement.dim, mesh.size(mesh_dim)
         step = -(-shape[dim] // ranks)
         start = min(step * mesh.get_local_rank(mesh_dim), shape[dim])
         stop = min(start + step, shape[dim])
-        local = parameter.detach().to_local()
+        local = parameter.to_local().detach()
         return cls(local, shape, dim, start, stop, mesh.get_group(mesh_dim))
 
     def fill(self, part: Tensor) -> None:
@@ -76,7 +77,9 @@ class Share:
         if whole is not None:
             whole = whole.detach().to(device, self.local.dtype)
             parts = [torch.zeros_like(part) for _ in range(ranks)]
-            for padded_part, piece in zip(parts, whole.split(step, self.dim), strict=False):
+            for padded_part, piece in zip(
+                parts, torch.split(whole, step, self.dim), strict=False
+            ):
                 padded_part.narrow(self.dim, 0, piece.size(self.dim)).copy_(piece)
             parts = [padded_part.view(torch.uint8) for padded_part in parts]
         dist.scatter(part.view(torch.uint8), parts, group=self.group, group_src=source)
@@ -89,6 +92,5 @@ def communication_device(model: nn.Module) -> torch.device:
         if isinstance(parameter, DTensor):
             kind = parameter.device_mesh.device_type
             module = torch.get_device_module(kind)
-            index = None if kind == "cpu" else module.current_device()
-            return torch.device(kind, index)
+            return torch.device(kind if kind == "cpu" else f"{kind}:{module.current_device()}")
     return torch.device("cpu")
