@@ -27,6 +27,8 @@ from torch.autograd import Function
 LINEAR_INPUTS = 10
 LORA_INPUTS = 15
 
+_FACTOR_DTYPES = {torch.float32, torch.bfloat16, torch.float16}
+
 Gradients = tuple[Tensor | None, ...]
 
 
@@ -138,8 +140,11 @@ class TransformableLinear(Function):
 
 
 def factors_for(dtype: torch.dtype, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """A and B as the ops take them for an x of dtype: in that, or in float32."""
+    """A and B as the ops take them for an x of dtype: in that, or in float32. What is no
+    factor's dtype stays, for the ops to refuse."""
     if A.dtype in (dtype, torch.float32) and B.dtype == A.dtype:
+        return A, B
+    if not {A.dtype, B.dtype} <= _FACTOR_DTYPES:
         return A, B
     return A.float(), B.float()
 

@@ -298,7 +298,7 @@ def test_autograd_functions_refuse():
     for attempt, shows in [
         (lambda: hqqlora.autograd.linear(x[:, :9], WEIGHT), ["x", "32", "[5, 9]"]),
         (lambda: hqqlora.autograd.linear(x, WEIGHT, B), ["bias", "[24, 4]"]),
-        (lambda: lora_linear(x, WEIGHT, None, A.half(), B, 1.0), ["A", "float16"]),
+        (lambda: lora_linear(x, WEIGHT, None, A.long(), B, 1.0), ["A", "int64"]),
         (lambda: lora_linear(x, WEIGHT, None, A, B.t(), 1.0), ["B", "[4, 24]"]),
         (lambda: lora_linear(x, WEIGHT, None, A, B, 1.0, dropout=1.5), ["dropout", "1.5"]),
         (lambda: lora_linear(x, WEIGHT, None, A, B, NAN), ["scaling", "nan"]),

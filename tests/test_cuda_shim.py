@@ -2,6 +2,7 @@
 what a package without CUDA kernels says. tests/test_cuda_device.py computes on a GPU."""
 
 import functools
+import inspect
 import re
 import warnings
 
@@ -30,9 +31,11 @@ knows_cuda = pytest.mark.skipif(
 
 
 def on(device, arguments):
-    """The arguments with all tensors on a device, but for the seed."""
+    """The arguments with all tensors on a device, but for the seed and an expert's rows."""
     return {
-        name: value.to(device) if isinstance(value, torch.Tensor) and name != "seed" else value
+        name: value.to(device)
+        if isinstance(value, torch.Tensor) and name not in ("seed", "offsets")
+        else value
         for name, value in arguments.items()
     }
 
@@ -40,7 +43,20 @@ def on(device, arguments):
 @pytest.fixture
 def fake_arguments():
     """Arguments of all ops on cuda:1, without data, and the mode in which they live."""
+    yield from without_data(forward_arguments(dropout=0.25))
+
+
+@pytest.fixture
+def fake_grouped_arguments():
+    """The same of the grouped ops, with one expert that has all the rows."""
     real = forward_arguments(dropout=0.25)
+    stacked = {key: real[key][None] for key in ("W_q", "scale", "zero", "A", "B")}
+    rows = {key: real[key].flatten(0, -2) for key in ("x", "dy", "xa")}
+    offsets = torch.tensor([0, rows["x"].size(0)])
+    yield from without_data({**real, **stacked, **rows, "offsets": offsets})
+
+
+def without_data(real):
     with FakeTensorMode() as mode:
         yield on(
             "cuda:1",
@@ -217,10 +233,12 @@ def test_without_cuda_kernels_the_ops_say_why(op):
 
 
 @pytest.mark.parametrize("fake", fakes.FAKES, ids=lambda fake: fake.__name__)
-def test_without_cuda_kernels_tracing_says_why(fake, fake_arguments):
+def test_without_cuda_kernels_tracing_says_why(fake, request):
     refusing = fakes._refusing_cuda(fake, "why")
-    names = NAMES[getattr(ops, fake.__name__)]
-    chosen = {name: value for name, value in fake_arguments.items() if name in names}
+    grouped = fake.__name__.startswith("grouped")
+    arguments = request.getfixturevalue(f"fake_{'grouped_' if grouped else ''}arguments")
+    names = inspect.signature(fake).parameters
+    chosen = {name: value for name, value in arguments.items() if name in names}
     with pytest.raises(RuntimeError, match=r"^hqqlora: why$"):
         refusing(**chosen)
     refusing(**on("cpu", chosen))
