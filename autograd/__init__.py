@@ -19,10 +19,10 @@ from .functions import (
     LoRALinear,
     TransformableLinear,
     TransformableLoRALinear,
-    factors_for,
+    forward_lora,
 )
 from .grouped import grouped_linear, grouped_lora_linear
-from .input_cast import cast_input
+from .inputs import autocast_input, check_frozen
 
 __all__ = ["grouped_linear", "grouped_lora_linear", "linear", "lora_linear"]
 
@@ -36,9 +36,9 @@ def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tenso
     Returns y in x's dtype. Raises ValueError if scale or zero requires a gradient, and
     RuntimeError, with the values, where shapes or dtypes do not fit.
     """
-    _check_frozen(weight)
-    if torch.is_autocast_enabled(x.device.type):
-        x, bias = _autocast(x, bias)
+    check_frozen(weight)
+    x = autocast_input(x)
+    bias = _bias_for(x, bias)
     arguments = (x, *weight[:3], bias, *weight[3:])
     y: Tensor
     if _transforms_active():
@@ -75,9 +75,9 @@ def lora_linear(
     or zero requires a gradient, and RuntimeError, with the values, where shapes, dtypes or
     numbers do not fit.
     """
-    _check_frozen(weight)
-    if torch.is_autocast_enabled(x.device.type):
-        x, bias = _autocast(x, bias)
+    check_frozen(weight)
+    x = autocast_input(x)
+    bias = _bias_for(x, bias)
     seed = dropout_seed() if dropout > 0 else None
     arguments = (x, *weight[:3], bias, A, B, seed, scaling, dropout, *weight[3:])
     y: Tensor
@@ -91,30 +91,16 @@ def lora_linear(
     ):
         y = LoRALinear.apply(*arguments)  # type: ignore[no-untyped-call]
     else:
-        A, B = factors_for(x.dtype, A, B)
-        y, _ = torch.ops.hqqlora.lora_linear(
-            x, *weight[:3], bias, A, B, seed, scaling, dropout, *weight[3:]
-        )
+        y, _ = forward_lora(arguments)
     return y
 
 
-def _check_frozen(weight: PackedWeight) -> None:
-    if weight.scale.requires_grad or weight.zero.requires_grad:
-        raise ValueError(
-            "the scale and zero of a quantized weight are frozen, but one of them requires a "
-            "gradient: call requires_grad_(False) on it"
-        )
-
-
-def _autocast(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """What torch.autocast does to the inputs of a linear layer. A float32 bias may stay: the
-    kernels add it before they round."""
-    dtype = torch.get_autocast_dtype(x.device.type)
-    if x.dtype != torch.float64:
-        x = cast_input(x, dtype)
-    if bias is not None and bias.dtype not in (torch.float32, x.dtype):
-        bias = bias.to(x.dtype)
-    return x, bias
+def _bias_for(x: Tensor, bias: Tensor | None) -> Tensor | None:
+    """Under autocast the bias goes with x. A float32 one may stay: the kernels add it before
+    they round."""
+    if bias is None or bias.dtype in (torch.float32, x.dtype):
+        return bias
+    return bias.to(x.dtype) if torch.is_autocast_enabled(x.device.type) else bias
 
 
 def _transforms_active() -> bool:

@@ -54,7 +54,7 @@ class _SecondDerivative(Function):
         )
 
 
-def _refuse_second_derivative(gradients: Gradients, sources: tuple[Any, ...]) -> Gradients:
+def refuse_second_derivative(gradients: Gradients, sources: tuple[Any, ...]) -> Gradients:
     """Under create_graph the gradients would pass for constants, as the ops that made them
     are not differentiable: let a second backward through them fail instead."""
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
@@ -90,7 +90,7 @@ def _linear_backward(ctx: Any, dy: Tensor) -> Gradients:
         dx = torch.ops.hqqlora.linear_dgrad(dy, W_q, scale, zero, *ctx.format)
     if ctx.needs_input_grad[4]:
         db = _bias_gradient(dy, ctx.bias_dtype)
-    dx, db = _refuse_second_derivative((dx, db), (dy,))
+    dx, db = refuse_second_derivative((dx, db), (dy,))
     return dx, None, None, None, db, *(None,) * (LINEAR_INPUTS - 5)
 
 
@@ -149,7 +149,8 @@ def factors_for(dtype: torch.dtype, A: Tensor, B: Tensor) -> tuple[Tensor, Tenso
     return A.float(), B.float()
 
 
-def _forward_lora(inputs: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+def forward_lora(inputs: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+    """y and xa of the inputs of `LoRALinear`."""
     x, W_q, scale, zero, bias, A, B, *rest = inputs
     A, B = factors_for(x.dtype, A, B)
     y, xa = torch.ops.hqqlora.lora_linear(x, W_q, scale, zero, bias, A, B, *rest)
@@ -178,7 +179,7 @@ def _lora_backward(ctx: Any, dy: Tensor) -> Gradients:
         dA, dB = dA.to(A.dtype), dB.to(B.dtype)
     if needs_db:
         db = _bias_gradient(dy, ctx.bias_dtype)
-    dx, db, dA, dB = _refuse_second_derivative(
+    dx, db, dA, dB = refuse_second_derivative(
         (
             dx if needs_dx else None,
             db,
@@ -195,7 +196,7 @@ class LoRALinear(Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        y, xa = _forward_lora(inputs)
+        y, xa = forward_lora(inputs)
         _save_lora(ctx, inputs, xa)
         return y
 
@@ -211,7 +212,7 @@ class TransformableLoRALinear(Function):
 
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
-        return _forward_lora(inputs)
+        return forward_lora(inputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -15,7 +15,8 @@ from torch.autograd import Function
 
 from ..ops import PackedWeight
 from .dropout_seed import dropout_seed
-from .functions import Gradients, _refuse_second_derivative
+from .functions import Gradients, factors_for, refuse_second_derivative
+from .inputs import autocast_input, check_frozen
 
 __all__ = ["grouped_linear", "grouped_lora_linear"]
 
@@ -33,9 +34,8 @@ def grouped_linear(x: Tensor, weight: PackedWeight, offsets: Tensor) -> Tensor:
     Returns y in x's dtype. The gradient flows to x. Raises ValueError if scale or zero requires
     a gradient, and RuntimeError, with the values, where shapes, dtypes or offsets do not fit.
     """
-    _check_frozen(weight)
-    if torch.is_autocast_enabled(x.device.type):
-        x = _autocast(x)
+    check_frozen(weight)
+    x = autocast_input(x)
     arguments = (x, *weight[:3], offsets, *weight[3:])
     y: Tensor
     if torch.is_grad_enabled() and x.requires_grad:
@@ -57,37 +57,29 @@ def grouped_lora_linear(
     """``y [M, N]``, row m of it ``W_e x[m] + scaling * B_e A_e drop(x[m])``.
 
     x, weight, offsets: as in `grouped_linear`.
-    A, B: [E, R, K] and [E, N, R], both float32 or both x's dtype; R up to 256.
+    A, B: [E, R, K] and [E, N, R], any of the three dtypes, as in `lora_linear`; R up to 256.
     dropout: as in `lora_linear`.
 
     Returns y in x's dtype; gradients flow to x, A and B, which get zeros for experts without
     rows. Raises as `grouped_linear` does.
     """
-    _check_frozen(weight)
-    if torch.is_autocast_enabled(x.device.type):
-        x = _autocast(x)
-        if A.dtype != torch.float32 and A.dtype != x.dtype:
-            A, B = A.float(), B.float()
+    check_frozen(weight)
+    x = autocast_input(x)
     seed = dropout_seed() if dropout > 0 else None
     arguments = (x, *weight[:3], offsets, A, B, seed, scaling, dropout, *weight[3:])
     y: Tensor
     if torch.is_grad_enabled() and (x.requires_grad or A.requires_grad or B.requires_grad):
         y = GroupedLoRALinear.apply(*arguments)  # type: ignore[no-untyped-call]
     else:
-        y, _ = torch.ops.hqqlora.grouped_lora_linear(*arguments)
+        y, _ = _forward_lora(arguments)
     return y
 
 
-def _check_frozen(weight: PackedWeight) -> None:
-    if weight.scale.requires_grad or weight.zero.requires_grad:
-        raise ValueError(
-            "the scale and zero of a quantized weight are frozen, but one of them requires a "
-            "gradient: call requires_grad_(False) on it"
-        )
-
-
-def _autocast(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(x.device.type))
+def _forward_lora(inputs: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+    x, W_q, scale, zero, offsets, A, B, *rest = inputs
+    A, B = factors_for(x.dtype, A, B)
+    y, xa = torch.ops.hqqlora.grouped_lora_linear(x, W_q, scale, zero, offsets, A, B, *rest)
+    return y, xa
 
 
 class GroupedLinear(Function):
@@ -103,7 +95,7 @@ class GroupedLinear(Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
         dx = torch.ops.hqqlora.grouped_linear_dgrad(dy, *ctx.saved_tensors, *ctx.format)
-        (dx,) = _refuse_second_derivative((dx,), (dy,))
+        (dx,) = refuse_second_derivative((dx,), (dy,))
         return dx, *(None,) * (LINEAR_INPUTS - 1)
 
 
@@ -116,8 +108,7 @@ class GroupedLoRALinear(Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         x, W_q, scale, zero, offsets, A, B, seed, *ctx.numbers = inputs
-        y: Tensor
-        y, xa = torch.ops.hqqlora.grouped_lora_linear(*inputs)
+        y, xa = _forward_lora(inputs)
         needs_dA, needs_dB = ctx.needs_input_grad[5:7]
         ctx.save_for_backward(
             x if needs_dA else None,
@@ -129,13 +120,15 @@ class GroupedLoRALinear(Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
         needs_dx, _, _, _, _, needs_dA, needs_dB, *_ = ctx.needs_input_grad
+        *before, A, B, seed = ctx.saved_tensors
+        factors = factors_for(dy.dtype, A, B)
         dx, dA, dB = torch.ops.hqqlora.grouped_lora_linear_backward(
-            dy, *ctx.saved_tensors, *ctx.numbers, needs_dx, needs_dA, needs_dB
+            dy, *before, *factors, seed, *ctx.numbers, needs_dx, needs_dA, needs_dB
         )
         gradients: Gradients = (
             dx if needs_dx else None,
-            dA if needs_dA else None,
-            dB if needs_dB else None,
+            dA.to(A.dtype) if needs_dA else None,
+            dB.to(B.dtype) if needs_dB else None,
         )
-        dx, dA, dB = _refuse_second_derivative(gradients, (dy, *ctx.saved_tensors))
+        dx, dA, dB = refuse_second_derivative(gradients, (dy, *ctx.saved_tensors))
         return dx, None, None, None, None, dA, dB, *(None,) * (LORA_INPUTS - 7)

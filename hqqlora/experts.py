@@ -116,26 +116,13 @@ class HQQExperts(nn.Module):
         projection = getattr(self, key)
         y: Tensor
         if key in self.lent_adapters:
-            y = self._with_adapter(projection, rows, offsets, *self.lent_adapters[key])
+            y = grouped_lora_linear(rows, projection.packed, offsets, *self.lent_adapters[key])
         elif isinstance(projection, nn.Module):
             y = projection(rows, offsets)
         else:
             y = self._dense_product(projection, rows, offsets)
         bias = self._parameters.get(f"{key}_bias")
         return y if bias is None else y + bias.index_select(0, experts).to(y.dtype)
-
-    @staticmethod
-    def _with_adapter(
-        weights: HQQExpertWeights,
-        rows: Tensor,
-        offsets: Tensor,
-        A: Tensor,
-        B: Tensor,
-        scaling: float,
-    ) -> Tensor:
-        if not A.dtype == B.dtype in (rows.dtype, torch.float32):
-            A, B = A.float(), B.float()
-        return grouped_lora_linear(rows, weights.packed, offsets, A, B, scaling)
 
     def _dense_product(self, weight: Tensor, rows: Tensor, offsets: Tensor) -> Tensor:
         ends = offsets.tolist()

@@ -116,16 +116,11 @@ class LoRAExpertWeights(nn.Module):
             x,
             self.base_layer.packed,
             offsets,
-            self._factor_for(x, self.lora_A),
-            self._factor_for(x, self.lora_B),
+            self.lora_A,
+            self.lora_B,
             self.scaling,
             self.lora_dropout if self.training else 0.0,
         )
-
-    @staticmethod
-    def _factor_for(x: Tensor, factor: Tensor) -> Tensor:
-        """A or B in a dtype the operator takes: float32, or x's own."""
-        return factor if factor.dtype in (x.dtype, torch.float32) else factor.float()
 
     def delta_weight(self) -> Tensor:
         """``scaling * B_e A_e`` [E, out_features, in_features], float32."""

@@ -1,4 +1,5 @@
-"""Autocast's cast of an input, once for all layers that take it.
+"""What happens to the inputs of a product before it: the weight is seen to be frozen, and x is
+cast under autocast, once for all layers that take it.
 
 q, k and v of an attention, and gate and up of an MLP, are called with the same tensor. Cast by
 each for itself, it would be kept three times, or twice, until the backward pass.
@@ -12,6 +13,25 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from ..ops import PackedWeight
+
+
+def check_frozen(weight: PackedWeight) -> None:
+    """Raises ValueError if scale or zero requires a gradient, which they would not get."""
+    if weight.scale.requires_grad or weight.zero.requires_grad:
+        raise ValueError(
+            "the scale and zero of a quantized weight are frozen, but one of them requires a "
+            "gradient: call requires_grad_(False) on it"
+        )
+
+
+def autocast_input(x: Tensor) -> Tensor:
+    """x as torch.autocast, where it is on, has a linear layer take it."""
+    device = x.device.type
+    if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
+        return x
+    return cast_input(x, torch.get_autocast_dtype(device))
 
 
 class _LastCast(threading.local):
