@@ -20,11 +20,12 @@ from hqqlora.state_encoding import (
     decode_layer,
     word_dtype,
 )
+from hqqlora.weight_format import WeightFormat
 
 KEYS = ("W_q", "scale", "zero")
 
 
-class HQQExpertWeights(nn.Module):
+class HQQExpertWeights(WeightFormat, nn.Module):
     """E matrices [out_features, in_features], each packed in hqq's format, stacked.
 
     `W_q`, `scale` and `zero` are frozen parameters with a first dimension E; ``W_q[e]``,
@@ -111,38 +112,6 @@ class HQQExpertWeights(nn.Module):
     def in_features(self) -> int:
         """K."""
         return self.metadata.in_features
-
-    @property
-    def nbits(self) -> int:
-        """Bits of a code."""
-        return self.metadata.settings.nbits
-
-    @property
-    def group_size(self) -> int:
-        """Weights that share a scale and a zero."""
-        return self.metadata.group_size
-
-    @property
-    def axis(self) -> int:
-        """1: a group runs along a row; 0: down a column."""
-        return self.metadata.settings.axis
-
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        """What `dequantize` gives; follows ``.to(dtype)``."""
-        return self.metadata.compute_dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.W_q.device
-
-    @property
-    def quant_config(self) -> dict[str, Any]:
-        """The configuration as hqq's dict, with the group size resolved."""
-        config = self.metadata.settings.to_config()
-        config["weight_quant_params"]["group_size"] = self.group_size
-        return config
 
     @property
     def packed(self) -> PackedWeight:

@@ -24,6 +24,7 @@ from hqqlora.state_encoding import (
     fit_tensors,
     word_dtype,
 )
+from hqqlora.weight_format import WeightFormat
 
 if TYPE_CHECKING:
     from hqqlora.distributed.tensor_parallel import WeightPart
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 NO_WEIGHT = "this HQQLinear has no weight yet: load a state_dict into it"
 
 
-class HQQLinear(nn.Linear):
+class HQQLinear(WeightFormat, nn.Linear):
     """``y = x W^T + bias`` with ``W = (W_q - zero) * scale``, all of it frozen.
 
     An ordinary module: `W_q` (uint8; int32 for 3 bits), `scale`, `zero` and `bias` are
@@ -192,38 +193,6 @@ class HQQLinear(nn.Linear):
         if self._metadata is None:
             raise RuntimeError(NO_WEIGHT)
         return self._metadata
-
-    @property
-    def nbits(self) -> int:
-        """Bits of a code: 8, 4, 3, 2 or 1."""
-        return self.metadata.settings.nbits
-
-    @property
-    def group_size(self) -> int:
-        """Weights that share a scale and a zero."""
-        return self.metadata.group_size
-
-    @property
-    def axis(self) -> int:
-        """1: a group runs along a row; 0: down a column."""
-        return self.metadata.settings.axis
-
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        """What `dequantize` gives; follows ``.to(dtype)``."""
-        return self.metadata.compute_dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weight is."""
-        return self.W_q.device
-
-    @property
-    def quant_config(self) -> dict[str, Any]:
-        """The configuration as hqq's dict, with the group size resolved."""
-        config = self.metadata.settings.to_config()
-        config["weight_quant_params"]["group_size"] = self.group_size
-        return config
 
     @property
     def meta(self) -> dict[str, Any]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import operator
 from typing import Any
 
 import torch
@@ -11,8 +9,16 @@ from torch import Tensor, nn
 
 from hqqlora.autograd import lora_linear
 from hqqlora.linear import HQQLinear
+from hqqlora.lora_settings import (
+    check_dtype,
+    check_initialization,
+    checked_alpha,
+    checked_dropout,
+    checked_rank,
+    initialize,
+    scaling_of,
+)
 
-MAX_RANK = 256
 # What merge() changes in the base.
 MERGED_KEYS = ("W_q", "scale", "zero", "bias")
 
@@ -61,13 +67,12 @@ class LoRALinear(nn.Module):
         if not isinstance(base, HQQLinear):
             raise TypeError(f"a LoRALinear needs an HQQLinear, not {type(base).__name__}")
         base.check_whole()
-        if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            raise TypeError(f"dtype must be float32, float16 or bfloat16, not {dtype}")
-        self.r = _rank(r)
-        self.lora_alpha = _alpha(lora_alpha)
-        self.lora_dropout = _dropout(lora_dropout)
+        check_dtype(dtype)
+        self.r = checked_rank(r)
+        self.lora_alpha = checked_alpha(lora_alpha)
+        self.lora_dropout = checked_dropout(lora_dropout)
         self.use_rslora = bool(use_rslora)
-        self.scaling = self.lora_alpha / (math.sqrt(self.r) if use_rslora else self.r)
+        self.scaling = scaling_of(self.r, self.lora_alpha, self.use_rslora)
         self.base_layer = base.requires_grad_(False)
         N, K = base.out_features, base.in_features
         self.lora_A = nn.Parameter(torch.empty(self.r, K, dtype=dtype, device=base.device))
@@ -88,18 +93,8 @@ class LoRALinear(nn.Module):
     @torch.no_grad()
     def reset_lora_parameters(self, init_lora_weights: bool | str = True) -> None:
         """Initialises A and B anew; see the constructor."""
-        if init_lora_weights not in (True, False, "gaussian"):
-            raise ValueError(
-                f"init_lora_weights={init_lora_weights!r} is not True, False or 'gaussian'"
-            )
-        if init_lora_weights == "gaussian":
-            nn.init.normal_(self.lora_A, std=1 / self.r)
-        else:
-            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        if init_lora_weights is False:
-            nn.init.kaiming_uniform_(self.lora_B, a=math.sqrt(5))
-        else:
-            nn.init.zeros_(self.lora_B)
+        check_initialization(init_lora_weights)
+        initialize(self.lora_A, self.lora_B, init_lora_weights)
         if self.lora_bias is not None:
             nn.init.zeros_(self.lora_bias)
 
@@ -275,27 +270,3 @@ def _save_unmerged(
             state.pop(f"{prefix}base_layer.{name}", None)
         else:
             state[f"{prefix}base_layer.{name}"] = layer.base_layer.stored(name, before)
-
-
-def _rank(r: object) -> int:
-    if isinstance(r, bool):
-        raise TypeError(f"r must be an integer, not {r!r}")
-    try:
-        rank = operator.index(r)  # type: ignore[arg-type]
-    except TypeError:
-        raise TypeError(f"r must be an integer, not {r!r}") from None
-    if not 1 <= rank <= MAX_RANK:
-        raise ValueError(f"r={rank} is not between 1 and {MAX_RANK}")
-    return rank
-
-
-def _alpha(lora_alpha: float) -> float:
-    if not math.isfinite(lora_alpha):
-        raise ValueError(f"lora_alpha={lora_alpha} is not finite")
-    return lora_alpha
-
-
-def _dropout(lora_dropout: float) -> float:
-    if not 0.0 <= lora_dropout < 1.0:
-        raise ValueError(f"lora_dropout={lora_dropout} is not in [0, 1)")
-    return float(lora_dropout)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 
 from hqqlora.autograd import grouped_lora_linear
 from hqqlora.expert_weights import HQQExpertWeights
-from hqqlora.lora import _alpha, _dropout, _rank
+from hqqlora.lora_settings import (
+    check_dtype,
+    check_initialization,
+    checked_alpha,
+    checked_dropout,
+    checked_rank,
+    initialize,
+    scaling_of,
+)
 
 
 class LoRAExpertWeights(nn.Module):
@@ -47,15 +53,14 @@ class LoRAExpertWeights(nn.Module):
             raise TypeError(
                 f"a LoRAExpertWeights needs an HQQExpertWeights, not {type(base).__name__}"
             )
-        if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            raise TypeError(f"dtype must be float32, float16 or bfloat16, not {dtype}")
+        check_dtype(dtype)
         if lora_bias:
             raise ValueError("lora_bias=True is not supported for the weights of experts")
-        self.r = _rank(r)
-        self.lora_alpha = _alpha(lora_alpha)
-        self.lora_dropout = _dropout(lora_dropout)
+        self.r = checked_rank(r)
+        self.lora_alpha = checked_alpha(lora_alpha)
+        self.lora_dropout = checked_dropout(lora_dropout)
         self.use_rslora = bool(use_rslora)
-        self.scaling = self.lora_alpha / (math.sqrt(self.r) if use_rslora else self.r)
+        self.scaling = scaling_of(self.r, self.lora_alpha, self.use_rslora)
         self.base_layer = base.requires_grad_(False)
         E, N, K = base.weight.shape
         self.lora_A = nn.Parameter(torch.empty(E, self.r, K, dtype=dtype, device=base.device))
@@ -65,19 +70,9 @@ class LoRAExpertWeights(nn.Module):
     @torch.no_grad()
     def reset_lora_parameters(self, init_lora_weights: bool | str = True) -> None:
         """Initialises A and B anew, each expert's as `LoRALinear` does."""
-        if init_lora_weights not in (True, False, "gaussian"):
-            raise ValueError(
-                f"init_lora_weights={init_lora_weights!r} is not True, False or 'gaussian'"
-            )
+        check_initialization(init_lora_weights)
         for A, B in zip(self.lora_A, self.lora_B, strict=True):
-            if init_lora_weights == "gaussian":
-                nn.init.normal_(A, std=1 / self.r)
-            else:
-                nn.init.kaiming_uniform_(A, a=math.sqrt(5))
-            if init_lora_weights is False:
-                nn.init.kaiming_uniform_(B, a=math.sqrt(5))
-            else:
-                nn.init.zeros_(B)
+            initialize(A, B, init_lora_weights)
 
     @property
     def in_features(self) -> int:

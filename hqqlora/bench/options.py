@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 from hqqlora.bench.contenders import CONTENDERS
 from hqqlora.command.errors import UsageError
-from hqqlora.command.options import DTYPES, non_negative_integer, number, positive_integer
+from hqqlora.command.options import DTYPES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,17 +61,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "auto: bfloat16 where the processor multiplies it",
         choices=DTYPES,
     )
-    add("batch", "sequences in a step", type=positive_integer, metavar="SEQUENCES")
-    add(
-        "sequence_length",
-        "tokens in a sequence",
-        type=number(int, 2, 2**31 - 1, "an integer of at least 2"),
-        metavar="TOKENS",
-    )
-    add("rank", "rank of the adapters on all linear layers", type=positive_integer, metavar="R")
-    add("rounds", "turns of each contender", type=positive_integer, metavar="ROUNDS")
-    add("steps", "steps in a turn, one after another", type=positive_integer, metavar="STEPS")
-    add("threads", "threads; 0: one a core", type=non_negative_integer, metavar="THREADS")
+    add("batch", "sequences in a step", type=_whole(1), metavar="SEQUENCES")
+    add("sequence_length", "tokens in a sequence", type=_whole(2), metavar="TOKENS")
+    add("rank", "rank of the adapters on all linear layers", type=_whole(1), metavar="R")
+    add("rounds", "turns of each contender", type=_whole(1), metavar="ROUNDS")
+    add("steps", "steps in a turn, one after another", type=_whole(1), metavar="STEPS")
+    add("threads", "threads; 0: one a core", type=_whole(0), metavar="THREADS")
     what = "; ".join(f"{name}: {who.meaning}" for name, who in CONTENDERS.items())
     add(
         "contenders",
@@ -101,3 +97,18 @@ def from_namespace(namespace: argparse.Namespace) -> BenchOptions:
     if len(set(options.contenders)) < len(options.contenders):
         raise UsageError("argument --contenders: each only once")
     return options
+
+
+def _whole(low: int) -> Callable[[str], int]:
+    """A parser of integers that are not below `low`."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = low - 1
+        if not low <= value < 2**31:
+            raise argparse.ArgumentTypeError(f"{text} is not an integer of at least {low}")
+        return value
+
+    return parse

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from hqqlora.autograd import lora_linear
 from hqqlora.linear import HQQLinear
-from hqqlora.lora import MAX_RANK, MERGED_KEYS
+from hqqlora.lora import MERGED_KEYS
+from hqqlora.ops.checks import MAX_RANK
 from hqqlora.peft import initialization, merging
 from hqqlora.peft.dora import HQQDoraLayer, HQQDoraVariant
 from hqqlora.peft.plain_modules import is_plain
