@@ -9,7 +9,6 @@ quantized and read back, so that the solvers are all that differs.
 from __future__ import annotations
 
 import argparse
-import argparse as _source_file  # one of the texts
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -91,7 +90,7 @@ def texts(tokenizer: Any, tokens: int) -> dict[str, Tensor]:
     found = {"python": "\n".join(topics[name] for name in sorted(topics))}
     if LICENSE.is_file():
         found["gpl"] = LICENSE.read_text(encoding="utf-8")
-    found["code"] = Path(_source_file.__file__).read_text(encoding="utf-8")
+    found["code"] = Path(argparse.__file__).read_text(encoding="utf-8")
     windows = {}
     for name, text in found.items():
         ids = tokenizer(text[: 16 * tokens], return_tensors="pt").input_ids[0][:tokens]
