@@ -52,6 +52,14 @@ class TestImportOrders:
     def test_a_part_of_peft_after_hqqlora(self) -> None:
         run("import hqqlora\nimport peft.tuners.lora.model\n" + SCRIPT)
 
+    def test_a_name_that_needs_peft_before_peft(self) -> None:
+        run(
+            "import warnings\n"
+            "warnings.simplefilter('error', UserWarning)\n"
+            "from hqqlora.peft import HQQLoraLinear\n"
+            "import peft\n" + SCRIPT
+        )
+
     def test_peft_before_hqqlora(self) -> None:
         run("import peft, hqqlora\n" + SCRIPT)
 

@@ -48,5 +48,7 @@ def enable() -> None:
 
 def __getattr__(name: str) -> Any:
     if name in _WITH_PEFT:
+        # First, as its import connects it, for which these modules must not be half imported.
+        importlib.import_module("peft")
         return getattr(importlib.import_module(_WITH_PEFT[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
