@@ -31,6 +31,7 @@ def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tenso
     """``y [..., N] = x [..., K] W^T + bias``.
 
     x: float32, bfloat16 or float16, any leading dimensions and strides.
+    weight: frozen; N and K are its out_features and in_features.
     bias: [N], float32 or x's dtype, or None.
 
     Returns y in x's dtype. Raises ValueError if scale or zero requires a gradient, and
@@ -64,6 +65,7 @@ def lora_linear(
     """``y [..., N] = x W^T + bias + scaling * (drop(x) A^T) B^T``.
 
     x: [..., K], float32, bfloat16 or float16, any leading dimensions and strides.
+    weight: frozen; N and K are its out_features and in_features.
     bias: [N], float32 or x's dtype, or None.
     A, B: [R, K] and [N, R], any of the three dtypes; R up to 256. In another than float32 or
         x's they are cast to float32 for the time of the product.

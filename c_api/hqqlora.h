@@ -276,27 +276,32 @@ HQQ_API hqq_status hqq_lora_linear_backward(void *dx, void *dA, void *dB, const 
  * and zero [E,groups], A [E,R,K], B [E,N,R]; dA and dB likewise, zero for experts without rows.
  * The dropout mask of expert e is that of its own rows and the seed lora->seed + e. */
 
+/* As hqq_workspace_size. */
 HQQ_API hqq_status hqq_grouped_workspace_size(size_t *bytes, const hqq_weight *weight,
                                               const hqq_lora *lora, const hqq_routing *routing,
                                               hqq_dtype dtype, const hqq_context *context);
 
+/* y [M,N] = x W^T, W that of each row's expert. Experts have no bias. */
 HQQ_API hqq_status hqq_grouped_linear(void *y, const void *x, int64_t ldx,
                                       const hqq_weight *weight, const hqq_routing *routing,
                                       hqq_dtype dtype, void *workspace, size_t workspace_bytes,
                                       const hqq_context *context);
 
+/* dx [M,K] = dy W. */
 HQQ_API hqq_status hqq_grouped_linear_dgrad(void *dx, const void *dy, int64_t lddy,
                                             const hqq_weight *weight,
                                             const hqq_routing *routing, hqq_dtype dtype,
                                             void *workspace, size_t workspace_bytes,
                                             const hqq_context *context);
 
+/* y [M,N] and xa [M,R], as hqq_lora_linear gives them. */
 HQQ_API hqq_status hqq_grouped_lora_linear(void *y, float *xa, const void *x, int64_t ldx,
                                            const hqq_weight *weight, const hqq_lora *lora,
                                            const hqq_routing *routing, hqq_dtype dtype,
                                            void *workspace, size_t workspace_bytes,
                                            const hqq_context *context);
 
+/* The gradients dx [M,K], dA [E,R,K] and dB [E,N,R], as hqq_lora_linear_backward gives them. */
 HQQ_API hqq_status hqq_grouped_lora_linear_backward(
     void *dx, void *dA, void *dB, const void *dy, int64_t lddy, const void *x, int64_t ldx,
     const float *xa, const hqq_weight *weight, const hqq_lora *lora, const hqq_routing *routing,

@@ -97,7 +97,7 @@ class AutoHQQHFModel:
         cls, model: nn.Module, save_dir: str | os.PathLike[str], verbose: bool = False
     ) -> None:
         """Writes config.json and qmodel.pt, which hqq reads, into the folder `save_dir`. Each
-        file is replaced as a whole.
+        file is replaced as a whole. (`verbose` is hqq's; nothing is printed.)
 
         Raises:
             ValueError: the model has adapters, or no quantized layer; nothing is written.

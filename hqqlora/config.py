@@ -50,6 +50,10 @@ def BaseQuantizeConfig(  # noqa: N802 (hqq's name)
 ) -> dict[str, Any]:
     """The configuration dict of a quantized layer, the same as ``hqq.BaseQuantizeConfig``'s.
 
+        >>> config = BaseQuantizeConfig(nbits=3, group_size=64)
+        >>> config["weight_quant_params"]["nbits"]
+        3
+
     Args:
         nbits: bits of a code: 8, 4, 3, 2 or 1. A whole float such as 4.0 is accepted.
         group_size: weights that share a scale and a zero; must divide out_features *

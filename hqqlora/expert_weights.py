@@ -119,7 +119,7 @@ class HQQExpertWeights(WeightFormat, nn.Module):
         return PackedWeight(self.W_q, self.scale, self.zero, *self._format)
 
     def expert(self, index: int) -> PackedWeight:
-        """The weight of one expert, as the other operators take it; a view."""
+        """The weight of expert `index`, as the operators of one layer take it; a view."""
         return PackedWeight(self.W_q[index], self.scale[index], self.zero[index], *self._format)
 
     @property

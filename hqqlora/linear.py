@@ -35,6 +35,16 @@ NO_WEIGHT = "this HQQLinear has no weight yet: load a state_dict into it"
 class HQQLinear(WeightFormat, nn.Linear):
     """``y = x W^T + bias`` with ``W = (W_q - zero) * scale``, all of it frozen.
 
+    The format is that of HQQ, half-quadratic quantization (Badri and Shaji, 2023,
+    https://mobiusml.github.io/hqq_blog).
+
+        >>> dense = torch.nn.Linear(128, 256, bias=False)
+        >>> layer = HQQLinear(dense, BaseQuantizeConfig(nbits=4), compute_dtype=torch.float32)
+        >>> layer.W_q.dtype, layer.W_q.numel()  # two codes in a byte
+        (torch.uint8, 16384)
+        >>> layer(torch.randn(3, 128)).shape
+        torch.Size([3, 256])
+
     An ordinary module: `W_q` (uint8; int32 for 3 bits), `scale`, `zero` and `bias` are
     parameters that need no gradient, so ``.to``, ``.half``, deepcopy, pickle and state_dict do
     what they do for any module. The gradient flows through to x alone.
@@ -139,7 +149,18 @@ class HQQLinear(WeightFormat, nn.Linear):
         *,
         meta_dtype: torch.dtype | None = None,
     ) -> HQQLinear:
-        """Quantizes `weight` [out_features, in_features] with `bias` [out_features] or None."""
+        """A layer that quantizes `weight` [out_features, in_features], with `bias`
+        [out_features] or None.
+
+        Args:
+            weight, bias: float32, bfloat16 or float16; without gradients.
+            quant_config, compute_dtype, device, meta_dtype: as in the constructor.
+            del_orig: let go of `weight` as soon as it is quantized. The caller's own reference
+                stays.
+
+        Raises:
+            ValueError: weight has other than two dimensions; or as the constructor does.
+        """
         if weight.dim() != 2:
             raise ValueError(
                 f"weight must be [out_features, in_features]: {list(weight.shape)}"
@@ -311,7 +332,8 @@ class HQQLinear(WeightFormat, nn.Linear):
         destination.update((prefix + key, value) for key, value in values.items())
 
     def stored(self, name: str, tensor: Tensor) -> Tensor:
-        """The parameter `name` as a state_dict has it: `W_q` as floats with view_as_float."""
+        """`tensor`, the parameter `name`, as a state_dict has it: `W_q` as floats with
+        view_as_float."""
         if name != "W_q" or not self.metadata.settings.view_as_float:
             return tensor
         self.metadata.check_float_view()

@@ -26,11 +26,19 @@ MERGED_KEYS = ("W_q", "scale", "zero", "bias")
 class LoRALinear(nn.Module):
     """``y = x W^T + bias + scaling * (drop(x) A^T) B^T`` on a frozen `HQQLinear`.
 
-    Only `lora_A` [r, in_features], `lora_B` [out_features, r] and, if asked for, `lora_bias`
+    A low-rank adapter (LoRA: Hu et al., 2021, https://arxiv.org/abs/2106.09685). Only `lora_A`
+    [r, in_features], `lora_B` [out_features, r] and, if asked for, `lora_bias`
     [out_features] are trained. Forward and backward are one fused operation each; the dropout
     mask is regenerated, not stored, and applies in training only.
 
-    ``scaling`` is lora_alpha / r, or lora_alpha / sqrt(r) with `use_rslora`.
+    ``scaling`` is lora_alpha / r, or lora_alpha / sqrt(r) with `use_rslora` (rsLoRA:
+    Kalajdzievski, 2023, https://arxiv.org/abs/2312.03732).
+
+        >>> config = BaseQuantizeConfig(nbits=4, group_size=64)
+        >>> base = HQQLinear(torch.nn.Linear(128, 256), config, compute_dtype=torch.float32)
+        >>> layer = LoRALinear(base, r=8, lora_alpha=16)
+        >>> [name for name, p in layer.named_parameters() if p.requires_grad]
+        ['lora_A', 'lora_B']
     """
 
     def __init__(
@@ -92,7 +100,7 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def reset_lora_parameters(self, init_lora_weights: bool | str = True) -> None:
-        """Initialises A and B anew; see the constructor."""
+        """Initialises A and B anew, by `init_lora_weights` as in the constructor."""
         check_initialization(init_lora_weights)
         initialize(self.lora_A, self.lora_B, init_lora_weights)
         if self.lora_bias is not None:

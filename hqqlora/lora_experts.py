@@ -41,7 +41,13 @@ class LoRAExpertWeights(nn.Module):
         dtype: torch.dtype = torch.float32,
         init_lora_weights: bool | str = True,
     ) -> None:
-        """Adds an adapter to `base`, on its device. The arguments are those of `LoRALinear`.
+        """Adds an adapter to `base`, on its device.
+
+        Args:
+            base: the quantized weights of E experts; kept as `base_layer`.
+            r, lora_alpha, lora_dropout, use_rslora, dtype, init_lora_weights: as in
+                `LoRALinear`, of each expert's adapter.
+            lora_bias: must be False.
 
         Raises:
             TypeError: base is not an HQQExpertWeights, r not an integer, dtype not one of the
@@ -69,7 +75,7 @@ class LoRAExpertWeights(nn.Module):
 
     @torch.no_grad()
     def reset_lora_parameters(self, init_lora_weights: bool | str = True) -> None:
-        """Initialises A and B anew, each expert's as `LoRALinear` does."""
+        """A and B anew by `init_lora_weights`, each expert's as `LoRALinear` does."""
         check_initialization(init_lora_weights)
         for A, B in zip(self.lora_A, self.lora_B, strict=True):
             initialize(A, B, init_lora_weights)
@@ -105,8 +111,8 @@ class LoRAExpertWeights(nn.Module):
         return text + (f", lora_dropout={self.lora_dropout:g}" if self.lora_dropout else "")
 
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
-        """y [M, out_features] for rows x [M, in_features] sorted by expert; see
-        `HQQExpertWeights`."""
+        """y [M, out_features] for rows x [M, in_features] sorted by expert, of which expert e
+        has offsets[e] to offsets[e + 1] - 1."""
         return grouped_lora_linear(
             x,
             self.base_layer.packed,
@@ -134,7 +140,8 @@ class LoRAExpertWeights(nn.Module):
 
     @torch.no_grad()
     def set_peft_factors(self, A: Tensor, B: Tensor) -> None:
-        """The way back from `peft_factors`."""
+        """Takes A [E * r, in_features] and B [out_features, r * E], as `peft_factors` gives
+        them."""
         E, r, K = self.lora_A.shape
         self.lora_A.copy_(A.reshape(E, r, K))
         self.lora_B.copy_(B.reshape(-1, r, E).permute(2, 0, 1))

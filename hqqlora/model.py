@@ -40,6 +40,11 @@ def quantize_model(
     that memory never exceeds the model and one layer. Layers already quantized stay as they
     are: a second call, or one after an interruption, does what is left.
 
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU())
+        >>> model = quantize_model(model, BaseQuantizeConfig(nbits=4), progress=False)
+        >>> type(model[0]).__name__
+        'HQQLinear'
+
     A transformers model can be saved with `save_pretrained` afterwards, and loaded with
     `from_pretrained` (see `hqqlora.transformers.mark_quantized`).
 
@@ -119,6 +124,13 @@ def add_lora(
 ) -> nn.Module:
     """Puts a `LoRALinear` around quantized layers of `model`, and a `LoRAExpertWeights`, an
     adapter for each expert, around quantized experts, in place; and freezes the rest.
+
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU())
+        >>> model = quantize_model(model, BaseQuantizeConfig(nbits=4), progress=False)
+        >>> model = add_lora(model, r=8, lora_alpha=16)
+        >>> # A [8, 64] and B [64, 8]
+        >>> sum(parameter.numel() for parameter in lora_parameters(model))
+        1024
 
     Args:
         model: with quantized layers (see `quantize_model`).

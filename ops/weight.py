@@ -64,7 +64,11 @@ def packed_shape(
     """The shape of ``W_q``: ``[ceil(N*K/G / per), G]`` for axis 1, ``[ceil(G / per),
     N*K/G]`` for axis 0, with ``per`` codes in a word (8 / nbits, or 10 for 3 bits).
 
-    Raises ValueError where no such weight exists.
+        >>> packed_shape(out_features=4096, in_features=1024, nbits=4, group_size=64, axis=1)
+        (32768, 64)
+
+    N is out_features, K in_features and G group_size. Raises ValueError where no such weight
+    exists.
     """
     if nbits not in SLOTS_PER_WORD:
         raise ValueError(f"nbits must be 8, 4, 3, 2 or 1, got {nbits}")
@@ -80,7 +84,10 @@ def meta_shape(
     out_features: int, in_features: int, group_size: int, axis: int
 ) -> tuple[int, int]:
     """The shape of ``scale`` and ``zero``: ``[N*K/G, 1]`` for axis 1, ``[1, N*K/G]`` for
-    axis 0.
+    axis 0, where N is out_features, K in_features and G group_size.
+
+        >>> meta_shape(out_features=4096, in_features=1024, group_size=64, axis=1)
+        (65536, 1)
 
     Raises ValueError where no such weight exists.
     """

@@ -96,8 +96,8 @@ def describe(layer: Any) -> str:
 
 
 def requantization_errors(model: nn.Module) -> dict[str, float]:
-    """For each layer whose weight an adapter has changed, the relative error of quantizing it
-    again: of the merges in force and of initialisations such as PiSSA."""
+    """For each layer of `model` whose weight an adapter has changed, by its name: the relative
+    error of quantizing it again, in the merges in force and initialisations such as PiSSA."""
     return {
         name: module.requantization_error
         for name, module in model.named_modules()

@@ -34,7 +34,7 @@ class HqqQuantizer(HfQuantizer):  # type: ignore[misc]
     requires_calibration = False
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
-        """Takes our HqqConfig, transformers' own, or a dict of either."""
+        """quantization_config: our HqqConfig, transformers' own, or a dict of either."""
         super().__init__(HqqConfig.of(quantization_config), **kwargs)
         self._layers = LayersToQuantize({})
 
