@@ -70,8 +70,9 @@ def lora_linear(
     A, B: [R, K] and [N, R], any of the three dtypes; R up to 256. In another than float32 or
         x's they are cast to float32 for the time of the product.
     dropout: the probability, in [0, 1), that an element of x does not reach A. No mask is
-        stored: a seed drawn from torch's default generator stands for it, so that
-        torch.manual_seed and torch.utils.checkpoint reproduce it.
+        stored: a seed drawn from torch's default generator of x's device stands for it, so
+        that torch.manual_seed and torch.utils.checkpoint reproduce it, and a CUDA graph has
+        another mask at each replay.
 
     Returns y in x's dtype; dA and dB come in the dtypes of A and B. Raises ValueError if scale
     or zero requires a gradient, and RuntimeError, with the values, where shapes, dtypes or
@@ -80,7 +81,7 @@ def lora_linear(
     check_frozen(weight)
     x = autocast_input(x)
     bias = _bias_for(x, bias)
-    seed = dropout_seed() if dropout > 0 else None
+    seed = dropout_seed(x.device) if dropout > 0 else None
     arguments = (x, *weight[:3], bias, A, B, seed, scaling, dropout, *weight[3:])
     y: Tensor
     if _transforms_active():

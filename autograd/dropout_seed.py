@@ -14,8 +14,11 @@ from torch.utils.checkpoint import (
 )
 
 
-def dropout_seed() -> Tensor:
-    """A seed [1], int64, on the CPU, from torch's default generator.
+def dropout_seed(device: torch.device) -> Tensor:
+    """A seed [1], int64, on the device of x and from the default generator of that device.
+
+    Nothing waits for it: on CUDA the kernels read it. There torch has its generator take part
+    in a CUDA graph's capture, so that each replay draws another seed, hence another mask.
 
     Under torch.compile it is marked as one to be kept for the backward pass. With an
     `activation_memory_budget` below 1 the partitioner would otherwise draw it again there,
@@ -25,14 +28,14 @@ def dropout_seed() -> Tensor:
     """
     if torch.compiler.is_compiling():
         kept: Tensor = checkpoint(
-            _draw, use_reentrant=False, preserve_rng_state=False, context_fn=_keep_all
+            _draw, device, use_reentrant=False, preserve_rng_state=False, context_fn=_keep_all
         )
         return kept
-    return _draw()
+    return _draw(device)
 
 
-def _draw() -> Tensor:
-    return torch.randint(2**63 - 1, (1,), device="cpu")
+def _draw(device: torch.device) -> Tensor:
+    return torch.randint(2**63 - 1, (1,), device=device)
 
 
 def _must_save(*_: Any, **__: Any) -> CheckpointPolicy:

@@ -65,7 +65,7 @@ def grouped_lora_linear(
     """
     check_frozen(weight)
     x = autocast_input(x)
-    seed = dropout_seed() if dropout > 0 else None
+    seed = dropout_seed(x.device) if dropout > 0 else None
     arguments = (x, *weight[:3], offsets, A, B, seed, scaling, dropout, *weight[3:])
     y: Tensor
     if torch.is_grad_enabled() and (x.requires_grad or A.requires_grad or B.requires_grad):

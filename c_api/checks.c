@@ -87,7 +87,12 @@ hqq_status hqq_check_lora(const hqq_lora *lora, const hqq_weight *w, hqq_dtype d
         return hqq_fail(HQQ_INVALID, "lora.%s is NULL with rank %lld", lora->A ? "B" : "A",
                         (ll)lora->rank);
     HQQ_TRY(hqq_check_aligned("lora.A", lora->A, hqq_dtype_bytes(lora->dtype)));
-    return hqq_check_aligned("lora.B", lora->B, hqq_dtype_bytes(lora->dtype));
+    HQQ_TRY(hqq_check_aligned("lora.B", lora->B, hqq_dtype_bytes(lora->dtype)));
+    if (lora->dropout == 0.0f) return HQQ_OK;
+    if (!lora->seed && lora->rank > 0)
+        return hqq_fail(HQQ_INVALID, "lora.seed is NULL with dropout %g",
+                        (double)lora->dropout);
+    return hqq_check_aligned("lora.seed", lora->seed, sizeof *lora->seed);
 }
 
 hqq_status hqq_check_matrix(const char *name, const void *data, int64_t rows, int64_t columns,

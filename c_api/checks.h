@@ -12,7 +12,8 @@ hqq_status hqq_check_weight(const hqq_weight *weight);
 
 hqq_status hqq_check_dtype(const char *name, hqq_dtype dtype);
 
-/* rank, scaling, dropout, dtype and pointers, against x's dtype. */
+/* rank, scaling, dropout, dtype and pointers, against x's dtype. What is behind the pointers, the
+ * seed too, is not read. */
 hqq_status hqq_check_lora(const hqq_lora *lora, const hqq_weight *weight, hqq_dtype dtype);
 
 /* data lies at a multiple of the `bytes` of its elements. */

@@ -33,7 +33,8 @@
  *   - Data pointers are device pointers, of the calling thread's current device. Work is
  *     enqueued on context->stream; nothing waits, and nothing is allocated: a workspace must be
  *     given. A CUDA graph can capture all calls but the first large product on a device, which
- *     loads cuBLASLt.
+ *     loads cuBLASLt. It holds the numbers of these arguments, and follows the memory behind
+ *     their pointers: so each replay's dropout mask is that of the seed it finds.
  *   - Nobody looks at the values: hqq_pack does not refuse codes of too many bits, and
  *     hqq_quantize gives a group that is not finite NaN for scale and zero, not HQQ_NON_FINITE.
  *   - context->parallel_for and isa are not used. A gemm that is lent must enqueue on stream.
@@ -109,15 +110,22 @@ typedef struct hqq_weight {
     const void *zero;     /* [N*K/G] */
 } hqq_weight;
 
-/* One LoRA adapter on a weight. */
+/* One LoRA adapter on a weight. The mask of its dropout follows from *seed + seed_offset (modulo
+ * 2^64), by which forward and backward must agree.
+ *
+ * The seed is memory like x's: on a CPU it is read during the call; on a GPU it is device memory,
+ * read by the kernels that the call enqueues and never by the call itself. There it may still be
+ * unwritten when the call is made, if the stream writes it first, and must stay until the kernels
+ * are done; where a CUDA graph has captured them, each replay reads the seed that it finds. */
 typedef struct hqq_lora {
-    int64_t rank;    /* R, 0 to 256 */
-    hqq_dtype dtype; /* of A and B (and of dA and dB): HQQ_F32 or x's own dtype */
-    const void *A;   /* [R,K] */
-    const void *B;   /* [N,R] */
-    float scaling;   /* lora_alpha / R, or lora_alpha / sqrt(R) */
-    float dropout;   /* probability in [0,1) that an element of x is dropped; 0: none */
-    uint64_t seed;   /* of the dropout mask; forward and backward must agree */
+    int64_t rank;         /* R, 0 to 256 */
+    hqq_dtype dtype;      /* of A and B (and of dA and dB): HQQ_F32 or x's own dtype */
+    const void *A;        /* [R,K] */
+    const void *B;        /* [N,R] */
+    float scaling;        /* lora_alpha / R, or lora_alpha / sqrt(R) */
+    float dropout;        /* probability in [0,1) that an element of x is dropped; 0: none */
+    const uint64_t *seed; /* [1]; not read, and may be NULL, where dropout is 0 */
+    uint64_t seed_offset; /* so that adapters that share a seed have masks of their own */
 } hqq_lora;
 
 /* Rows that are routed to E experts, sorted by expert: expert e has the rows offsets[e] to
@@ -274,7 +282,7 @@ HQQ_API hqq_status hqq_lora_linear_backward(void *dx, void *dA, void *dB, const 
  * routing->offsets[E]. All experts' weights are of one format, and so are their adapters, one
  * behind the other: `weight` and `lora` describe the first. Packed words are [E,words], scale
  * and zero [E,groups], A [E,R,K], B [E,N,R]; dA and dB likewise, zero for experts without rows.
- * The dropout mask of expert e is that of its own rows and the seed lora->seed + e. */
+ * The dropout mask of expert e is that of its own rows and lora->seed_offset + e. */
 
 /* As hqq_workspace_size. */
 HQQ_API hqq_status hqq_grouped_workspace_size(size_t *bytes, const hqq_weight *weight,

@@ -13,6 +13,7 @@
 #define HQQ_KERNELS_DROPOUT_H
 
 #include "format.h"
+#include "hqqlora.h"
 
 enum { HQQ_PHILOX_ROUNDS = 10 };
 #define HQQ_PHILOX_FACTOR_0 0xd2511f53u
@@ -50,6 +51,42 @@ HQQ_INLINE hqq_dropout hqq_dropout_make(float p, uint64_t seed)
     d.keep_scale = (float)(1.0 / (1.0 - (double)p));
     d.seed = seed;
     return d;
+}
+
+/* What the host knows of an adapter's dropout: all but the seed, which may be a GPU's memory. */
+typedef struct hqq_dropout_source {
+    uint32_t last;
+    float keep_scale;
+    const uint64_t *seed;
+    uint64_t seed_offset;
+} hqq_dropout_source;
+
+HQQ_INLINE hqq_dropout_source hqq_dropout_source_of(const hqq_lora *lora)
+{
+    hqq_dropout d = hqq_dropout_make(lora->dropout, 0);
+    hqq_dropout_source source;
+    source.last = d.last;
+    source.keep_scale = d.keep_scale;
+    source.seed = lora->seed;
+    source.seed_offset = lora->seed_offset;
+    return source;
+}
+
+/* Reads the seed, so: where x is, and where something is dropped. */
+HQQ_INLINE hqq_dropout hqq_dropout_read(const hqq_dropout_source *source)
+{
+    hqq_dropout d;
+    d.last = source->last;
+    d.keep_scale = source->keep_scale;
+    d.seed = *source->seed + source->seed_offset;
+    return d;
+}
+
+/* An adapter's dropout, where x is: keeps all, and reads nothing, if it drops nothing. */
+HQQ_INLINE hqq_dropout hqq_dropout_of(const hqq_lora *lora)
+{
+    if (lora->dropout == 0.0f) return hqq_dropout_make(0.0f, 0);
+    return hqq_dropout_make(lora->dropout, *lora->seed + lora->seed_offset);
 }
 
 /* words [4] = w(seed, 4 quad) ... w(seed, 4 quad + 3). */

@@ -48,7 +48,7 @@ static inline const hqq_lora *hqq_lora_of_expert(hqq_lora *out, const hqq_lora *
     *out = *first;
     out->A = hqq_element(first->A, first->dtype, e * first->rank * weight->in_features);
     out->B = hqq_element(first->B, first->dtype, e * weight->out_features * first->rank);
-    out->seed += (uint64_t)e;
+    out->seed_offset += (uint64_t)e;
     return out;
 }
 

@@ -33,7 +33,7 @@ HQQ_INLINE double hqq_reference_dropped(const void *x, hqq_dtype dtype, int64_t 
 HQQ_INLINE double hqq_reference_xa(const void *x, hqq_dtype dtype, int64_t ldx,
                                    const hqq_lora *lora, int64_t K, int64_t m, int64_t r)
 {
-    hqq_dropout dropout = hqq_dropout_make(lora->dropout, lora->seed);
+    hqq_dropout dropout = hqq_dropout_of(lora);
     double sum = 0;
     for (int64_t k = 0; k < K; k++)
         sum += hqq_reference_dropped(x, dtype, ldx, m, k, K, &dropout) *
@@ -82,7 +82,7 @@ HQQ_INLINE double hqq_reference_dx(const hqq_backward *b, const double *dyb, int
         sum += (double)hqq_load(b->dy, b->dtype, m * b->lddy + n) *
                (double)hqq_reference_element(b->weight, n, k);
     if (!b->lora) return sum;
-    hqq_dropout dropout = hqq_dropout_make(b->lora->dropout, b->lora->seed);
+    hqq_dropout dropout = hqq_dropout_of(b->lora);
     for (int64_t r = 0; r < b->lora->rank; r++)
         adapter += dyb[r] * (double)hqq_load(b->lora->A, b->lora->dtype, r * K + k);
     return sum + (double)b->lora->scaling * adapter *

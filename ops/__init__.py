@@ -24,9 +24,11 @@ with N = out_features, K = in_features, A [R,K] and B [N,R]. The ops compute and
 differentiate: results of tensors that require gradients carry none. `hqqlora.autograd` holds
 the differentiable functions. Wrong arguments raise RuntimeError with the values.
 
-They run where their tensors are, on the CPU or on one CUDA device; the seed of a dropout mask
-is on the CPU always. On CUDA they are enqueued on torch's current stream and nothing waits,
-except in `quantize`, which reads one byte back to tell whether the weight was finite.
+They run where their tensors are, on the CPU or on one CUDA device; the seed of a dropout mask,
+an int64 tensor of one element, is there too (the offsets of experts are on the CPU always). On
+CUDA they are enqueued on torch's current stream and nothing waits, except in `quantize`, which
+reads one byte back to tell whether the weight was finite. So CUDA graphs capture them, and a
+graph that draws the seed itself has another mask at each replay.
 
 The environment variables ``HQQLORA_ISA`` (portable, avx2, avx512, avx512_bf16) and
 ``HQQLORA_KERNEL`` (reference, direct, blocked, tiled), read once as a library loads, cap the

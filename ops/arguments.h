@@ -90,7 +90,7 @@ inline const char *name_of(ScalarType dtype)
 
 /* ---- devices ----------------------------------------------------------------------- */
 
-/* All tensors of a call must be on one device, the seed apart, which is on the CPU. */
+/* All tensors of a call must be on one device. */
 struct Device {
     int32_t type;
     int32_t index; /* which one of its type; meaningless for cpu */
@@ -346,14 +346,14 @@ inline hqq_lora check_adapter(const Tensor &A, const Tensor &B, const hqq_weight
     lora.dtype = dtype_of("A", dtype);
     lora.scaling = static_cast<float>(scaling);
     lora.dropout = static_cast<float>(dropout);
-    HQQ_CHECK(!seed || seed->is_cpu(), "seed must be on cpu, got a tensor on ",
-              name_of(device_of(*seed)));
+    if (seed) check_device("seed", *seed, device);
     if (dropout > 0) {
         HQQ_CHECK(seed.has_value(), "dropout = ", dropout, " needs a seed");
         HQQ_CHECK(seed->scalar_type() == ScalarType::Long && seed->numel() == 1,
-                  "seed must be an int64 tensor of one element on cpu, got ",
+                  "seed must be an int64 tensor of one element, got ",
                   name_of(seed->scalar_type()), " of shape ", shape_of(*seed));
-        lora.seed = static_cast<uint64_t>(*seed->const_data_ptr<int64_t>());
+        /* on a GPU not to be read here; its bits are those of the int64 */
+        lora.seed = static_cast<const uint64_t *>(seed->const_data_ptr());
     }
     return lora;
 }

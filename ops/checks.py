@@ -39,7 +39,7 @@ def shape_of(tensor: Tensor) -> str:
 
 
 def check_device(name: str, tensor: Tensor, device: torch.device) -> None:
-    """All tensors of a call must be where x is (the seed apart)."""
+    """All tensors of a call must be where x is."""
     check(
         tensor.device == device,
         lambda: f"{name} must be on {device}, got a tensor on {tensor.device}",
@@ -249,18 +249,14 @@ def check_adapter(
         lambda: f"dropout must be at least 0 and below 1, got {dropout:g}",
     )
     if seed is not None:
-        # A meta seed among real tensors has torch call the fakes, whose results hold nothing.
-        check(
-            seed.device.type == "cpu" or seed.device == x.device == torch.device("meta"),
-            lambda: f"seed must be on cpu, got a tensor on {seed.device}",
-        )
+        check_device("seed", seed, x.device)
     if dropout > 0:
         check(seed is not None, lambda: f"dropout = {dropout:g} needs a seed")
         assert seed is not None
         check(
             seed.dtype == torch.int64 and seed.numel() == 1,
             lambda: (
-                f"seed must be an int64 tensor of one element on cpu, got "
+                f"seed must be an int64 tensor of one element, got "
                 f"{name_of(seed.dtype)} of shape {shape_of(seed)}"
             ),
         )

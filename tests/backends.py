@@ -32,7 +32,8 @@ class Lora(ct.Structure):
         ("B", ct.c_void_p),
         ("scaling", ct.c_float),
         ("dropout", ct.c_float),
-        ("seed", ct.c_uint64),
+        ("seed", ct.c_void_p),
+        ("seed_offset", ct.c_uint64),
     )
 
 
@@ -138,9 +139,8 @@ class EmulatedOps:
     def adapter(self, A, B, seed, scaling, dropout) -> Lora:
         assert A.is_contiguous()
         assert B.is_contiguous()
-        value = 0 if seed is None else int(seed.item()) % 2**64
         return Lora(
-            A.shape[0], DTYPES[A.dtype], pointer(A), pointer(B), scaling, dropout, value
+            A.shape[0], DTYPES[A.dtype], pointer(A), pointer(B), scaling, dropout, pointer(seed)
         )
 
     def workspace(self, weight: Weight, lora: Lora | None, M: int, dtype: int):

@@ -72,7 +72,7 @@ def check_registration() -> None:
     """torch's own checks of schemas and fakes."""
     weight = quantized(4, 1, torch.float32)
     x, dy = torch.randn(M, K), torch.randn(M, N)
-    seed = torch.tensor([3], device="cpu")
+    seed = torch.tensor([3])
     adapter = (torch.randn(R, K), torch.randn(N, R), seed, SCALING, 0.1)
     _, xa = ops.lora_linear(x, *weight[:3], None, *adapter, *weight[3:])
     for op, arguments in {

@@ -44,7 +44,7 @@ def moved(weight, device):
 
 
 def seed(value=5):
-    return torch.tensor([value], device="cpu")
+    return torch.tensor([value])
 
 
 # ---- the same as on the CPU --------------------------------------------------------------
@@ -112,8 +112,8 @@ def test_tensors_on_two_devices_are_named():
         wanted = f"hqqlora: W_q must be on {of.device}, got a tensor on {found}"
         assert str(refused.value) == wanted
     adapter = random_adapter(N, K, R)
-    with pytest.raises(RuntimeError, match=r"seed must be on cpu, got a tensor on cuda:"):
-        lora_linear(x, weight, adapter, seed=torch.tensor([5]), p=0.1)
+    with pytest.raises(RuntimeError, match=r"seed must be on cuda:0, got a tensor on cpu"):
+        lora_linear(x, weight, adapter, seed=seed().cpu(), p=0.1)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
@@ -183,14 +183,89 @@ def test_captured_into_a_graph(M):
         assert torch.equal(found, right)
 
 
+@pytest.mark.parametrize("M", [3, 300])
+def test_a_graph_reads_the_seed_at_each_replay(M):
+    weight, adapter, p = random_weight(N, K, 64), random_adapter(N, K, R), 0.5
+    x, dy, s = torch.randn(M, K), torch.randn(M, N), seed(1)
+
+    def step():
+        y, xa = lora_linear(x, weight, adapter, seed=s, p=p)
+        return y, xa, *lora_backward(dy, x, xa, weight, adapter, s, p)
+
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+    masked = []
+    for value in (1, 2):
+        s.fill_(value)
+        graph.replay()
+        masked.append(results[1].clone())
+        for found, right in zip(results, step(), strict=True):
+            assert torch.equal(found, right)
+    assert not torch.equal(*masked)
+
+
+def test_each_replay_of_a_captured_layer_draws_another_mask():
+    """And forward and backward of one replay have the same: <dy, y> = <dx, x> where all is
+    linear."""
+    layer = lora_layer(lora_dropout=0.5).to(DEVICE)
+    layer.base_layer.bias = None
+    x, dy = torch.randn(5, K, requires_grad=True), torch.randn(5, N)
+
+    def step():
+        y = layer(x)
+        return y, torch.autograd.grad(y, x, dy)[0]
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y, dx = step()
+    found = []
+    for _ in range(3):
+        graph.replay()
+        found.append(y.detach().clone())
+        left, right = (dy * y).sum(), (dx * x).sum()
+        assert (left - right).abs() <= 1e-4 * (dy * y).abs().sum()
+    assert len({tuple(y.flatten().tolist()) for y in found}) == 3
+    torch.manual_seed(3)
+    graph.replay()
+    again = y.detach().clone()
+    torch.manual_seed(3)
+    graph.replay()
+    assert torch.equal(y, again)
+
+
+def test_dropout_with_reduce_overhead():
+    layer = lora_layer(lora_dropout=0.5).to(DEVICE)
+    layer.base_layer.bias = None
+    compiled = torch.compile(layer, mode="reduce-overhead", fullgraph=True)
+    x, dy = torch.randn(5, K, requires_grad=True), torch.randn(5, N)
+    skipped = torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
+    found = []
+    for _ in range(5):  # warm up, record, replay
+        torch.compiler.cudagraph_mark_step_begin()
+        y = compiled(x)
+        (dx,) = torch.autograd.grad(y, x, dy)
+        left, right = (dy * y).sum(), (dx * x).sum()
+        assert (left - right).abs() <= 1e-4 * (dy * y).abs().sum()
+        found.append(tuple(y.flatten().tolist()))
+    assert len(set(found)) == 5
+    assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == skipped
+
+
 # ---- layers ------------------------------------------------------------------------------
 
 
-def lora_layer():
+def lora_layer(**options):
     config = hqqlora.BaseQuantizeConfig(nbits=4, group_size=64)
     with torch.device("cpu"):
         base = hqqlora.HQQLinear(torch.nn.Linear(K, N), config, compute_dtype=torch.float32)
-        return hqqlora.LoRALinear(base, R, init_lora_weights=False)
+        return hqqlora.LoRALinear(base, R, init_lora_weights=False, **options)
 
 
 def test_a_layer_moves_there_and_back():

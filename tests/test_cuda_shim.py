@@ -1,8 +1,11 @@
 """The ops and CUDA tensors, where there is no GPU: tracing, the words of every refusal, and
 what a package without CUDA kernels says. tests/test_cuda_device.py computes on a GPU."""
 
+import ctypes
 import functools
 import inspect
+import mmap
+import os
 import re
 import warnings
 
@@ -31,10 +34,10 @@ knows_cuda = pytest.mark.skipif(
 
 
 def on(device, arguments):
-    """The arguments with all tensors on a device, but for the seed and an expert's rows."""
+    """The arguments with all tensors on a device, but for an expert's rows."""
     return {
         name: value.to(device)
-        if isinstance(value, torch.Tensor) and name not in ("seed", "offsets")
+        if isinstance(value, torch.Tensor) and name != "offsets"
         else value
         for name, value in arguments.items()
     }
@@ -108,7 +111,7 @@ def refusal(function, *arguments):
 def strays(op):
     """The tensors of an op that have to be where its first one is."""
     optional = {"x", "xa"} if op is ops.lora_linear_backward else set()
-    known = {"W_q", "scale", "zero", "bias", "A", "B"} | optional
+    known = {"W_q", "scale", "zero", "bias", "A", "B", "seed"} | optional
     return [name for name in NAMES[op][1:] if name in known]
 
 
@@ -123,27 +126,38 @@ def test_a_stray_tensor_is_named_with_both_devices(op, name, place, fake_argumen
     assert refusal(call, op, arguments) == expected
 
 
-@traces_cuda
-@pytest.mark.parametrize("op", [ops.lora_linear, ops.lora_linear_backward], ids=str)
-def test_the_seed_stays_on_the_cpu(op, fake_arguments):
-    arguments = {**fake_arguments, "seed": fake_arguments["seed"].to("cuda:1")}
-    assert (
-        refusal(call, op, arguments) == "hqqlora: seed must be on cpu, got a tensor on cuda:1"
-    )
-
-
 @pytest.mark.parametrize(
-    ("op", "name"), [(op, name) for op in ALL for name in [*strays(op), "seed"]], ids=str
+    ("op", "name"), [(op, name) for op in ALL for name in strays(op)], ids=str
 )
 def test_the_kernels_name_devices_in_the_same_words(op, name):
     """Called past torch's dispatcher, which gives tensors without data to the fakes."""
-    if name not in NAMES[op]:
-        return
     arguments = forward_arguments(dropout=0.25)
     arguments[name] = arguments[name].to("meta")
     in_order = [arguments[n] for n in NAMES[op] if n in arguments]
     on_cpu = functools.partial(op.default.redispatch, DispatchKeySet(DispatchKey.CPU))
     assert refusal(on_cpu, *in_order) == f"hqqlora: {name} must be on cpu, got a tensor on meta"
+
+
+def test_the_shim_hands_the_seed_on_unread():
+    """Its memory may be a GPU's. Here it may not be read, by calls whose kernels need none."""
+    memory = mmap.mmap(-1, mmap.PAGESIZE)
+    a = forward_arguments(dropout=0.25)
+    a["seed"] = torch.frombuffer(memory, dtype=torch.int64, count=1)
+    empty = {**a, "x": a["x"][..., :0, :]}
+    unread = {**a, "needs_dx": False, "needs_dA": False, "needs_dB": True}
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            torch.set_num_threads(1)
+            page = ctypes.c_void_p(a["seed"].data_ptr())
+            assert ctypes.CDLL(None).mprotect(page, ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
+            call(ops.lora_linear, empty)
+            call(ops.lora_linear_backward, unread)
+            status = 0
+        finally:
+            os._exit(status)
+    assert os.waitpid(child, 0)[1] == 0  # not ended by SIGSEGV
 
 
 def test_the_kernels_of_the_cpu_refuse_other_tensors():
@@ -319,8 +333,8 @@ def test_a_layer_that_stayed_behind_is_named():
 # ---- whole graphs ------------------------------------------------------------------------
 
 
-@traces_cuda
-def test_a_graph_for_cuda_is_exported_without_a_gpu():
+def exported_for_cuda():
+    """lora_linear with dropout as a graph of torch's operations."""
     weight, adapter = random_weight(24, 32, 16), random_adapter(24, 32, 4)
 
     def forward(x, A, B, *parts):
@@ -331,5 +345,22 @@ def test_a_graph_for_cuda_is_exported_without_a_gpu():
         parts = [mode.from_tensor(t).to("cuda:0") for t in weight.packed[:3]]
         inputs = [mode.from_tensor(t).to("cuda:0") for t in (adapter.A, adapter.B)]
         x = torch.randn(5, 32, device="cuda:0")
-        graph = torch.fx.experimental.proxy_tensor.make_fx(forward)(x, *inputs, *parts)
-    assert "torch.ops.hqqlora.lora_linear.default" in graph.code
+        return torch.fx.experimental.proxy_tensor.make_fx(forward)(x, *inputs, *parts)
+
+
+@traces_cuda
+def test_a_graph_for_cuda_is_exported_without_a_gpu():
+    assert "torch.ops.hqqlora.lora_linear.default" in exported_for_cuda().code
+
+
+@traces_cuda
+def test_a_graph_with_dropout_is_all_on_cuda():
+    """Else torch.compile leaves out CUDA graphs, or they would repeat one mask for ever."""
+    nodes = exported_for_cuda().graph.nodes
+    (draw,) = (node for node in nodes if node.target is torch.ops.aten.randint.default)
+    (product,) = (node for node in nodes if node.target is ops.lora_linear.default)
+    assert draw in product.args
+    places = {
+        n.meta["val"].device for n in nodes if isinstance(n.meta.get("val"), torch.Tensor)
+    }
+    assert places == {draw.kwargs["device"]} == {torch.device("cuda:0")}

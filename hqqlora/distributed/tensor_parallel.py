@@ -266,12 +266,14 @@ class _Run:
                 total = own if total is None else total.float() + own
         return cast("DTensor | None", total)
 
-    def randomness(self, module: nn.Module) -> AbstractContextManager[None]:
+    def randomness(
+        self, module: nn.Module, device: torch.device
+    ) -> AbstractContextManager[None]:
         """Column-wise, ranks of the same seed drop the same elements of the x they share;
         row-wise each draws for its own columns."""
         if self.dim == ROWS or not module.training:
             return nullcontext()
-        return _random_numbers_of(self.mesh.get_local_rank())
+        return _random_numbers_of(self.mesh.get_local_rank(), device)
 
 
 def _local(parameter: nn.Parameter, dim: int | None) -> Tensor:
@@ -284,17 +286,25 @@ def _local(parameter: nn.Parameter, dim: int | None) -> Tensor:
 
 
 @contextmanager
-def _random_numbers_of(rank: int) -> Iterator[None]:
-    """Lets torch's CPU generator, from which masks' seeds are drawn, go on as it would on any
-    rank, but give numbers of this rank's own meanwhile."""
+def _random_numbers_of(rank: int, device: torch.device) -> Iterator[None]:
+    """Lets torch's generator of the device of x, from which masks' seeds are drawn, go on as it
+    would on any rank, but give numbers of this rank's own meanwhile. They begin with a number
+    from the CPU's generator, which nothing has to wait for."""
     seed = int(torch.randint(2**62, (1,), device="cpu"))
-    generator = torch.default_generator
+    generator = _generator_of(device)
     state = generator.get_state()
     generator.manual_seed(seed + rank)
     try:
         yield
     finally:
         generator.set_state(state)
+
+
+def _generator_of(device: torch.device) -> torch.Generator:
+    if device.type != "cuda":
+        return torch.default_generator
+    torch.cuda.init()  # type: ignore[no-untyped-call]
+    return torch.cuda.default_generators[device.index]
 
 
 class _TensorParallel(nn.Module):
@@ -307,7 +317,7 @@ class _TensorParallel(nn.Module):
         run = self._run
         bias = run.late_bias()
         local = run.local_input(self, x)
-        with run.local_parameters(), run.randomness(self):
+        with run.local_parameters(), run.randomness(self, local.device):
             y = super().forward(local, *args, **kwargs)
         return run.output(self, y, bias)
 

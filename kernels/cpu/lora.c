@@ -7,7 +7,7 @@
 static const hqq_dropout *dropout_of(const hqq_lora *lora, hqq_dropout *storage)
 {
     if (lora->dropout == 0.0f) return NULL;
-    *storage = hqq_dropout_make(lora->dropout, lora->seed);
+    *storage = hqq_dropout_of(lora);
     return storage;
 }
 

@@ -39,7 +39,7 @@ static void reference_dx(const hqq_backward *b)
 static void reference_dA(const hqq_backward *b)
 {
     int64_t K = b->weight->in_features, R = b->lora->rank;
-    hqq_dropout dropout = hqq_dropout_make(b->lora->dropout, b->lora->seed);
+    hqq_dropout dropout = hqq_dropout_of(b->lora);
     for (int64_t r = 0; r < R; r++)
         for (int64_t k = 0; k < K; k++) {
             double sum = 0;

@@ -21,8 +21,8 @@ typedef struct hqq_addend {
     hqq_dtype right_dtype;
     int64_t right_rank_stride, right_output_stride;
     float scaling;
-    int drops;           /* whether factor is dropout's, else 1 */
-    hqq_dropout dropout; /* element m * O + o */
+    int drops;                  /* whether factor is dropout's, else 1 */
+    hqq_dropout_source dropout; /* element m * O + o */
 } hqq_addend;
 
 /* For one output; loads go straight to memory, in the order of r. */
@@ -34,7 +34,10 @@ HQQ_INLINE float hqq_addend_at(const hqq_addend *a, int64_t m, int64_t o, int64_
                hqq_load(a->right, a->right_dtype,
                         r * a->right_rank_stride + o * a->right_output_stride);
     sum *= a->scaling;
-    if (a->drops) sum *= hqq_dropout_factor(&a->dropout, (uint64_t)(m * outputs + o));
+    if (a->drops) {
+        hqq_dropout dropout = hqq_dropout_read(&a->dropout);
+        sum *= hqq_dropout_factor(&dropout, (uint64_t)(m * outputs + o));
+    }
     return a->bias ? sum + hqq_load(a->bias, a->bias_dtype, o) : sum;
 }
 

@@ -5,6 +5,14 @@
 #include "cuda.cuh"
 #include "dropout.h"
 
+/* Once the seed is read; it is not where nothing is dropped. */
+HQQ_DEVICE_INLINE hqq_dropout hqq_dropout_if(int drops, const hqq_dropout_source &source)
+{
+    hqq_dropout dropout = {source.last, source.keep_scale, 0};
+    if (drops) dropout = hqq_dropout_read(&source);
+    return dropout;
+}
+
 /* values [n] times the factors of the elements i, i + 1, ... The generator gives four at once,
  * of a multiple of 4 and on: where i is none (never, if K is a multiple of 4), one more call is
  * made and the words move up by i mod 4. */

@@ -1,6 +1,6 @@
 /*
  * The LoRA side of a product, as skinny kernels that read x and dy once, in their own dtype.
- * Dropout follows lora->dropout and lora->seed. Everything accumulates in fp32, in an order
+ * Dropout follows lora->dropout and the seed, which the kernels read. Everything accumulates in fp32, in an order
  * that depends on the shapes alone: results repeat bitwise.
  *
  * Sums over K, N or M that one block cannot do alone are split; `workspace` (64-byte aligned,

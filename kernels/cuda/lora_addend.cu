@@ -101,12 +101,13 @@ HQQ_DEVICE_INLINE void multiply(float (&sums)[8][4], const float *left, const fl
 /* Four outputs of one token. */
 template <class T>
 HQQ_DEVICE_INLINE void write_run(const addend_job &job, float (&values)[4],
-                                 const float (&bias)[4], int64_t m, int64_t o)
+                                 const float (&bias)[4], const hqq_dropout &dropout, int64_t m,
+                                 int64_t o)
 {
     const hqq_addend &a = job.addend;
 #pragma unroll
     for (int v = 0; v < 4; v++) values[v] *= a.scaling;
-    if (a.drops) hqq_drop_run(values, a.dropout, static_cast<uint64_t>(m * job.outputs + o));
+    if (a.drops) hqq_drop_run(values, dropout, static_cast<uint64_t>(m * job.outputs + o));
 #pragma unroll
     for (int v = 0; v < 4; v++) values[v] += bias[v];
     T *out = static_cast<T *>(job.out) + m * job.outputs + o;
@@ -142,10 +143,11 @@ static __global__ void __launch_bounds__(THREADS, 2) write_addend(const addend_j
         for (int v = 0; v < 4; v++)
             if (o + v < job.outputs)
                 bias[v] = hqq_load_one(job.addend.bias, job.addend.bias_dtype, o + v);
+    const hqq_dropout dropout = hqq_dropout_if(job.addend.drops, job.addend.dropout);
 #pragma unroll
     for (int u = 0; u < 8; u++) {
         int64_t m = m0 + threadIdx.x / OUTPUT_LANES * 4 + u % 4 + u / 4 * (TILE_M / 2);
-        if (m < job.M && o < job.outputs) write_run<T>(job, sums[u], bias, m, o);
+        if (m < job.M && o < job.outputs) write_run<T>(job, sums[u], bias, dropout, m, o);
     }
 }
 

@@ -184,6 +184,7 @@ HQQ_DEVICE_INLINE void store_chunk(float *in, float *right, const lora_ahead<T, 
                                    const hqq_lora_product &p, int64_t j0, int64_t i0)
 {
     using tile = lora_tile<T, ranks>;
+    const hqq_dropout dropout = hqq_dropout_if(p.drops, p.dropout);
 #pragma unroll
     for (int l = 0; l < tile::in_loads; l++) {
         int row, column;
@@ -193,7 +194,7 @@ HQQ_DEVICE_INLINE void store_chunk(float *in, float *right, const lora_ahead<T, 
         if (p.drops) {
             int64_t m = in_runs_along_i ? j0 + row : i0 + row;
             int64_t k = in_runs_along_i ? i0 + column : j0 + column;
-            hqq_drop_run(values, p.dropout, static_cast<uint64_t>(m * p.in_width + k));
+            hqq_drop_run(values, dropout, static_cast<uint64_t>(m * p.in_width + k));
         }
         if (in_runs_along_i) {
 #pragma unroll

@@ -16,7 +16,7 @@ typedef struct hqq_lora_product {
     int in_aligned; /* rows begin at 16 bytes */
     int drops;      /* dropout applies to in: element row * in_width + column */
     int64_t in_width;
-    hqq_dropout dropout;
+    hqq_dropout_source dropout;
     const void *right; /* right(i,r) at i * right_i_stride + r * right_r_stride */
     hqq_dtype right_dtype;
     int64_t right_i_stride, right_r_stride;

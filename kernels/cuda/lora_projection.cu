@@ -28,7 +28,7 @@ hqq_status hqq_cuda_lora_xa(float *xa, const void *x, int64_t ldx, hqq_dtype dty
 {
     hqq_lora_product p = projection_of(xa, x, ldx, M, K, lora);
     p.drops = lora->dropout > 0;
-    p.dropout = hqq_dropout_make(lora->dropout, lora->seed);
+    p.dropout = hqq_dropout_source_of(lora);
     p.right = lora->A;
     p.right_i_stride = 1;
     p.right_r_stride = K;

@@ -29,7 +29,7 @@ hqq_status hqq_cuda_lora_dA(void *dA, const float *dyb, const void *x, int64_t l
 {
     hqq_lora_product p = gradient_of(dA, dyb, x, ldx, M, K, lora);
     p.drops = lora->dropout > 0;
-    p.dropout = hqq_dropout_make(lora->dropout, lora->seed);
+    p.dropout = hqq_dropout_source_of(lora);
     p.out_j_stride = 1;
     p.out_r_stride = K;
     return run_product<false>(&p, dtype, workspace, device, stream);

@@ -147,7 +147,7 @@ static hqq_addend backward_addend(const hqq_lora *lora, const float *dyb, int64_
     addend.right_output_stride = 1;
     addend.scaling = lora->scaling;
     addend.drops = lora->dropout > 0.0f;
-    addend.dropout = hqq_dropout_make(lora->dropout, lora->seed);
+    addend.dropout = hqq_dropout_source_of(lora);
     return addend;
 }
 

@@ -73,7 +73,7 @@ static __global__ void __launch_bounds__(THREADS) reference_dA(const reference_b
 {
     HQQ_SHARED(double[THREADS], dyb);
     hqq_backward b = on_device(job.b, job);
-    hqq_dropout dropout = hqq_dropout_make(b.lora->dropout, b.lora->seed);
+    hqq_dropout dropout = hqq_dropout_of(b.lora);
     int64_t K = b.weight->in_features, r = blockIdx.y;
     int64_t k = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x;
     double sum = 0;

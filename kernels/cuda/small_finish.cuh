@@ -143,15 +143,16 @@ HQQ_DEVICE_INLINE void hqq_small_gather_parts(const hqq_small_arguments &a,
 template <class C>
 HQQ_DEVICE_INLINE unsigned hqq_small_kept(const hqq_small_arguments &a, int m, int output)
 {
+    const hqq_dropout dropout = hqq_dropout_read(&a.addend.dropout);
     unsigned kept = 0;
 #pragma unroll 1
     for (int quad = 0; quad < 4; quad++) {
         uint32_t words[4];
         uint64_t element = (uint64_t)(m + quad / 2) * hqq_small_outputs<C>(a) + output;
-        hqq_dropout_words(words, a.addend.dropout.seed, element / 4 + quad % 2);
+        hqq_dropout_words(words, dropout.seed, element / 4 + quad % 2);
 #pragma unroll
         for (int i = 0; i < 4; i++)
-            kept |= (unsigned)(words[i] <= a.addend.dropout.last) << (4 * quad + i);
+            kept |= (unsigned)(words[i] <= dropout.last) << (4 * quad + i);
     }
     return kept;
 }

@@ -32,7 +32,9 @@ hqq_status HALF(work)(half_results *r)
                          .packed = r->packed,
                          .scale = r->scale,
                          .zero = r->zero};
-    hqq_lora lora = {.rank = HALF_R, .A = A, .B = B, .scaling = 2, .dropout = 0.25f, .seed = 7};
+    static const uint64_t seed = 7;
+    hqq_lora lora = {
+        .rank = HALF_R, .A = A, .B = B, .scaling = 2, .dropout = 0.25f, .seed = &seed};
     hqq_quantize_options options = hqq_quantize_defaults();
     hqq_status status =
         hqq_quantize(r->packed, r->scale, r->zero, W, HQQ_F32, &weight, &options, NULL);

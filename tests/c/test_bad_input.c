@@ -31,7 +31,7 @@ static struct {
 } outputs, pristine;
 
 static const hqq_weight weight = {N, K, G, 4, 1, HQQ_F32, words_in, scale_in, zero_in};
-static const hqq_lora lora = {R, HQQ_F32, A, B, 0.5f, 0.0f, 7};
+static const hqq_lora lora = {R, HQQ_F32, A, B, 0.5f, 0.0f, NULL, 0};
 
 static int failures;
 
@@ -390,18 +390,20 @@ static void walk_adapters(void)
         const char *says;
         hqq_lora lora;
     } bad[] = {
-        {"rank is -1", {-1, HQQ_F32, A, B, 0.5f, 0, 7}},
-        {"rank is 257|256", {257, HQQ_F32, A, B, 0.5f, 0, 7}},
-        {"rank is 9223372036854775807", {INT64_MAX, HQQ_F32, A, B, 0.5f, 0, 7}},
-        {"lora.dtype is 3", {R, (hqq_dtype)3, A, B, 0.5f, 0, 7}},
-        {"lora.dtype is 2|(0)", {R, HQQ_BF16, A, B, 0.5f, 0, 7}}, /* x is HQQ_F32 */
-        {"A is NULL|2", {R, HQQ_F32, NULL, B, 0.5f, 0, 7}},
-        {"B is NULL|2", {R, HQQ_F32, A, NULL, 0.5f, 0, 7}},
-        {"scaling is nan", {R, HQQ_F32, A, B, NAN, 0, 7}},
-        {"scaling is inf", {R, HQQ_F32, A, B, INFINITY, 0, 7}},
-        {"dropout is 1", {R, HQQ_F32, A, B, 0.5f, 1.0f, 7}},
-        {"dropout is -0.1", {R, HQQ_F32, A, B, 0.5f, -0.1f, 7}},
-        {"dropout is nan", {R, HQQ_F32, A, B, 0.5f, NAN, 7}},
+        {"rank is -1", {-1, HQQ_F32, A, B, 0.5f, 0, NULL, 0}},
+        {"rank is 257|256", {257, HQQ_F32, A, B, 0.5f, 0, NULL, 0}},
+        {"rank is 9223372036854775807", {INT64_MAX, HQQ_F32, A, B, 0.5f, 0, NULL, 0}},
+        {"lora.dtype is 3", {R, (hqq_dtype)3, A, B, 0.5f, 0, NULL, 0}},
+        {"lora.dtype is 2|(0)", {R, HQQ_BF16, A, B, 0.5f, 0, NULL, 0}}, /* x is HQQ_F32 */
+        {"A is NULL|2", {R, HQQ_F32, NULL, B, 0.5f, 0, NULL, 0}},
+        {"B is NULL|2", {R, HQQ_F32, A, NULL, 0.5f, 0, NULL, 0}},
+        {"scaling is nan", {R, HQQ_F32, A, B, NAN, 0, NULL, 0}},
+        {"scaling is inf", {R, HQQ_F32, A, B, INFINITY, 0, NULL, 0}},
+        {"dropout is 1", {R, HQQ_F32, A, B, 0.5f, 1.0f, NULL, 0}},
+        {"dropout is -0.1", {R, HQQ_F32, A, B, 0.5f, -0.1f, NULL, 0}},
+        {"dropout is nan", {R, HQQ_F32, A, B, 0.5f, NAN, NULL, 0}},
+        {"seed is NULL|0.25", {R, HQQ_F32, A, B, 0.5f, 0.25f, NULL, 7}},
+        {"seed|8 bytes", {R, HQQ_F32, A, B, 0.5f, 0.25f, (const void *)(scratch + 4), 7}},
     };
 #define LORA(y, x, ldx, lora)                                                                 \
     hqq_lora_linear(y, outputs.xa, x, ldx, &weight, bias, HQQ_F32, lora, M, HQQ_F32, scratch, \

@@ -70,6 +70,7 @@ int main(void)
     if (sizeof(void *) == 8)
         failures += SAME_PLACE(hqq_weight, packed, 40) + SAME_PLACE(hqq_weight, zero, 56) +
                     SAME_PLACE(hqq_lora, scaling, 32) + SAME_PLACE(hqq_lora, seed, 40) +
+                    SAME_PLACE(hqq_lora, seed_offset, 48) +
                     SAME_PLACE(hqq_context, isa, 32) + SAME_PLACE(hqq_context, kernel, 36) +
                     SAME_PLACE(hqq_quantize_options, kappa, 24);
     return failures != 0;

@@ -17,6 +17,8 @@ static double epsilon_of(hqq_dtype dtype)
     return dtype == HQQ_F32 ? 0x1p-24 : dtype == HQQ_F16 ? 0x1p-11 : 0x1p-8;
 }
 
+static const uint64_t seed = 77;
+
 static problem make_problem(uint64_t *state, int64_t M, int64_t N, int64_t K, int64_t R,
                             hqq_dtype dtype, hqq_dtype lora_dtype, float dropout)
 {
@@ -39,7 +41,7 @@ static problem make_problem(uint64_t *state, int64_t M, int64_t N, int64_t K, in
                         .B = p.B,
                         .scaling = -1.5f,
                         .dropout = dropout,
-                        .seed = 77};
+                        .seed = &seed};
     return p;
 }
 
@@ -69,7 +71,7 @@ static void add_product(exact_sum *s, double a, double b)
 
 static double x_at(const problem *p, int64_t m, int64_t k)
 {
-    hqq_dropout d = hqq_dropout_make(p->lora.dropout, p->lora.seed);
+    hqq_dropout d = hqq_dropout_make(p->lora.dropout, seed);
     float factor = p->lora.dropout > 0 ? hqq_dropout_factor(&d, (uint64_t)(m * p->K + k)) : 1;
     return (double)(hqq_load(p->x, p->dtype, m * p->ldx + k) * factor);
 }
@@ -132,7 +134,7 @@ static int check_addends(const problem *p, const hqq_context *context, int fp32,
     int64_t M = p->M, R = p->lora.rank, N = p->N, K = p->K;
     int64_t n0 = N / 3, n1 = N - N / 4, k0 = K / 4, k1 = K - K / 3;
     hqq_dtype dtype = fp32 ? HQQ_F32 : p->dtype;
-    hqq_dropout d = hqq_dropout_make(p->lora.dropout, p->lora.seed);
+    hqq_dropout d = hqq_dropout_make(p->lora.dropout, seed);
     uint64_t state = 3;
     void *y = random_array(&state, M * (n1 - n0), dtype, 5, 6);
     void *dx = random_array(&state, M * (k1 - k0), dtype, 5, 6);

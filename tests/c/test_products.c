@@ -24,6 +24,8 @@ static double epsilon_of(hqq_dtype dtype)
     return dtype == HQQ_F32 ? 0x1p-24 : dtype == HQQ_F16 ? 0x1p-11 : 0x1p-8;
 }
 
+static const uint64_t seed = UINT64_C(0xfedcba9876543210);
+
 static problem make_problem(uint64_t *state, int64_t M, int64_t N, int64_t K, int64_t G,
                             int nbits, int axis, int64_t R, hqq_dtype dtype, hqq_dtype meta)
 {
@@ -41,7 +43,7 @@ static problem make_problem(uint64_t *state, int64_t M, int64_t N, int64_t K, in
     p.lora.B = p.B = random_array(state, N * R, p.lora.dtype, -1, 1);
     p.lora.scaling = 0.75f;
     p.lora.dropout = random_bits(state) % 2 ? 0.25f : 0.0f;
-    p.lora.seed = UINT64_C(0xfedcba9876543210);
+    p.lora.seed = &seed;
     return p;
 }
 

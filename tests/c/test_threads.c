@@ -10,7 +10,8 @@
 enum { THREADS = 8, ROUNDS = 40, N = 96, K = 160, G = 32, M = 21, R = 4 };
 
 static float W[N * K], x[M * K], dy[M * N], A[R * K], B[N * R];
-static hqq_lora lora = {R, HQQ_F32, A, B, 0.5f, 0.1f, 42};
+static const uint64_t seed = 42;
+static hqq_lora lora = {R, HQQ_F32, A, B, 0.5f, 0.1f, &seed, 0};
 
 /* A thread's own workspace, for the library that allocates none. */
 #if HQQ_TEST_CUDA

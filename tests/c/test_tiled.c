@@ -13,6 +13,8 @@ typedef struct problem {
     void *x, *dy, *bias, *A, *B;
 } problem;
 
+static const uint64_t seed = 99;
+
 static problem make_problem(uint64_t *state, int64_t M, int64_t N, int64_t K, int64_t G,
                             int nbits, int axis, int64_t R, hqq_dtype dtype, hqq_isa isa)
 {
@@ -32,7 +34,7 @@ static problem make_problem(uint64_t *state, int64_t M, int64_t N, int64_t K, in
                         .B = p.B,
                         .scaling = -0.5f,
                         .dropout = R % 2 ? 0.25f : 0.0f,
-                        .seed = 99};
+                        .seed = &seed};
     return p;
 }
 
@@ -68,7 +70,7 @@ static void add(sum *s, double left, double right)
 
 static double dropped(const problem *p, int64_t m, int64_t k)
 {
-    hqq_dropout d = hqq_dropout_make(p->lora.dropout, p->lora.seed);
+    hqq_dropout d = hqq_dropout_make(p->lora.dropout, seed);
     return p->lora.dropout > 0 ? (double)hqq_dropout_factor(&d, (uint64_t)(m * p->K + k)) : 1;
 }
 

@@ -9,6 +9,7 @@
 #ifndef HQQ_TESTS_CUDA_ON_CPU_CONTROL_H
 #define HQQ_TESTS_CUDA_ON_CPU_CONTROL_H
 
+#include <stddef.h>
 #include <stdint.h>
 
 #ifdef __cplusplus
@@ -32,6 +33,20 @@ typedef struct hqqlora_emulated_counts {
     uint64_t launches, blocks, switches, mma;
 } hqqlora_emulated_counts;
 HQQ_EMULATED_EXPORT void hqqlora_emulated_get_counts(hqqlora_emulated_counts *counts);
+
+/* What a CUDA graph does with a captured stream. From begin on, what this host thread enqueues
+ * (launches, memsets, copies, GEMMs) is kept with its arguments instead of run; end gives all of
+ * it, and a replay runs it once more, in order. A replay gives 0, or the cudaError_t of what
+ * failed. */
+typedef struct hqqlora_emulated_graph hqqlora_emulated_graph;
+HQQ_EMULATED_EXPORT void hqqlora_emulated_begin_capture(void);
+HQQ_EMULATED_EXPORT hqqlora_emulated_graph *hqqlora_emulated_end_capture(void);
+HQQ_EMULATED_EXPORT int hqqlora_emulated_replay(hqqlora_emulated_graph *graph);
+HQQ_EMULATED_EXPORT void hqqlora_emulated_destroy_graph(hqqlora_emulated_graph *graph);
+
+/* Enqueues work of the host's that stands in for a kernel: it gets a copy of the arguments. */
+HQQ_EMULATED_EXPORT void hqqlora_emulated_enqueue(void (*work)(void *arguments),
+                                                  const void *arguments, size_t bytes);
 
 /* Whether the linked kernels were compiled for the race checker. */
 HQQ_EMULATED_EXPORT int hqqlora_emulated_checks_races(void);

@@ -1,9 +1,11 @@
-/* hqq_cuda_gemm (see gemm.h) in plain loops, for the tests: fp32 sums in the order of k. */
+/* hqq_cuda_gemm (see gemm.h) in plain loops, for the tests: fp32 sums in the order of k. The
+ * operands are a device's: nothing looks at them but the work that is enqueued. */
 #include "gemm.h"
 
 #include <stdlib.h>
 #include <string.h>
 
+#include "control.h"
 #include "dtype.h"
 #include "status.h"
 
@@ -19,6 +21,41 @@ static float *widen(const void *data, int64_t ld, int64_t rows, int64_t columns,
     return wide;
 }
 
+typedef struct gemm_job {
+    void *C, *workspace;
+    const void *A, *B;
+    int64_t ldc, lda, ldb, m, n, k;
+    size_t workspace_bytes;
+    int transpose_b;
+    float beta;
+    hqq_dtype dtype;
+} gemm_job;
+
+static void multiply(void *job)
+{
+    const gemm_job *g = job;
+    int64_t m = g->m, n = g->n, k = g->k;
+    /* a real GEMM scribbles there */
+    if (g->workspace_bytes) memset(g->workspace, 0xff, g->workspace_bytes);
+    float *a = widen(g->A, g->lda, m, k, 0, g->dtype); /* [m,k] */
+    float *b = g->transpose_b ? widen(g->B, g->ldb, n, k, 1, g->dtype) /* [k,n] */
+                              : widen(g->B, g->ldb, k, n, 0, g->dtype);
+    float *sums = malloc((size_t)n * sizeof(float));
+    if (!a || !b || !sums) abort();
+    for (int64_t i = 0; i < m; i++) {
+        for (int64_t j = 0; j < n; j++) sums[j] = 0.0f;
+        for (int64_t l = 0; l < k; l++)
+            for (int64_t j = 0; j < n; j++) sums[j] += a[i * k + l] * b[l * n + j];
+        for (int64_t j = 0; j < n; j++) {
+            float before = g->beta == 0.0f ? 0.0f : hqq_load(g->C, g->dtype, i * g->ldc + j);
+            hqq_store(g->C, g->dtype, i * g->ldc + j, sums[j] + before);
+        }
+    }
+    free(a);
+    free(b);
+    free(sums);
+}
+
 hqq_status hqq_cuda_gemm(void *C, int64_t ldc, const void *A, int64_t lda, const void *B,
                          int64_t ldb, int transpose_b, int64_t m, int64_t n, int64_t k,
                          float beta, hqq_dtype dtype, void *workspace, size_t workspace_bytes,
@@ -31,24 +68,20 @@ hqq_status hqq_cuda_gemm(void *C, int64_t ldc, const void *A, int64_t lda, const
         return hqq_fail(HQQ_INVALID, "strides %lld, %lld, %lld of a product %lld x %lld x %lld",
                         (long long)lda, (long long)ldb, (long long)ldc, (long long)m,
                         (long long)n, (long long)k);
-    /* a real GEMM scribbles there */
-    if (workspace_bytes) memset(workspace, 0xff, workspace_bytes);
-    float *a = widen(A, lda, m, k, 0, dtype); /* [m,k] */
-    float *b = transpose_b ? widen(B, ldb, n, k, 1, dtype) : widen(B, ldb, k, n, 0, dtype);
-    float *sums = malloc((size_t)n * sizeof(float)); /* b is [k,n] */
-    hqq_status status = HQQ_OK;
-    if (!a || !b || !sums) status = hqq_fail(HQQ_NO_MEMORY, "no memory for a GEMM on the CPU");
-    for (int64_t i = 0; status == HQQ_OK && i < m; i++) {
-        for (int64_t j = 0; j < n; j++) sums[j] = 0.0f;
-        for (int64_t l = 0; l < k; l++)
-            for (int64_t j = 0; j < n; j++) sums[j] += a[i * k + l] * b[l * n + j];
-        for (int64_t j = 0; j < n; j++) {
-            float before = beta == 0.0f ? 0.0f : hqq_load(C, dtype, i * ldc + j);
-            hqq_store(C, dtype, i * ldc + j, sums[j] + before);
-        }
-    }
-    free(a);
-    free(b);
-    free(sums);
-    return status;
+    gemm_job job = {.C = C,
+                    .workspace = workspace,
+                    .A = A,
+                    .B = B,
+                    .ldc = ldc,
+                    .lda = lda,
+                    .ldb = ldb,
+                    .m = m,
+                    .n = n,
+                    .k = k,
+                    .workspace_bytes = workspace_bytes,
+                    .transpose_b = transpose_b,
+                    .beta = beta,
+                    .dtype = dtype};
+    hqqlora_emulated_enqueue(multiply, &job, sizeof job);
+    return HQQ_OK;
 }

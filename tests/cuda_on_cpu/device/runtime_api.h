@@ -1,8 +1,9 @@
 /* The part of the CUDA runtime that the library's host code uses. Everything is done when the
- * call returns; streams are ignored. Enumerators have CUDA's values. */
+ * call returns, or captured (see control.h); streams are ignored. Enumerators have CUDA's values. */
 #ifndef HQQ_CUDA_ON_CPU_RUNTIME_API_H
 #define HQQ_CUDA_ON_CPU_RUNTIME_API_H
 
+#include <functional>
 #include <stddef.h>
 #include <tuple>
 
@@ -75,6 +76,9 @@ namespace on_cpu
 /* Runs body(arguments) once for every thread of the grid. */
 cudaError_t launch(const cudaLaunchConfig_t &config, const void *kernel,
                    void (*body)(void *arguments), void *arguments);
+
+/* Does the work now or, while this host thread captures, keeps it. */
+cudaError_t enqueue(std::function<cudaError_t()> work);
 } // namespace on_cpu
 
 /* kernel(arguments...); each thread gets its own copy of the arguments, as on the device. */
@@ -90,7 +94,9 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t *config, void (*kernel)(
         Call *c = static_cast<Call *>(data);
         std::apply(c->kernel, c->arguments);
     };
-    return on_cpu::launch(*config, reinterpret_cast<const void *>(kernel), body, &call);
+    return on_cpu::enqueue([config = *config, call, body]() mutable {
+        return on_cpu::launch(config, reinterpret_cast<const void *>(call.kernel), body, &call);
+    });
 }
 
 #endif

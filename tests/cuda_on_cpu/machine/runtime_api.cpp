@@ -116,13 +116,17 @@ cudaError_t cudaFuncSetAttribute(const void *kernel, cudaFuncAttribute attribute
 
 cudaError_t cudaMemsetAsync(void *data, int byte, size_t bytes, cudaStream_t)
 {
-    if (bytes) memset(data, byte, bytes);
-    return cudaSuccess;
+    return on_cpu::enqueue([=] {
+        if (bytes) memset(data, byte, bytes);
+        return cudaSuccess;
+    });
 }
 
 cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind,
                             cudaStream_t)
 {
-    if (bytes) memcpy(to, from, bytes);
-    return cudaSuccess;
+    return on_cpu::enqueue([=] {
+        if (bytes) memcpy(to, from, bytes);
+        return cudaSuccess;
+    });
 }
