@@ -103,6 +103,10 @@ bool Fiber::allocate_stack()
     mprotect(memory, guard, PROT_NONE);
     stack = static_cast<char *>(memory) + guard;
     stack_bytes = STACK_BYTES;
+#if ON_CPU_ASAN
+    /* a stack that was here before may have left marks */
+    ASAN_UNPOISON_MEMORY_REGION(stack, stack_bytes);
+#endif
     owned = true;
     return true;
 }
@@ -114,12 +118,16 @@ Fiber::~Fiber()
 
 void Fiber::prepare(void (*entry)(), unsigned number)
 {
+    char *end = stack + stack_bytes, *top = end - number % 64 * 256;
 #if ON_CPU_ASAN
-    /* frames that were left for good are still marked */
-    ASAN_UNPOISON_MEMORY_REGION(stack, stack_bytes);
+    /* The frames in which it was left for good are still marked: those from the stack pointer
+     * on. (To unmark the whole stack instead took three quarters of the time of the tests.) */
+    if (stack_pointer) {
+        char *left_at = static_cast<char *>(stack_pointer);
+        ASAN_UNPOISON_MEMORY_REGION(left_at, end - left_at);
+    }
     fake_stack = nullptr;
 #endif
-    char *top = stack + stack_bytes - number % 64 * 256;
     void **frame = reinterpret_cast<void **>(top) - FRAME_WORDS;
     memset(frame, 0, FRAME_WORDS * sizeof(void *));
     frame[ENTRY_WORD] = reinterpret_cast<void *>(entry);
