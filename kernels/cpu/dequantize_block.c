@@ -294,14 +294,38 @@ INLINE void of_meta(const block *b, hqq_dtype dtype, code_kind kind)
     }
 }
 
-INLINE void of_kind(const block *b, hqq_dtype dtype)
-{
-    switch (b->weight->nbits) {
-    case 8: of_meta(b, dtype, WHOLE_BYTES); break;
-    case 3: of_meta(b, dtype, WIDE_WORDS); break;
-    default: of_meta(b, dtype, SMALL_BYTES); break;
+/* With sanitizers a function for each dtype and kind of code: some of the compiler's passes
+ * take time with the square of a function's length, and for all 36 instances of all_rows in one
+ * took nine times as long. Without, one: where that is split, some of its loops are slower. */
+#ifdef HQQ_SANITIZED
+#define APART static __attribute__((noinline))
+#else
+#define APART INLINE
+#endif
+#define TO_DTYPE(name, dtype)                          \
+    APART void name##_from_bytes(const block *b)       \
+    {                                                  \
+        of_meta(b, dtype, SMALL_BYTES);                \
+    }                                                  \
+    APART void name##_from_whole_bytes(const block *b) \
+    {                                                  \
+        of_meta(b, dtype, WHOLE_BYTES);                \
+    }                                                  \
+    APART void name##_from_words(const block *b)       \
+    {                                                  \
+        of_meta(b, dtype, WIDE_WORDS);                 \
+    }                                                  \
+    INLINE void name(const block *b)                   \
+    {                                                  \
+        switch (b->weight->nbits) {                    \
+        case 8: name##_from_whole_bytes(b); break;     \
+        case 3: name##_from_words(b); break;           \
+        default: name##_from_bytes(b); break;          \
+        }                                              \
     }
-}
+TO_DTYPE(to_f16, HQQ_F16)
+TO_DTYPE(to_bf16, HQQ_BF16)
+TO_DTYPE(to_f32, HQQ_F32)
 
 void HQQ_ISA_NAME(hqq_dequantize_rows)(void *out, int64_t ld, hqq_dtype dtype,
                                        const hqq_weight *weight, int64_t row, int64_t row_step,
@@ -316,8 +340,8 @@ void HQQ_ISA_NAME(hqq_dequantize_rows)(void *out, int64_t ld, hqq_dtype dtype,
                .column = column_begin,
                .columns = column_end - column_begin};
     switch (dtype) {
-    case HQQ_F16: of_kind(&b, HQQ_F16); break;
-    case HQQ_BF16: of_kind(&b, HQQ_BF16); break;
-    case HQQ_F32: of_kind(&b, HQQ_F32); break;
+    case HQQ_F16: to_f16(&b); break;
+    case HQQ_BF16: to_bf16(&b); break;
+    case HQQ_F32: to_f32(&b); break;
     }
 }
