@@ -33,15 +33,15 @@ train: $(VENV)/model
 	$(BIN)/hqqlora train $(TRAIN_ARGS)
 
 # Two processes of tests at once, so threads must not spin while they wait for each other.
-test: test-c $(VENV)/model $(VENV)/test # test-c first: pytest uses libraries of build/c
+test: test-c $(VENV)/model $(VENV)/test # test-c first: pytest uses libraries of build/release
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest tests -n $(TEST_PROCESSES) --dist loadscope
 	$(MAKE) test-torch-versions
 
+# in the tree of pip's own build, whose kernels the C tests link: they are compiled once
 test-c: $(VENV)/built
-	$(BIN)/cmake -S . -B build/c -G Ninja -DHQQLORA_TORCH=OFF -DHQQLORA_CUDA=OFF \
-	  >build/c-configure.log
-	$(BIN)/cmake --build build/c
-	$(BIN)/ctest --test-dir build/c --output-on-failure --parallel $(TEST_PROCESSES)
+	$(BIN)/cmake -S . -B build/release -DHQQLORA_TESTS=ON >build/release-configure.log
+	$(BIN)/cmake --build build/release
+	$(BIN)/ctest --test-dir build/release --output-on-failure --parallel $(TEST_PROCESSES)
 
 asan: $(VENV)/built
 	$(BIN)/cmake -S . -B build/asan -G Ninja -DHQQLORA_TORCH=OFF -DHQQLORA_CUDA=OFF \

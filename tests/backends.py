@@ -17,7 +17,8 @@ from torch import Tensor
 from hqqlora.ops import PackedWeight, meta_shape, packed_shape
 
 # where `make test-c` builds
-BUILD = Path(os.environ.get("HQQLORA_C_BUILD", Path(__file__).parent.parent / "build" / "c"))
+ROOT = Path(__file__).parent.parent
+BUILD = Path(os.environ.get("HQQLORA_C_BUILD", ROOT / "build" / "release"))
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 KERNELS = {"auto": 0, "reference": 1, "direct": 2, "blocked": 3, "tiled": 4}
 
