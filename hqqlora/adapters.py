@@ -28,6 +28,7 @@ from hqqlora.lora import LoRALinear
 from hqqlora.lora_experts import LoRAExpertWeights
 from hqqlora.model import Adapted, adapter_for, insert_adapters, lora_layers
 from hqqlora.module_names import pattern_value, unwrapped
+from hqqlora.shared_parameters import copy_whole, is_shared_out, whole_tensor
 
 
 def save_adapter(
@@ -46,9 +47,13 @@ def save_adapter(
         base_model_name_or_path: what the adapter belongs on, for the reader to find it. None:
             what the model says of itself (transformers' `name_or_path`).
 
+    Where FSDP2 or tensor parallelism has shared the adapters out, all ranks call this together,
+    and the first one writes.
+
     Raises:
         ValueError: model has no adapter, or adapters that one PEFT configuration cannot
-            describe (dropout, rsLoRA and lora_bias must be the same in all).
+            describe (dropout, rsLoRA and lora_bias must be the same in all), or ones that
+            DeepSpeed's ZeRO-3 has partitioned and not gathered.
         OSError: the folder cannot be written; names the file.
     """
     if isinstance(model, DistributedDataParallel):
@@ -59,8 +64,11 @@ def save_adapter(
     if base_model_name_or_path is None:
         base_model_name_or_path = getattr(model, "name_or_path", None) or None
     config = _config_of(model, layers, base_model_name_or_path)
+    tensors = {key: whole_tensor(tensor, key) for key, tensor in _tensors_of(layers).items()}
+    if is_shared_out(model) and torch.distributed.get_rank() > 0:
+        return
     with creating_folder(folder) as place:
-        write_safetensors(place / WEIGHTS_FILE, _tensors_of(layers))
+        write_safetensors(place / WEIGHTS_FILE, tensors)
         write_json(place / CONFIG_FILE, config)
 
 
@@ -197,10 +205,10 @@ def _copy(pair: Factors, adapter: Adapted) -> None:
     if isinstance(adapter, LoRAExpertWeights):
         adapter.set_peft_factors(pair.A, pair.B)
         return
-    adapter.lora_A.copy_(pair.A)
-    adapter.lora_B.copy_(pair.B)
+    copy_whole(adapter.lora_A, pair.A)
+    copy_whole(adapter.lora_B, pair.B)
     if adapter.lora_bias is not None and pair.bias is not None:
-        adapter.lora_bias.copy_(pair.bias)
+        copy_whole(adapter.lora_bias, pair.bias)
 
 
 def _fit(

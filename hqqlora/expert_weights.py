@@ -21,6 +21,7 @@ from hqqlora.state_encoding import (
     word_dtype,
 )
 from hqqlora.weight_format import WeightFormat
+from hqqlora.zero_partitions import check_replaceable
 
 KEYS = ("W_q", "scale", "zero")
 
@@ -251,6 +252,7 @@ class HQQExpertWeights(WeightFormat, nn.Module):
             ("scale", metadata.meta_shape, meta_dtype),
             ("zero", metadata.meta_shape, meta_dtype),
         ):
+            check_replaceable(self._parameters.get(name), name, dtype, shape)
             tensor = torch.empty((num_experts, *shape), dtype=dtype, device=device)
             setattr(self, name, nn.Parameter(tensor, requires_grad=False))
         self.metadata = metadata

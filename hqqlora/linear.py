@@ -25,6 +25,13 @@ from hqqlora.state_encoding import (
     word_dtype,
 )
 from hqqlora.weight_format import WeightFormat
+from hqqlora.zero_partitions import (
+    check_replaceable,
+    full_for_partitioned,
+    partitioned_of,
+    stand_in,
+    whole_shape,
+)
 
 if TYPE_CHECKING:
     from hqqlora.distributed.tensor_parallel import WeightPart
@@ -359,7 +366,13 @@ class HQQLinear(WeightFormat, nn.Linear):
         metadata = None
         if any(key in own for key in ("W_q", "scale", "zero", "zero_scale", "meta")):
             layer = prefix.rstrip(".") or "layer"
-            tensors, metadata = self._decode(own, layer)
+            partitioned = partitioned_of(self._parameters, own)
+            if problem := full_for_partitioned(partitioned, own, layer):
+                error_msgs.append(problem)
+                return
+            stand_ins = {name: stand_in(part) for name, part in partitioned.items()}
+            tensors, metadata = self._decode({**own, **stand_ins}, layer)
+            tensors.update({name: own[name] for name in partitioned})  # empty into empty
             assign = local_metadata.get("assign_to_params_buffers", False)
             if tensors["W_q"].is_meta and not assign and not self._takes_meta():
                 raise ValueError(
@@ -446,7 +459,8 @@ class HQQLinear(WeightFormat, nn.Linear):
         self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
     ) -> None:
         held = self._parameters[name]
-        if held is None or tuple(held.shape) != shape or held.dtype != dtype:
+        if held is None or whole_shape(held) != shape or held.dtype != dtype:
+            check_replaceable(held, name, dtype, shape)
             tensor = torch.empty(shape, dtype=dtype, device=device)
             self._parameters[name] = nn.Parameter(tensor, requires_grad=False)
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate import init_empty_weights
-from distributed_training import RANK, SHAPE, four, whole
+from distributed_training import RANK, SHAPE, everyone, whole
 from peft_models import tiny_llama, token_ids
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
@@ -107,12 +107,12 @@ def reads() -> Iterator[Reads]:
 
 
 def same_codes_as_one_process(folder: Path) -> None:
+    path = saved_dense(folder, "one-layer", num_hidden_layers=1)
     for name, config in CONFIGS.items():
-        path = saved_dense(folder, "dense")
         model = quantized_skeleton(empty(path), config)
         torch.manual_seed(dist.get_rank())
         add_lora(model, r=RANK)
-        shard_model(model, mesh=four())
+        shard_model(model, mesh=everyone())
         load_sharded(model, path, init_lora_weights=False)
 
         expected = in_one_process(path, config)
@@ -127,22 +127,22 @@ def each_dense_weight_is_read_by_one(folder: Path) -> None:
     path = saved_dense(folder, "dense")
     model = quantized_skeleton(empty(path), CONFIGS["4bits"])
     add_lora(model, r=RANK)
-    shard_model(model, mesh=four())
+    shard_model(model, mesh=everyone())
     with reads() as mine:
         load_sharded(model, path)
-    everyone: list[Any] = [None] * 4
-    dist.all_gather_object(everyone, (mine.whole, mine.parts))
+    of_all: list[Any] = [None] * 4
+    dist.all_gather_object(of_all, (mine.whole, mine.parts))
 
     quantized = [n for n, m in model.named_modules() if isinstance(m, HQQLinear)]
     keys = sorted(name.replace(".base_layer", "") + ".weight" for name in quantized)
-    assert sorted(key for read, _ in everyone for key in read) == keys
+    assert sorted(key for read, _ in of_all for key in read) == keys
     assert len(keys) == 14
-    assert all(3 <= len(read) <= 4 for read, _ in everyone)  # the work is shared
+    assert all(3 <= len(read) <= 4 for read, _ in of_all)  # the work is shared
 
     checkpoint = DenseCheckpoint(path)
     others = set(checkpoint.keys()) - set(keys)
     for key in others:
-        parts = sum(read.get(key, 0) for _, read in everyone)
+        parts = sum(read.get(key, 0) for _, read in of_all)
         assert parts == torch.Size(checkpoint.shape(key)).numel(), key
     largest = max(checkpoint.tensor(key).numel() * 2 for key in keys)
     assert mine.alive == 0
@@ -155,7 +155,7 @@ def tied_weights_stay_tied(folder: Path) -> None:
     assert "lm_head.weight" not in DenseCheckpoint(path)
     skeleton = empty(path)
     skeleton.tie_weights()
-    model = shard_model(quantized_skeleton(skeleton, CONFIGS["4bits"]), mesh=four())
+    model = shard_model(quantized_skeleton(skeleton, CONFIGS["4bits"]), mesh=everyone())
     load_sharded(model, path)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     expected = in_one_process(path, CONFIGS["4bits"])
@@ -166,7 +166,7 @@ def tied_weights_stay_tied(folder: Path) -> None:
 
 def what_the_checkpoint_lacks_is_named_before_anything_is_read(folder: Path) -> None:
     path = saved_dense(folder, "tied", tie_word_embeddings=True)
-    untied = shard_model(quantized_skeleton(empty(path), CONFIGS["4bits"]), mesh=four())
+    untied = shard_model(quantized_skeleton(empty(path), CONFIGS["4bits"]), mesh=everyone())
     with reads() as mine, pytest.raises(ValueError, match=r"lm_head\.weight is not in"):
         load_sharded(untied, path)
     assert not mine.whole
@@ -174,7 +174,7 @@ def what_the_checkpoint_lacks_is_named_before_anything_is_read(folder: Path) -> 
     assert all(parameter.is_meta for parameter in untied.parameters())
 
 
-CHECKS: dict[str, Callable[[Path], None]] = {
+IN_FOUR: dict[str, Callable[[Path], None]] = {
     "load-tied-weights-stay-tied": tied_weights_stay_tied,
     "load-names-what-the-checkpoint-lacks": (
         what_the_checkpoint_lacks_is_named_before_anything_is_read

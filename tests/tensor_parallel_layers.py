@@ -1,5 +1,5 @@
 """What four processes check about tensor-parallel layers, each check in all of them at once;
-see `distributed_processes`. test_tensor_parallel.py has one test for each."""
+see `distributed_processes`. test_distributed.py has one test for each."""
 
 from __future__ import annotations
 
@@ -346,7 +346,7 @@ def torch_own_styles_refuse(folder: Path) -> None:
         parallelize_module(row, meshes()[1], TorchRowwise())
 
 
-CHECKS: dict[str, Callable[[Path], None]] = {
+IN_FOUR: dict[str, Callable[[Path], None]] = {
     check.__name__: check
     for check in (
         layers_column_wise,

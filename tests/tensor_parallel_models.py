@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from peft_models import dense_twin, fill_adapters, relative_error, tiny_llama, token_ids
+from safetensors.torch import load_file
 from tensor_parallel_layers import (
     COLUMN,
     ROW,
@@ -28,6 +29,7 @@ from torch.distributed.tensor.parallel import PrepareModuleInput, parallelize_mo
 
 import hqqlora
 from hqqlora import BaseQuantizeConfig, HQQLinear
+from hqqlora.adapter_files import CONFIG_FILE, WEIGHTS_FILE
 from hqqlora.distributed import full_state_dict
 
 PLAN = {
@@ -239,6 +241,29 @@ def saving(folder: Path) -> None:
     assert_same_state(saved, floats.state_dict())
 
 
+def adapter_files(folder: Path) -> None:
+    """save_adapter on all ranks: the file of the unsharded model; loaded into either."""
+    mesh = meshes()[0]
+    whole, model = llama("own"), cut(llama("own"), mesh)
+    hqqlora.save_adapter(model, folder / "parallel")
+    if dist.get_rank() == 0:
+        hqqlora.save_adapter(whole, folder / "whole")
+    dist.barrier()
+    found, wanted = (load_file(folder / f / WEIGHTS_FILE) for f in ("parallel", "whole"))
+    assert_same_state(found, wanted)
+    configs = [(folder / f / CONFIG_FILE).read_text() for f in ("parallel", "whole")]
+    assert configs[0] == configs[1]
+    other = cut(llama("own"), mesh)
+    with torch.no_grad():
+        for _, parameter in trained(other):
+            parameter.zero_()
+    hqqlora.load_adapter(other, folder / "parallel")
+    for (name, parameter), (_, expected) in zip(trained(other), trained(whole), strict=True):
+        assert torch.equal(parameter.full_tensor(), expected), name
+    hqqlora.load_adapter(whole, folder / "parallel")
+    assert relative_error(loss_of(other), loss_of(whole)) < 1e-6
+
+
 def dense_layers_too(folder: Path) -> None:
     """One plan for a model whose output layer stays dense."""
     mesh = meshes()[1]
@@ -266,7 +291,7 @@ def with_fsdp2(folder: Path) -> None:
     assert_same_state(full_state_dict(model), whole.state_dict())
 
 
-CHECKS: dict[str, Callable[[Path], None]] = {
+IN_FOUR: dict[str, Callable[[Path], None]] = {
     check.__name__: check
     for check in (
         a_llama_with_peft,
@@ -275,6 +300,7 @@ CHECKS: dict[str, Callable[[Path], None]] = {
         sixteen_bits,
         one_all_reduce_a_layer,
         saving,
+        adapter_files,
         dense_layers_too,
         with_fsdp2,
     )

@@ -1,97 +1,130 @@
-"""The layers under DDP, FSDP2 and torch.distributed.checkpoint, in two processes on the CPU."""
+"""Quantized layers on several ranks, as two and four processes on the CPU: DDP, FSDP2, tensor
+parallelism, DeepSpeed, torch.distributed.checkpoint, and quantizing by the ranks that share a
+model. What is checked stands in distributed_*.py and tensor_parallel_*.py, a test for each.
+Last come programs as they are launched: the example, and `accelerate launch`.
+
+One file, as all its processes are forked from the one that has imported the libraries."""
+
+from __future__ import annotations
 
 import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from torch import Tensor, nn
 
-from hqqlora import BaseQuantizeConfig, LoRALinear, add_lora, quantize_model
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+pytest.importorskip("accelerate")
+
+import distributed_checkpoints
+import distributed_deepspeed
+import distributed_layers
+import distributed_loading
+import distributed_policies
+import distributed_training
+import tensor_parallel_layers
+import tensor_parallel_models
+from distributed_processes import checks_of, outcome, run_checks, run_script
+from tiny_llama import patterned_text
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch without gloo")
 
-X = torch.linspace(-1, 1, 4 * 64).reshape(4, 64)
+TESTS = Path(__file__).parent
+EXAMPLE = TESTS.parent / "examples" / "finetune_fsdp2.py"
+MODULES = (
+    distributed_layers,
+    distributed_training,
+    distributed_policies,
+    distributed_checkpoints,
+    distributed_loading,
+    tensor_parallel_layers,
+    tensor_parallel_models,
+)
 
 
-def adapted_model(axis: int, seed: int = 0) -> nn.Sequential:
-    torch.manual_seed(seed)
-    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32))
-    config = BaseQuantizeConfig(group_size=32, axis=axis)
-    quantize_model(model, config, skip_modules=[], progress=False)
-    add_lora(model, r=4, init_lora_weights=False)
-    return model
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run_checks(MODULES, tmp_path_factory.mktemp("two"), 2)
 
 
-def gradients(model: nn.Module) -> list[Tensor]:
-    return [p.grad for p in model.parameters() if p.grad is not None]
+@pytest.fixture(scope="module")
+def four(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run_checks(MODULES, tmp_path_factory.mktemp("four"), 4)
 
 
-def assert_near(actual: Tensor, expected: Tensor) -> None:
-    assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
+@pytest.fixture(scope="module")
+def deepspeed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if not distributed_deepspeed.is_installed():
+        pytest.skip("DeepSpeed is not installed: make test does that, as .venv/deepspeed")
+    return run_checks([distributed_deepspeed], tmp_path_factory.mktemp("deepspeed"), 2)
 
 
-def one_of_two_processes(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
-    for axis in (1, 0):
-        train_and_save(rank, folder, axis)
-    dist.barrier()
-    dist.destroy_process_group()
-    # gloo's threads may still hold the last tensors. Python, when it shuts down, ends such a
-    # thread in the middle of a C++ destructor, which aborts the process; so it does not.
-    os._exit(0)
+@pytest.mark.parametrize("check", checks_of(MODULES, 2))
+def test_in_two_processes(two: Path, check: str) -> None:
+    outcome(two, check, 2)
 
 
-def train_and_save(rank: int, folder: str, axis: int) -> None:
-    """The same model in both processes, on half of X each."""
-    from torch.distributed.checkpoint.state_dict import (
-        StateDictOptions,
-        get_model_state_dict,
-        set_model_state_dict,
+@pytest.mark.parametrize("check", checks_of(MODULES, 4))
+def test_in_four_processes(four: Path, check: str) -> None:
+    outcome(four, check, 4)
+
+
+@pytest.mark.parametrize("check", checks_of([distributed_deepspeed], 2))
+def test_with_deepspeed(deepspeed: Path, check: str) -> None:
+    outcome(deepspeed, check, 2)
+
+
+# ---- programs, as they are launched ------------------------------------------------------
+
+
+def losses(printed: str) -> dict[int, float]:
+    lines = re.findall(r"^step (\d+): loss ([\d.]+)$", printed, re.MULTILINE)
+    return {int(step): float(loss) for step, loss in lines}
+
+
+def test_example_learns_and_goes_on_with_another_number_of_processes(
+    tiny: Path, tmp_path: Path
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(patterned_text(200))
+    arguments = ["--model", str(tiny), "--text", str(text), "--output", str(tmp_path / "o")]
+    arguments += ["--length", "32", "--batch", "2", "--rank", "4", "--group-size", "32"]
+    arguments += ["--learning-rate", "1e-2", "--steps"]
+    first = losses(run_script(EXAMPLE, [*arguments, "8"], tmp_path, world=2))
+    assert list(first) == list(range(1, 9))
+    assert first[8] < 0.9 * first[1]
+    rest = losses(run_script(EXAMPLE, [*arguments, "10"], tmp_path, world=1))
+    assert list(rest) == [9, 10]
+    assert rest[9] < 0.9 * first[1]
+
+
+def documented_configuration() -> str:
+    """With two processes of this machine, and in float32, where every bit can be compared."""
+    page = (TESTS.parent / "docs" / "distributed.md").read_text()
+    [text] = re.findall(r"```yaml\n(compute_environment.*?)```", page, re.DOTALL)
+    for documented, here in (
+        ("num_processes: 8", "num_processes: 2"),
+        ("mixed_precision: bf16", "mixed_precision: 'no'"),
+    ):
+        assert documented in text
+        text = text.replace(documented, here)
+    return text
+
+
+def test_accelerate_launch_with_fsdp2_is_one_process(tmp_path: Path) -> None:
+    config = tmp_path / "fsdp2.yaml"
+    config.write_text(documented_configuration())
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+    launch += ["--main_process_port", "0", str(TESTS / "distributed_accelerate.py")]
+    done = subprocess.run(
+        [*launch, str(tmp_path / "state")],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
     )
-    from torch.distributed.fsdp import fully_shard
-
-    half = X[2 * rank : 2 * rank + 2]
-    reference = adapted_model(axis)
-    expected = reference(X)
-    expected.pow(2).mean().backward()
-
-    plain = nn.parallel.DistributedDataParallel(adapted_model(axis))
-    plain(half).pow(2).mean().backward()
-    for actual, wanted in zip(gradients(plain), gradients(reference), strict=True):
-        assert_near(actual, wanted)
-
-    def sharded(model: nn.Sequential) -> nn.Module:
-        mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
-        for layer in model:
-            if isinstance(layer, LoRALinear):
-                fully_shard(layer, mesh=mesh)
-        fully_shard(model, mesh=mesh)
-        return model
-
-    model = sharded(adapted_model(axis))
-    y = model(half)
-    y.pow(2).mean().backward()
-    assert_near(y, expected[2 * rank : 2 * rank + 2])
-    for shard, wanted in zip(gradients(model), gradients(reference), strict=True):
-        assert_near(shard.full_tensor(), wanted)  # type: ignore[attr-defined]
-
-    whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state = get_model_state_dict(model, options=whole)
-    if rank == 0:
-        torch.save(state, f"{folder}/state{axis}.pt")
-    other = sharded(adapted_model(axis, seed=1))
-    from_0 = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    set_model_state_dict(other, state, options=from_0)
-    assert torch.equal(other(half), y)
-
-
-def test_training_in_two_processes_is_training_in_one(tmp_path: Path) -> None:
-    mp.spawn(one_of_two_processes, args=(str(tmp_path),), nprocs=2)
-    for axis in (1, 0):
-        model = adapted_model(axis, seed=2)
-        model.load_state_dict(torch.load(tmp_path / f"state{axis}.pt", weights_only=True))
-        assert_near(model(X), adapted_model(axis)(X))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("equal to one process") == 2

@@ -72,9 +72,13 @@ def _index(folder: Path) -> dict[str, str]:
     if (folder / INDEX).exists():
         try:
             files = json.loads((folder / INDEX).read_text())["weight_map"]
-            return {str(key): str(name) for key, name in files.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            places = {str(key): str(name) for key, name in files.items()}
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{folder / INDEX} is damaged: {error!r}") from error
+        for name in set(places.values()):
+            if Path(name).name != name or name == "..":
+                raise ValueError(f"{folder / INDEX} names {name!r}, which is not in its folder")
+        return places
     if not (folder / SINGLE).exists():
         raise FileNotFoundError(f"{folder} has neither {SINGLE} nor {INDEX}")
     try:

@@ -19,6 +19,7 @@ from hqqlora.ops.checks import MAX_RANK
 from hqqlora.peft import initialization, merging
 from hqqlora.peft.dora import HQQDoraLayer, HQQDoraVariant
 from hqqlora.peft.plain_modules import is_plain
+from hqqlora.zero_partitions import is_partitioned
 
 
 class HQQLoraLinear(Linear):  # type: ignore[misc]
@@ -235,6 +236,8 @@ class HQQLoraLinear(Linear):  # type: ignore[misc]
                 ("lora_B", (self.out_features, r)),
             ):
                 found = state_dict.get(f"{prefix}{part}.{name}.weight")
+                if is_partitioned(getattr(self, part)[name].weight):
+                    continue  # torch compares placeholders, DeepSpeed loads what belongs there
                 if found is not None and tuple(found.shape) != expected:
                     error_msgs.append(
                         f"{prefix.rstrip('.') or 'layer'}: {part} of the adapter {name!r} is "
