@@ -8,14 +8,15 @@ from typing import Any
 import pytest
 import torch
 from model_weights import package_folder
+from peft_models import dense_twin
 from test_gguf_load import load, quantized_layers
 
 from hqqlora.gguf import export_gguf
 
 gguf = pytest.importorskip("gguf")
-pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
-from gguf_files import dense_model, file_tensors  # noqa: E402
+from gguf_files import file_tensors  # noqa: E402
 
 TOKENS = torch.tensor(
     [[504, 3575, 282, 4649, 314, 7042, 30]]
@@ -33,19 +34,29 @@ def model(path: Path) -> Any:
     return load(path)
 
 
-def test_weights_and_logits_are_those_of_the_dequantized_model(path: Path, model: Any) -> None:
-    dense = dense_model(path)
+def test_weights_and_logits_are_those_of_the_dequantized_model(
+    model: Any, smollm2: Path
+) -> None:
+    """The weights are those of the dense model that transformers reads from the same file, here
+    in bfloat16, every one at its place; the logits what torch makes of them."""
+    dense = transformers.AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
     layers = quantized_layers(model)
     assert len(layers) == 210
     assert {(layer.nbits, layer.group_size) for layer in layers.values()} == {(4, 32)}
-    for name, layer in layers.items():
-        weight = dense.get_submodule(name).weight.reshape(-1, 32)
-        # what float32 loses of an offset and of a weight: see test_gguf_blocks
-        offset = (layer.scale * layer.zero).abs()
-        bound = 1.01 * 2.0**-24 * (offset + 3 * weight.abs())
-        assert ((layer.dequantize().reshape(-1, 32) - weight).abs() <= bound).all()
+    twin = dense_twin(model, torch.float32)
+    found = dict(twin.named_parameters())
+    assert len(found) == 272
+    for name, weight in dense.named_parameters():
+        bound = 2.0**-8 * weight.abs()  # of a bfloat16's eight bits
+        layer = layers.get(name.removesuffix(".weight"))
+        if layer is not None:
+            # what float32 loses of an offset and of a weight: see test_gguf_blocks
+            offset = (layer.scale * layer.zero).abs().expand(-1, 32).reshape(weight.shape)
+            bound += 1.01 * 2.0**-24 * (offset + 3 * weight.abs())
+        assert ((found.pop(name) - weight).abs() <= bound).all(), name
+    assert not found
     with torch.no_grad():
-        logits, reference = model(TOKENS).logits, dense(TOKENS).logits
+        logits, reference = model(TOKENS).logits, twin(TOKENS).logits
     assert (logits - reference).abs().max() <= 1e-4 * reference.abs().max()
     assert logits[0, 4].argmax() == TOKENS[0, 5]  # " Paris"
 

@@ -2,9 +2,12 @@
 
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from forked_python import ForkedPython
 from torch import nn
 
 peft = pytest.importorskip("peft")
@@ -28,14 +31,31 @@ assert type(model.base_model.model[0]).__name__ == "HQQLoraLinear", model
 """
 
 
-def run(code: str) -> None:
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+@pytest.fixture(scope="module")
+def forked() -> Iterator[ForkedPython]:
+    python = ForkedPython("transformers.modeling_utils")
+    yield python
+    python.close()
+
+
+@pytest.fixture
+def run(forked: ForkedPython, tmp_path: Path) -> Callable[[str], None]:
+    """Runs code in a process of its own, in which transformers has been imported, but neither
+    PEFT nor this library."""
+
+    def run_it(code: str) -> None:
+        folder = tmp_path / "run"
+        folder.mkdir()
+        (folder / "script.py").write_text(code)
+        status, _, errors = forked.run(folder / "script.py", folder=folder)
+        assert status == 0, errors
+
+    return run_it
 
 
 class TestImportOrders:
     def test_peft_after_hqqlora(self) -> None:
-        run(
+        code = (
             "import sys, importlib.util, hqqlora\n"
             "hqqlora.peft.install()\n"
             "ours = [f for f in sys.meta_path if 'hqqlora.peft' in type(f).__module__]\n"
@@ -48,11 +68,12 @@ class TestImportOrders:
             "assert type(peft.__spec__.loader).__module__ != 'hqqlora.peft.import_hook'\n"
             "assert type(peft.__loader__).__module__ != 'hqqlora.peft.import_hook'\n" + SCRIPT
         )
+        subprocess.run([sys.executable, "-c", code], check=True)
 
-    def test_a_part_of_peft_after_hqqlora(self) -> None:
+    def test_a_part_of_peft_after_hqqlora(self, run: Callable[[str], None]) -> None:
         run("import hqqlora\nimport peft.tuners.lora.model\n" + SCRIPT)
 
-    def test_a_name_that_needs_peft_before_peft(self) -> None:
+    def test_a_name_that_needs_peft_before_peft(self, run: Callable[[str], None]) -> None:
         run(
             "import warnings\n"
             "warnings.simplefilter('error', UserWarning)\n"
@@ -60,10 +81,10 @@ class TestImportOrders:
             "import peft\n" + SCRIPT
         )
 
-    def test_peft_before_hqqlora(self) -> None:
+    def test_peft_before_hqqlora(self, run: Callable[[str], None]) -> None:
         run("import peft, hqqlora\n" + SCRIPT)
 
-    def test_without_peft_there_is_nothing_to_connect(self) -> None:
+    def test_without_peft_there_is_nothing_to_connect(self, run: Callable[[str], None]) -> None:
         run(
             "import sys, importlib.util, hqqlora\n"
             "sys.path[:] = [p for p in sys.path if 'site-packages' not in p]\n"
@@ -76,7 +97,9 @@ class TestImportOrders:
             "sys.exit('peft was found')\n"
         )
 
-    def test_a_peft_that_it_does_not_know_is_imported_with_a_warning(self, tmp_path) -> None:
+    def test_a_peft_that_it_does_not_know_is_imported_with_a_warning(
+        self, run: Callable[[str], None], tmp_path: Path
+    ) -> None:
         (tmp_path / "peft").mkdir()
         (tmp_path / "peft" / "__init__.py").write_text("__version__ = '99.0'\n")
         run(
@@ -89,7 +112,9 @@ class TestImportOrders:
             "assert 'cannot connect to peft 99.0' in str(caught[0].message), caught\n"
         )
 
-    def test_a_failing_import_of_peft_may_be_tried_again(self, tmp_path) -> None:
+    def test_a_failing_import_of_peft_may_be_tried_again(
+        self, run: Callable[[str], None], tmp_path: Path
+    ) -> None:
         (tmp_path / "peft").mkdir()
         (tmp_path / "peft" / "__init__.py").write_text("raise ValueError('broken')\n")
         run(
