@@ -10,6 +10,17 @@
 
 typedef long long ll;
 
+int hqq_too_many(int64_t rows, int64_t columns)
+{
+    int64_t elements;
+    return __builtin_mul_overflow(rows, columns, &elements) || elements > (INT64_C(1) << 56);
+}
+
+static int64_t larger(int64_t a, int64_t b)
+{
+    return a > b ? a : b;
+}
+
 hqq_status hqq_check_dtype(const char *name, hqq_dtype dtype)
 {
     if ((int)dtype >= HQQ_F32 && (int)dtype <= HQQ_BF16) return HQQ_OK;
@@ -27,15 +38,14 @@ hqq_status hqq_check_shape(const hqq_weight *w)
     if (w->out_features < 0 || w->in_features < 0)
         return hqq_fail(HQQ_INVALID, "weight is %lld x %lld; sizes must not be negative",
                         (ll)w->out_features, (ll)w->in_features);
-    int64_t elements;
-    /* 2^56 elements: far beyond any memory, far enough from overflow for byte counts */
-    if (__builtin_mul_overflow(w->out_features, w->in_features, &elements) ||
-        elements > (INT64_C(1) << 56))
+    /* an empty weight has no more rows, or columns, than one that is not */
+    if (hqq_too_many(larger(w->out_features, 1), larger(w->in_features, 1)))
         return hqq_fail(HQQ_INVALID, "weight is %lld x %lld; that is more than 2^56 elements",
                         (ll)w->out_features, (ll)w->in_features);
     if (w->group_size <= 0)
         return hqq_fail(HQQ_INVALID, "group_size is %lld; expected at least 1",
                         (ll)w->group_size);
+    int64_t elements = w->out_features * w->in_features;
     if (elements % w->group_size != 0)
         return hqq_fail(HQQ_INVALID,
                         "group_size %lld does not divide the %lld elements of a %lld x %lld "
@@ -72,6 +82,11 @@ hqq_status hqq_check_lora(const hqq_lora *lora, const hqq_weight *w, hqq_dtype d
     if (lora->rank < 0 || lora->rank > HQQ_MAX_RANK)
         return hqq_fail(HQQ_INVALID, "lora.rank is %lld; expected 0 to %d", (ll)lora->rank,
                         HQQ_MAX_RANK);
+    if (hqq_too_many(lora->rank, larger(w->out_features, w->in_features)))
+        return hqq_fail(HQQ_INVALID,
+                        "lora.rank is %lld on a weight of %lld x %lld; that is more than 2^56 "
+                        "elements",
+                        (ll)lora->rank, (ll)w->out_features, (ll)w->in_features);
     HQQ_TRY(hqq_check_dtype("lora.dtype", lora->dtype));
     if (lora->dtype != HQQ_F32 && lora->dtype != dtype)
         return hqq_fail(HQQ_INVALID,
@@ -98,7 +113,6 @@ hqq_status hqq_check_lora(const hqq_lora *lora, const hqq_weight *w, hqq_dtype d
 hqq_status hqq_check_matrix(const char *name, const void *data, int64_t rows, int64_t columns,
                             int64_t ld, hqq_dtype dtype)
 {
-    int64_t elements;
     if (rows < 0)
         return hqq_fail(HQQ_INVALID, "%s has %lld rows; expected at least 0", name, (ll)rows);
     if (rows > 1 && ld < columns)
@@ -108,8 +122,7 @@ hqq_status hqq_check_matrix(const char *name, const void *data, int64_t rows, in
                         name, (ll)ld, (ll)columns);
     if (rows == 0 || columns == 0) return HQQ_OK;
     if (!data) return hqq_fail(HQQ_INVALID, "%s is NULL", name);
-    if (__builtin_mul_overflow(rows, ld > columns ? ld : columns, &elements) ||
-        elements > (INT64_C(1) << 56))
+    if (hqq_too_many(rows, rows > 1 ? ld : columns))
         return hqq_fail(HQQ_INVALID, "%s is %lld x %lld; that is more than 2^56 elements", name,
                         (ll)rows, (ll)columns);
     return hqq_check_aligned(name, data, hqq_dtype_bytes(dtype));

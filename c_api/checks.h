@@ -4,6 +4,10 @@
 
 #include "hqqlora.h"
 
+/* Whether rows * columns, neither negative, is more than 2^56: far beyond any memory, and far
+ * enough from overflow for byte counts. */
+int hqq_too_many(int64_t rows, int64_t columns);
+
 /* N, K, G, nbits, axis and meta_dtype fit together and N*K does not overflow. */
 hqq_status hqq_check_shape(const hqq_weight *weight);
 

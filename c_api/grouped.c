@@ -14,6 +14,7 @@ static hqq_status check_routing(const hqq_routing *routing)
                         (long long)routing->experts);
     const int64_t *offsets = routing->offsets;
     if (!offsets) return hqq_fail(HQQ_INVALID, "routing.offsets is NULL");
+    HQQ_TRY(hqq_check_aligned("routing.offsets", offsets, sizeof *offsets));
     if (offsets[0] != 0)
         return hqq_fail(HQQ_INVALID, "routing.offsets[0] is %lld; expected 0",
                         (long long)offsets[0]);
@@ -23,6 +24,21 @@ static hqq_status check_routing(const hqq_routing *routing)
                 HQQ_INVALID, "routing.offsets[%lld] is %lld, less than the %lld before it",
                 (long long)(e + 1), (long long)offsets[e + 1], (long long)offsets[e]);
     return HQQ_OK;
+}
+
+/* All experts' arrays, one behind the other. */
+static hqq_status check_experts(const hqq_routing *routing, const hqq_weight *weight,
+                                const hqq_lora *lora)
+{
+    int64_t N = weight->out_features, K = weight->in_features;
+    int64_t of_lora = lora ? lora->rank * (N > K ? N : K) : 0;
+    if (!hqq_too_many(routing->experts, N * K) && !hqq_too_many(routing->experts, of_lora))
+        return HQQ_OK;
+    return hqq_fail(HQQ_INVALID,
+                    "routing.experts is %lld, of %lld x %lld and rank %lld; that is more than "
+                    "2^56 elements",
+                    (long long)routing->experts, (long long)N, (long long)K,
+                    (long long)(lora ? lora->rank : 0));
 }
 
 static int64_t rows_of(const hqq_routing *routing)
@@ -54,6 +70,7 @@ hqq_status hqq_grouped_workspace_size(size_t *bytes, const hqq_weight *weight,
     hqq_clear_error();
     HQQ_TRY(check_routing(routing));
     HQQ_TRY(hqq_prepare_workspace_size(bytes, weight, &lora, rows_of(routing), dtype, context));
+    HQQ_TRY(check_experts(routing, weight, lora));
     return bytes_of_largest(bytes, weight, lora, routing, dtype, context);
 }
 
@@ -63,6 +80,7 @@ static hqq_status forward(hqq_forward *f, const hqq_routing *routing, void *work
     HQQ_TRY(check_routing(routing));
     f->M = rows_of(routing);
     HQQ_TRY(hqq_prepare_forward(f, context));
+    HQQ_TRY(check_experts(routing, f->weight, f->lora));
     if (hqq_is_empty_forward(f)) return HQQ_OK;
     hqq_borrowed_workspace w;
     size_t needed;
@@ -100,6 +118,7 @@ static hqq_status backward(hqq_backward *b, const hqq_routing *routing, void *wo
     HQQ_TRY(check_routing(routing));
     b->M = rows_of(routing);
     HQQ_TRY(hqq_prepare_backward(b, context));
+    HQQ_TRY(check_experts(routing, b->weight, b->lora));
     if (!b->dx && !b->dA && !b->dB) return HQQ_OK;
     hqq_borrowed_workspace w;
     size_t needed;

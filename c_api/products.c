@@ -48,23 +48,34 @@ hqq_status hqq_bytes_needed(size_t *bytes, const hqq_weight *weight, const hqq_l
     return hqq_backend_workspace_size(bytes, weight, lora, M, dtype, context);
 }
 
+/* The largest things that a product can have: [M,K], [M,N] and [M,R]. */
+static hqq_status check_tokens(int64_t M, const hqq_weight *weight, const hqq_lora *lora)
+{
+    int64_t width = weight->out_features + weight->in_features + (lora ? lora->rank : 0);
+    if (!hqq_too_many(M, width)) return HQQ_OK;
+    return hqq_fail(HQQ_INVALID,
+                    "M is %lld; that many rows of %lld are more than 2^56 elements",
+                    (long long)M, (long long)width);
+}
+
+/* A stride that no row is reached by may be anything: below this room it is a sound one. */
+static void settle_stride(int64_t *ld, int64_t rows, int64_t columns)
+{
+    if (rows <= 1 || columns == 0) *ld = columns;
+}
+
 hqq_status hqq_prepare_workspace_size(const size_t *bytes, const hqq_weight *weight,
                                       const hqq_lora **lora, int64_t M, hqq_dtype dtype,
                                       const hqq_context *context)
 {
     if (!bytes) return hqq_fail(HQQ_INVALID, "bytes is NULL");
+    HQQ_TRY(hqq_check_aligned("bytes", bytes, sizeof *bytes));
     HQQ_TRY(hqq_check_shape(weight));
     HQQ_TRY(hqq_check_dtype("dtype", dtype));
     HQQ_TRY(hqq_check_context(context));
     if (M < 0) return hqq_fail(HQQ_INVALID, "M is %lld; expected at least 0", (long long)M);
     if (*lora) HQQ_TRY(hqq_check_lora(*lora, weight, dtype));
-    int64_t width = weight->out_features + weight->in_features + (*lora ? (*lora)->rank : 0);
-    int64_t elements; /* of the largest things that can be in it: [M,R], [M,N] or [M,K] */
-    if (__builtin_mul_overflow(M, width, &elements) || elements > (INT64_C(1) << 56))
-        return hqq_fail(HQQ_INVALID,
-                        "M is %lld; that many rows of %lld are more than 2^56 "
-                        "elements",
-                        (long long)M, (long long)width);
+    HQQ_TRY(check_tokens(M, weight, *lora));
     *lora = effective(*lora);
     return HQQ_OK;
 }
@@ -91,6 +102,8 @@ hqq_status hqq_prepare_forward(hqq_forward *f, const hqq_context *context)
     }
     HQQ_TRY(hqq_check_aligned("xa", f->xa, sizeof(float)));
     if (f->lora) HQQ_TRY(hqq_check_lora(f->lora, f->weight, f->dtype));
+    HQQ_TRY(check_tokens(f->M, f->weight, f->lora));
+    settle_stride(&f->ldx, f->M, K);
     f->lora = effective(f->lora);
     return HQQ_OK;
 }
@@ -159,6 +172,8 @@ hqq_status hqq_prepare_backward(hqq_backward *b, const hqq_context *context)
     int64_t N = b->weight->out_features, K = b->weight->in_features;
     HQQ_TRY(hqq_check_matrix("dy", b->dy, b->M, N, b->lddy, b->dtype));
     if (b->lora) HQQ_TRY(hqq_check_lora(b->lora, b->weight, b->dtype));
+    HQQ_TRY(check_tokens(b->M, b->weight, b->lora));
+    settle_stride(&b->lddy, b->M, N);
     b->lora = effective(b->lora);
     if (!b->lora) b->dA = b->dB = NULL;
     HQQ_TRY(hqq_check_aligned("dx", b->dx, hqq_dtype_bytes(b->dtype)));
@@ -169,6 +184,7 @@ hqq_status hqq_prepare_backward(hqq_backward *b, const hqq_context *context)
     }
     if (b->dA || (b->dB && !b->xa))
         HQQ_TRY(hqq_check_matrix("x", b->x, b->M, K, b->ldx, b->dtype));
+    settle_stride(&b->ldx, b->M, K);
     return HQQ_OK;
 }
 

@@ -25,6 +25,9 @@ hqq_status hqq_layout_of(int64_t *words, int64_t *word_bytes, int64_t *groups,
 {
     hqq_clear_error();
     HQQ_TRY(hqq_check_shape(weight));
+    HQQ_TRY(hqq_check_aligned("words", words, sizeof *words));
+    HQQ_TRY(hqq_check_aligned("word_bytes", word_bytes, sizeof *word_bytes));
+    HQQ_TRY(hqq_check_aligned("groups", groups, sizeof *groups));
     hqq_layout layout = layout_of(weight);
     if (words) *words = layout.words;
     if (word_bytes) *word_bytes = layout.word_bytes;
@@ -132,6 +135,7 @@ hqq_status hqq_dequantize(void *out, int64_t ld_out, hqq_dtype out_dtype,
     int64_t rows = row_end - row_begin, columns = column_end - column_begin;
     HQQ_TRY(hqq_check_matrix("out", out, rows, columns, ld_out, out_dtype));
     if (rows == 0 || columns == 0) return HQQ_OK;
+    if (rows == 1) ld_out = columns; /* never used, so it may have been anything */
     return hqq_backend_dequantize(out, ld_out, out_dtype, weight, row_begin, row_end,
                                   column_begin, column_end, context);
 }

@@ -19,6 +19,9 @@ static hqq_isa best_isa(void)
 #if defined(HQQLORA_EMULATE_AVX512) /* tests/avx512_on_avx2 */
     bf16 = avx2;
 #endif
+#if defined(HQQ_WITHOUT_AVX512)
+    avx512 = bf16 = 0;
+#endif
     return bf16     ? HQQ_ISA_AVX512_BF16
            : avx512 ? HQQ_ISA_AVX512
            : avx2   ? HQQ_ISA_AVX2

@@ -22,7 +22,12 @@ int hqq_has_amx_bf16(void);
 #define HQQ_ISA_NAME(f) HQQ_PASTE(f, HQQ_ISA_SUFFIX)
 #endif
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && defined(HQQ_WITHOUT_AVX512) /* builds that compile sooner */
+#define HQQ_ISA_DECLARE(type, f, arguments) \
+    type f##_portable arguments;            \
+    type f##_avx2 arguments
+#define HQQ_ISA_SELECT(isa, f) ((isa) == HQQ_ISA_AVX2 ? f##_avx2 : f##_portable)
+#elif defined(__x86_64__)
 #define HQQ_ISA_DECLARE(type, f, arguments) \
     type f##_portable arguments;            \
     type f##_avx2 arguments;                \
