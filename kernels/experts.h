@@ -37,8 +37,8 @@ static inline void hqq_weight_of_expert(hqq_weight *out, const hqq_weight *first
                                         first->group_size, first->nbits, first->axis);
     if (!first->packed) return;
     out->packed = (const char *)first->packed + e * layout.words * layout.word_bytes;
-    out->scale = hqq_at(first->scale, first->meta_dtype, e * layout.groups);
-    out->zero = hqq_at(first->zero, first->meta_dtype, e * layout.groups);
+    out->scale = hqq_element(first->scale, first->meta_dtype, e * layout.groups);
+    out->zero = hqq_element(first->zero, first->meta_dtype, e * layout.groups);
 }
 
 static inline const hqq_lora *hqq_lora_of_expert(hqq_lora *out, const hqq_lora *first,

@@ -66,6 +66,8 @@ hqq_status hqq_backend_workspace_size(size_t *bytes, const hqq_weight *weight,
                                       const hqq_context *context)
 {
     hqq_arena forward = {0}, backward = {0};
+    *bytes = 0;
+    if (M == 0 || weight->out_features == 0 || weight->in_features == 0) return HQQ_OK;
     make_plan(&forward, weight, lora, M, dtype, 0, context);
     make_plan(&backward, weight, lora, M, dtype, 1, context);
     *bytes = forward.used > backward.used ? forward.used : backward.used;

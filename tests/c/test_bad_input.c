@@ -87,6 +87,8 @@ static const struct {
     {"9223372036854775807", {INT64_MAX, 2, G, 4, 1, HQQ_F32, words_in, scale_in, zero_in}},
     {"9223372036854775807", {INT64_MAX, 1, 1, 4, 1, HQQ_F32, words_in, scale_in, zero_in}},
     {"1099511627776 x 4194304", {BIG, 1 << 22, 1, 4, 1, HQQ_F32, words_in, scale_in, zero_in}},
+    {"9223372036854775807 x 0", {INT64_MAX, 0, G, 4, 1, HQQ_F32, words_in, scale_in, zero_in}},
+    {"0 x 9223372036854775807", {0, INT64_MAX, G, 4, 1, HQQ_F32, words_in, scale_in, zero_in}},
     {"group_size is 0", {N, K, 0, 4, 1, HQQ_F32, words_in, scale_in, zero_in}},
     {"group_size is -8", {N, K, -G, 4, 1, HQQ_F32, words_in, scale_in, zero_in}},
     {"group_size is -9223372036854775808",
@@ -436,6 +438,48 @@ static void walk_adapters(void)
             LORA_BACKWARD(outputs.dx, outputs.dA, outputs.dB, dy, N, x, K, xa_in, &lora, -M));
 }
 
+/* ---- what fuzzing found: sizes that overflow beside an empty weight, pointers -------- */
+
+static void walk_products_of_nothing(void)
+{
+    const hqq_weight nothing = {.group_size = 1, .nbits = 4, .axis = 1};
+    const hqq_weight no_rows = {.in_features = 3, .group_size = 1, .nbits = 4, .axis = 1};
+    const hqq_weight huge = {.in_features = INT64_C(1) << 56, .group_size = 1, .nbits = 4};
+    hqq_lora wide = lora;
+    wide.rank = 255;
+    INVALID("9223372036854775807|rows of 2",
+            hqq_lora_linear(NULL, outputs.xa, NULL, 0, &nothing, NULL, HQQ_F32, &lora,
+                            INT64_MAX, HQQ_F32, NULL, 0, NULL));
+    INVALID("9223372036854775807|rows of 3",
+            hqq_linear_dgrad(outputs.dx, NULL, 0, &no_rows, INT64_MAX, HQQ_F32, NULL, 0, NULL));
+    INVALID("lora.rank is 255|0 x 72057594037927936",
+            hqq_lora_linear_backward(NULL, outputs.dA, NULL, NULL, 0, NULL, 0, NULL, &huge,
+                                     &wide, 0, HQQ_F32, NULL, 0, NULL));
+}
+
+static void walk_misaligned(void)
+{
+    static int64_t room[4];
+    void *between = (char *)outputs.packed + 1;
+    hqq_routing routing = {.experts = 2, .offsets = (void *)((char *)room + 1)};
+    INVALID("words|not aligned", hqq_layout_of(between, NULL, NULL, &weight));
+    INVALID("groups|not aligned", hqq_layout_of(NULL, NULL, between, &weight));
+    INVALID("bytes|not aligned", hqq_workspace_size(between, &weight, NULL, M, HQQ_F32, NULL));
+    INVALID("routing.offsets|not aligned",
+            hqq_grouped_workspace_size(&outputs.bytes, &weight, NULL, &routing, HQQ_F32, NULL));
+}
+
+static void walk_experts(void)
+{
+    static const int64_t offsets[41];
+    const hqq_routing routing = {.experts = 40, .offsets = offsets};
+    hqq_weight huge = weight;
+    huge.out_features = INT64_C(1) << 56;
+    huge.in_features = 1;
+    INVALID("routing.experts is 40|72057594037927936 x 1",
+            hqq_grouped_linear(outputs.y, x, 1, &huge, &routing, HQQ_F32, NULL, 0, NULL));
+}
+
 /* ---- callbacks that fail ----------------------------------------------------------- */
 
 static int32_t no_threads(int64_t begin, int64_t end, int64_t grain,
@@ -498,6 +542,24 @@ static void walk_callbacks(void)
                    hqq_last_error());                                                        \
         }                                                                                    \
     } while (0)
+
+/* Found by fuzzing: divided by the columns that there are none of. */
+static void walk_experts_of_nothing(void)
+{
+    static const int64_t offsets[] = {0, 1, 2, 3, 4, 5};
+    const hqq_routing routing = {.experts = 5, .offsets = offsets};
+    const hqq_weight nothing = {.group_size = 1, .nbits = 4, .axis = 1};
+    const hqq_context parallel = {.parallel_for = no_threads};
+    ACCEPTS(hqq_grouped_workspace_size(&outputs.bytes, &nothing, NULL, &routing, HQQ_F32,
+                                       &parallel));
+    hqq_status status = hqq_grouped_lora_linear(NULL, outputs.xa, NULL, 0, &nothing, &lora,
+                                                &routing, HQQ_F32, NULL, 0, &parallel);
+    if (status != HQQ_OK && status != HQQ_CALLBACK) {
+        failures++;
+        printf("experts of nothing: %s '%s'\n", hqq_status_name(status), hqq_last_error());
+    }
+    outputs = pristine;
+}
 
 static void walk_sound(void)
 {
@@ -564,7 +626,11 @@ int main(void)
     walk_context();
     walk_workspace();
     walk_adapters();
+    walk_products_of_nothing();
+    walk_misaligned();
+    walk_experts();
     walk_callbacks();
+    walk_experts_of_nothing();
     walk_sound();
     if (failures) printf("%d failures\n", failures);
     return failures != 0;

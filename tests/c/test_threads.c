@@ -81,7 +81,10 @@ static results *alone[THREADS]; /* what each thread's work gives on one thread *
 static void *thread_main(void *data)
 {
     intptr_t thread = (intptr_t)data, failures = 0;
-    hqq_context context = {.parallel_for = thread % 2 ? two_threads : NULL};
+    /* half of the threads have a context of their own, the others one for all */
+    hqq_context own = {.parallel_for = thread % 2 ? two_threads : NULL};
+    static const hqq_context shared = {.parallel_for = two_threads};
+    const hqq_context *context = thread < THREADS / 2 ? &own : &shared;
     results *mine = calloc(1, sizeof *mine);
     for (int round = 0; round < ROUNDS && mine; round++) {
         /* a wrong group size that only this thread uses in this round */
@@ -89,10 +92,10 @@ static void *thread_main(void *data)
         char expected[64];
         hqq_weight bad = {N, K, wrong, 4, 1, HQQ_F32, x, x, x};
         hqq_status status =
-            hqq_linear(mine->y, x, K, &bad, NULL, HQQ_F32, M, HQQ_F32, NULL, 0, &context);
+            hqq_linear(mine->y, x, K, &bad, NULL, HQQ_F32, M, HQQ_F32, NULL, 0, context);
         snprintf(expected, sizeof expected, "group_size %lld", (long long)wrong);
         if (round % 8 == 0) {
-            hqq_status done = run(mine, nbits_of((int)thread), thread / 4, &context);
+            hqq_status done = run(mine, nbits_of((int)thread), thread / 4, context);
             if (done != HQQ_OK || memcmp(mine, alone[thread], sizeof *mine) != 0) {
                 printf("thread %d: %s; not what one thread alone gets\n", (int)thread,
                        hqq_status_name(done));

@@ -3,8 +3,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define PATTERN 0xa5
-#define MOST_BYTES (1 << 21)
+#define PATTERN          0xa5
+#define MOST_BYTES       (1 << 21)
 #define REFUSED_ELEMENTS ((fuzz_count)1 << 56)
 
 uint64_t fuzz_random(fuzz_buffers *b)
@@ -18,8 +18,12 @@ uint64_t fuzz_random(fuzz_buffers *b)
 /* A word of one or two values: numbers around 1, or what `values` says. */
 static uint64_t value_word(fuzz_buffers *b, int bytes)
 {
-    static const uint64_t same[] = {0, ~0ull, 0x7f7f7f7f7f7f7f7f, 0x7f8000007f800000,
-                                    0x7c007c007c007c00, 0x0001000100000001};
+    static const uint64_t same[] = {0,
+                                    ~0ull,
+                                    0x7f7f7f7f7f7f7f7f,
+                                    0x7f8000007f800000,
+                                    0x7c007c007c007c00,
+                                    0x0001000100000001};
     uint64_t bits = fuzz_random(b);
     if (b->values % 16 == 1) return bits;
     if (b->values % 16 >= 8 && b->values % 16 < 14) return same[b->values % 16 - 8];
@@ -70,7 +74,8 @@ const uint8_t *give_codes(fuzz_buffers *b, fuzz_count elements, int nbits)
 {
     char *codes = give(b, CODES, elements, 1, 0);
     if (codes && b->values % 16 != 1 && elements >= 0 && elements <= MOST_BYTES)
-        for (int64_t i = 0; i < (int64_t)elements; i++) codes[i] &= (char)((1 << (nbits & 15)) - 1);
+        for (int64_t i = 0; i < (int64_t)elements; i++)
+            codes[i] &= (char)((1 << (nbits & 15)) - 1);
     return (const uint8_t *)codes;
 }
 

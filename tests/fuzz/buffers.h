@@ -1,7 +1,7 @@
 /* Arrays of exactly the size that a call may touch, so that a sanitizer sees any access beyond.
  *
- * An array that nobody could give, because it is too large, is NULL instead. An array whose size
- * is negative or beyond 2^56 elements, which the library must refuse, is one element. */
+ * An array that nobody could give, because it is too large, is NULL instead. An array whose
+ * size is negative or beyond 2^56 elements, which the library must refuse, is one element. */
 #ifndef HQQ_FUZZ_BUFFERS_H
 #define HQQ_FUZZ_BUFFERS_H
 
@@ -12,8 +12,29 @@ typedef __int128 fuzz_count; /* of elements: no product of a few sizes overflows
 
 /* Every pointer that an entry point takes, as a bit of the fields `null` and `misaligned`. */
 enum which {
-    PACKED, SCALE, ZERO, CODES, X, DY, Y, DX, XA, BIAS, LORA_A, LORA_B, DA, DB, OUT, WEIGHTS,
-    WEIGHT, LORA, ROUTING, OFFSETS, OPTIONS, BYTES, WHICH_COUNT
+    PACKED,
+    SCALE,
+    ZERO,
+    CODES,
+    X,
+    DY,
+    Y,
+    DX,
+    XA,
+    BIAS,
+    LORA_A,
+    LORA_B,
+    DA,
+    DB,
+    OUT,
+    WEIGHTS,
+    WEIGHT,
+    LORA,
+    ROUTING,
+    OFFSETS,
+    OPTIONS,
+    BYTES,
+    WHICH_COUNT
 };
 
 typedef struct fuzz_buffers {

@@ -9,7 +9,8 @@
 static uint32_t take(const uint8_t **data, size_t *size, int bytes)
 {
     uint32_t value = 0;
-    for (int i = 0; i < bytes && *size > 0; i++, (*size)--) value |= (uint32_t) * (*data)++ << 8 * i;
+    for (int i = 0; i < bytes && *size > 0; i++, (*size)--)
+        value |= (uint32_t)*(*data)++ << 8 * i;
     return value;
 }
 
@@ -24,11 +25,22 @@ fuzz_fields decode_fields(const uint8_t *data, size_t size)
 
 int64_t decode_size(uint32_t field)
 {
-    static const int64_t limits[] = {
-        0,                  INT64_MAX - 2,      INT64_MIN + 2,      INT32_MAX,
-        UINT32_MAX,         INT64_C(1) << 40,   INT64_C(1) << 48,   INT64_C(1) << 55,
-        INT64_C(1) << 56,   INT64_C(1) << 57,   INT64_C(1) << 61,   INT64_C(1) << 62,
-        -(INT64_C(1) << 40), INT64_C(1) << 28,  -(INT64_C(1) << 62), INT64_C(1) << 53};
+    static const int64_t limits[] = {0,
+                                     INT64_MAX - 2,
+                                     INT64_MIN + 2,
+                                     INT32_MAX,
+                                     UINT32_MAX,
+                                     INT64_C(1) << 40,
+                                     INT64_C(1) << 48,
+                                     INT64_C(1) << 55,
+                                     INT64_C(1) << 56,
+                                     INT64_C(1) << 57,
+                                     INT64_C(1) << 61,
+                                     INT64_C(1) << 62,
+                                     -(INT64_C(1) << 40),
+                                     INT64_C(1) << 28,
+                                     -(INT64_C(1) << 62),
+                                     INT64_C(1) << 53};
     uint32_t high = field >> 8, low = field & 0xff;
     if (high < 0x70) return low;
     if (high < 0x80) return low * 4;
@@ -72,16 +84,16 @@ int32_t decode_iters(uint32_t field)
 
 float decode_float(uint32_t field, float sound)
 {
-    static const float hostile[] = {NAN,   INFINITY, -INFINITY, -1,     -0.0f, 0,
-                                    1e-45f, FLT_MAX,  -FLT_MAX,  1,      1.5f,  0.99999994f};
+    static const float hostile[] = {NAN,    INFINITY, -INFINITY, -1, -0.0f, 0,
+                                    1e-45f, FLT_MAX,  -FLT_MAX,  1,  1.5f,  0.99999994f};
     return field < 0xe0 ? sound : hostile[field % COUNT(hostile)];
 }
 
 int64_t decode_stride(uint32_t field, int64_t columns)
 {
     const uint64_t c = (uint64_t)columns;
-    const uint64_t strides[] = {c, c + 1, c + 16, c, c - 1, 0, 0 - c, 1, INT64_MAX, 1ull << 63,
-                                c * 2, 1ull << 55};
+    const uint64_t strides[] = {c,     c + 1, c + 16,    c,          c - 1, 0,
+                                0 - c, 1,     INT64_MAX, 1ull << 63, c * 2, 1ull << 55};
     return (int64_t)strides[field < 0x40 ? 0 : field % COUNT(strides)];
 }
 

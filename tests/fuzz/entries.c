@@ -5,8 +5,8 @@
 
 static hqq_status choose_kernel(fuzz_case *c)
 {
-    hqq_kernel chosen = hqq_choose_kernel(case_shape(c), c->M, c->dtype, (int32_t)c->R,
-                                          c->context.isa);
+    hqq_kernel chosen =
+        hqq_choose_kernel(case_shape(c), c->M, c->dtype, (int32_t)c->R, c->context.isa);
     hqq_isa isa = hqq_isa_in_use(case_context(c));
     if (chosen < HQQ_KERNEL_AUTO || chosen > HQQ_KERNEL_TILED) __builtin_trap();
     if (!hqq_isa_name(isa) || !hqq_isa_name(c->context.isa) || !hqq_version() ||
@@ -62,7 +62,8 @@ static hqq_status dequantize(fuzz_case *c)
               column_end < column_begin || column_end > c->K;
     int64_t rows = bad ? 1 : row_end - row_begin, columns = bad ? 1 : column_end - column_begin;
     int64_t stride = decode_stride(f->stride, columns);
-    fuzz_count elements = rows > 0 && columns > 0 ? (fuzz_count)(rows - 1) * stride + columns : 0;
+    fuzz_count elements =
+        rows > 0 && columns > 0 ? (fuzz_count)(rows - 1) * stride + columns : 0;
     if (rows > 1 && stride < columns) elements = 1;
     void *out = case_output(c, OUT, elements, bytes_of(c->dtype));
     return hqq_dequantize(out, stride, c->dtype, case_weight(c), row_begin, row_end,
@@ -128,10 +129,9 @@ static product_arguments arguments_of(fuzz_case *c, int backward, int with_lora,
     }
     if (with_lora && backward) {
         int of_lora = bytes_of(c->lora.dtype);
-        int64_t E = c->experts > 0 ? c->experts : 1;
         fuzz_count A = (fuzz_count)c->R * c->K, B = (fuzz_count)c->R * c->N;
-        a.dA = case_output(c, DA, c->R < 0 || c->K < 0 ? -1 : A * E, of_lora);
-        a.dB = case_output(c, DB, c->R < 0 || c->N < 0 ? -1 : B * E, of_lora);
+        a.dA = case_output(c, DA, of_experts(c, A), of_lora);
+        a.dB = case_output(c, DB, of_experts(c, B), of_lora);
         a.saved_xa = case_rows(c, XA, c->M, c->R, c->R, HQQ_F32);
     } else if (with_lora) {
         a.xa = product(c, XA, c->M, c->R, 4);

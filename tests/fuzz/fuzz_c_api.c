@@ -1,6 +1,6 @@
 /* Every entry point of hqqlora.h under whatever arguments: it returns a status, never crashes,
- * says what is wrong, and a refused call has written nothing. The table: how often each entry was
- * called, and how often it returned which status. */
+ * says what is wrong, and a refused call has written nothing. The table: how often each entry
+ * was called, and how often it returned which status. */
 #include <stdio.h>
 #include <stdlib.h>
 

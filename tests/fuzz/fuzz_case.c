@@ -7,7 +7,8 @@ int bytes_of(hqq_dtype dtype)
     return dtype == HQQ_F16 || dtype == HQQ_BF16 ? 2 : 4;
 }
 
-/* So much work that an input takes milliseconds: multiplications, in double for the reference. */
+/* So much work that an input takes milliseconds: multiplications, in double for the reference.
+ */
 #define MOST_WORK ((fuzz_count)1 << 20)
 
 static fuzz_count at_least_1(int64_t a)
@@ -88,10 +89,10 @@ const hqq_weight *case_shape(fuzz_case *c)
     return c->buffers.null >> WEIGHT & 1 ? NULL : &c->weight;
 }
 
-/* Of all experts; more words than the shape's own where there are none, to be refused. */
-static fuzz_count of_experts(const fuzz_case *c, fuzz_count elements)
+fuzz_count of_experts(const fuzz_case *c, fuzz_count elements)
 {
-    return elements < 0 ? -1 : elements * (c->experts > 0 ? c->experts : 1);
+    if (elements < 0 || elements > INT64_MAX) return -1;
+    return elements * (c->experts > 0 ? c->experts : 1);
 }
 
 const hqq_weight *case_weight(fuzz_case *c)
@@ -181,10 +182,10 @@ void *case_workspace(fuzz_case *c, const hqq_lora *lora, int grouped)
     char *given = give_workspace(&c->buffers, needed);
     c->workspace_bytes = needed;
     switch (c->fields.workspace % 8) {
-    case 1: given = NULL; break;                             /* and its size */
-    case 2: given = NULL, c->workspace_bytes = 0; break;     /* "make it yourself" */
+    case 1: given = NULL; break;                         /* and its size */
+    case 2: given = NULL, c->workspace_bytes = 0; break; /* "make it yourself" */
     case 3: c->workspace_bytes = needed ? needed - 1 : 0; break;
-    case 4: c->workspace_bytes = SIZE_MAX; break;            /* more than there is */
+    case 4: c->workspace_bytes = SIZE_MAX; break; /* more than there is */
     case 5: c->workspace_bytes = 0; break;
     case 6: given = given && needed ? given + 4 : given; break;
     default: break;

@@ -36,6 +36,9 @@ const void *case_rows(fuzz_case *c, enum which which, int64_t rows, int64_t colu
                       int64_t stride, hqq_dtype dtype);
 void *case_output(fuzz_case *c, enum which which, fuzz_count elements, int bytes);
 
+/* The elements of all experts' arrays, of one expert's; -1 where that is negative or absurd. */
+fuzz_count of_experts(const fuzz_case *c, fuzz_count elements);
+
 /* The workspace that hqq_workspace_size asks for, or a wrong one; after all other arrays. */
 void *case_workspace(fuzz_case *c, const hqq_lora *lora, int grouped);
 
