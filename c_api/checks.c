@@ -45,6 +45,9 @@ hqq_status hqq_check_shape(const hqq_weight *w)
     if (w->group_size <= 0)
         return hqq_fail(HQQ_INVALID, "group_size is %lld; expected at least 1",
                         (ll)w->group_size);
+    if (hqq_too_many(w->group_size, 1)) /* it divides an empty weight's 0 elements */
+        return hqq_fail(HQQ_INVALID, "group_size is %lld; that is more than 2^56 elements",
+                        (ll)w->group_size);
     int64_t elements = w->out_features * w->in_features;
     if (elements % w->group_size != 0)
         return hqq_fail(HQQ_INVALID,

@@ -89,6 +89,7 @@ static const struct {
     {"1099511627776 x 4194304", {BIG, 1 << 22, 1, 4, 1, HQQ_F32, words_in, scale_in, zero_in}},
     {"9223372036854775807 x 0", {INT64_MAX, 0, G, 4, 1, HQQ_F32, words_in, scale_in, zero_in}},
     {"0 x 9223372036854775807", {0, INT64_MAX, G, 4, 1, HQQ_F32, words_in, scale_in, zero_in}},
+    {"group_size is 9223372036854775807", {0, K, INT64_MAX, 4, 0, HQQ_F32, NULL, NULL, NULL}},
     {"group_size is 0", {N, K, 0, 4, 1, HQQ_F32, words_in, scale_in, zero_in}},
     {"group_size is -8", {N, K, -G, 4, 1, HQQ_F32, words_in, scale_in, zero_in}},
     {"group_size is -9223372036854775808",
