@@ -1,6 +1,6 @@
-"""Writes the fuzzer's first inputs, one for each interesting corner: python make_seeds.py FOLDER
+"""Writes the fuzzer's first inputs, one for each corner: python make_seeds.py FOLDER
 
-An input is the fields of fields.def, one behind the other; decode.h says what their values mean.
+An input is the fields of fields.def, one behind the other; decode.h says what they mean.
 Each seed is a sound call (`SOUND`) of one entry point with a few fields changed, and its name
 says which. Inputs that once crashed are kept beside them under names that begin with `crash-`.
 """
@@ -12,14 +12,19 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-FIELDS = {
-    name: int(size)
-    for name, size in re.findall(r"^FIELD\((\w+), (\d)\)", (HERE / "fields.def").read_text(), re.M)
-}
-ENTRIES = re.findall(r'^    \{"(\w+)", ', (HERE / "entries.c").read_text(), re.M)
-POINTERS = re.findall(
-    r"[A-Z_]+", re.search(r"enum which \{(.*?)WHICH_COUNT", (HERE / "buffers.h").read_text(), re.S)[1]
-)
+
+
+def names(file: str, pattern: str) -> list[tuple[str, str]]:
+    """What the C sources list, so that it is listed there alone."""
+    return [
+        (m[1], m[m.lastindex or 1])
+        for m in re.finditer(pattern, (HERE / file).read_text(), re.M)
+    ]
+
+
+FIELDS = {name: int(size) for name, size in names("fields.def", r"^FIELD\((\w+), (\d)\)")}
+ENTRIES = [name for name, _ in names("entries.c", r'^    \{"(\w+)", ')]
+POINTERS = [name for name, _ in names("buffers.h", r"^    ([A-Z_]+),$")]
 
 NBITS = {8: 0, 4: 1, 3: 2, 2: 3, 1: 4}
 G_K, G_N, G_8, G_ALL = 1, 2, 0, 16  # of decode_group_size
