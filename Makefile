@@ -26,7 +26,7 @@ SOURCES := CMakeLists.txt pyproject.toml $(wildcard kernels/CMakeLists.txt kerne
   kernels/cpu/*.[ch] kernels/cuda/* c_api/* ops/CMakeLists.txt ops/*.cpp ops/*.h)
 C_SOURCES = $$(git ls-files '*.c' '*.h' '*.cpp' '*.cu' '*.cuh')
 
-.PHONY: all train test test-c test-torch-versions bench tune sass lint format asan avx512 clean FORCE
+.PHONY: all train test test-c test-torch-versions bench tune sass lint format asan tsan valgrind fuzz avx512 clean FORCE
 all: $(VENV)/built
 
 train: $(VENV)/model
@@ -50,6 +50,22 @@ asan: $(VENV)/built
 	  -DCMAKE_BUILD_TYPE=Debug -DHQQLORA_SANITIZE=address,undefined >build/asan-configure.log
 	$(BIN)/cmake --build build/asan
 	$(BIN)/ctest --test-dir build/asan --output-on-failure --parallel $(TEST_PROCESSES)
+
+# threads over one context and over their own, under ThreadSanitizer
+tsan: $(VENV)/built
+	$(BIN)/cmake -S . -B build/tsan -G Ninja -DHQQLORA_TORCH=OFF -DHQQLORA_CUDA=OFF \
+	  -DHQQLORA_AVX512=OFF -DCMAKE_BUILD_TYPE=Debug -DHQQLORA_SANITIZE=thread \
+	  >build/tsan-configure.log
+	$(BIN)/cmake --build build/tsan --target test_threads
+	$(BIN)/ctest --test-dir build/tsan --output-on-failure -R '^threads$$'
+
+valgrind: test-c
+	valgrind -q --error-exitcode=9 --leak-check=full build/c/tests/c/minimal
+
+# every entry point of the C interface under hostile arguments (needs clang with libFuzzer)
+FUZZ_SECONDS ?= 600
+fuzz: $(VENV)/build-tools
+	tests/fuzz/run.sh $(FUZZ_SECONDS)
 
 # the kernels for AVX-512 and AVX-512 BF16 as loops on AVX2, where there is no such processor
 AVX512_TESTS := direct dequantize tiled lora gemm blocked quantize quantize_odd
