@@ -60,7 +60,7 @@ tsan: $(VENV)/built
 	$(BIN)/ctest --test-dir build/tsan --output-on-failure -R '^threads$$'
 
 valgrind: test-c
-	valgrind -q --error-exitcode=9 --leak-check=full build/c/tests/c/minimal
+	valgrind -q --error-exitcode=9 --leak-check=full build/release/tests/c/minimal
 
 # every entry point of the C interface under hostile arguments (needs clang with libFuzzer)
 FUZZ_SECONDS ?= 600
