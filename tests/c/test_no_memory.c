@@ -64,8 +64,14 @@ enum { N = 96, K = 128, G = 32, M = 40, R = 4, E = 5, PATTERN = 0xa5 };
 
 static float W[N * K], x[M * K], dy[M * N], A[E * R * K], B[E * N * R], bias[N];
 static hqq_weight weight, experts; /* of one and of E */
-static hqq_lora lora = {
-    .rank = R, .dtype = HQQ_F32, .A = A, .B = B, .scaling = 0.5f, .dropout = 0.1f};
+static const uint64_t seed = 1;
+static hqq_lora lora = {.rank = R,
+                        .dtype = HQQ_F32,
+                        .A = A,
+                        .B = B,
+                        .scaling = 0.5f,
+                        .dropout = 0.1f,
+                        .seed = &seed};
 static const int64_t offsets[] = {0, 8, 11, 11, 20, M};
 static const hqq_routing routing = {.experts = E, .offsets = offsets};
 

@@ -34,6 +34,7 @@ enum which {
     OFFSETS,
     OPTIONS,
     BYTES,
+    SEED,
     WHICH_COUNT
 };
 

@@ -113,10 +113,11 @@ const hqq_lora *case_lora(fuzz_case *c)
     c->lora.rank = c->R;
     c->lora.scaling = decode_float(f->scaling, 0.5f);
     c->lora.dropout = decode_float(f->dropout, f->dropout & 1 ? 0.25f : 0.0f);
-    c->lora.seed = f->seed;
     int bytes = bytes_of(c->lora.dtype);
     c->lora.A = give_input(&c->buffers, LORA_A, of_experts(c, (fuzz_count)c->R * c->K), bytes);
     c->lora.B = give_input(&c->buffers, LORA_B, of_experts(c, (fuzz_count)c->N * c->R), bytes);
+    c->lora.seed = (const uint64_t *)give_input(&c->buffers, SEED, 1, sizeof *c->lora.seed);
+    c->lora.seed_offset = f->seed;
     return c->buffers.null >> LORA & 1 ? NULL : &c->lora;
 }
 
