@@ -13,10 +13,12 @@ from safetensors.torch import load_file
 
 transformers = pytest.importorskip("transformers")
 
+import tiny_models  # noqa: E402
 from test_transformers_names import tiny_mixtral  # noqa: E402
 from tiny_models import save_tiny, tiny_llama  # noqa: E402
 
-import hqqlora  # noqa: E402
+# In memory already, each run plans in this process rather than in one of its own.
+import hqqlora.transformers  # noqa: E402
 from hqqlora import HQQLinear  # noqa: E402
 from hqqlora.cli import main  # noqa: E402
 
@@ -163,13 +165,37 @@ def test_experts_that_are_dense_are_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     save_tiny(tiny_mixtral(), tmp_path / "dense")
-    assert quantize(tmp_path / "dense", tmp_path / "q") == 0
-    shown = capsys.readouterr()
-    assert "(experts are copied as they are)" in shown.out
+    skip = ("--skip-modules", "lm_head", "experts")
+    assert quantize(tmp_path / "dense", tmp_path / "q", *skip) == 0
     text = info(capsys, tmp_path / "q")
     assert text.count("an expert, not quantized") == 3
     assert "of these, 6 could be expected to be quantized and are not: 0.2 MB" in text
     assert transformers.MixtralForCausalLM.from_pretrained(tmp_path / "q") is not None
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss"])
+def test_experts_are_compared_expert_by_expert(
+    family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where the checkpoint has them transposed, and square (down_proj of gpt_oss)."""
+    model = getattr(tiny_models, f"tiny_{family}")(num_hidden_layers=1)
+    save_tiny(model, tmp_path / "dense", torch.bfloat16)
+    assert quantize(tmp_path / "dense", tmp_path / "q", "--group-size", "32") == 0
+    quantized = type(model).from_pretrained(tmp_path / "q", dtype="auto")
+    found = values(capsys, tmp_path / "q", "--against", tmp_path / "dense")
+    layers = {la["name"].replace("block_sparse_moe", "mlp"): la for la in found["layers"]}
+    for key in ("gate_up_proj", "down_proj"):
+        name = f"model.layers.0.mlp.experts.{key}"
+        W = model.get_parameter(name).detach().double()
+        Q = quantized.get_submodule(name).dequantize(torch.float32).double()
+        W = W.transpose(1, 2) if family == "gpt_oss" else W
+        assert layers[name]["shape"] == list(W.shape)
+        expected = float((W - Q).norm() / W.norm())
+        assert layers[name]["relative_error"] == pytest.approx(expected, rel=1e-5)
+        assert 0.01 < expected < 0.3
+    assert not [tensor["name"] for tensor in found["dense"] if tensor["note"]]
+    table = rows(info(capsys, tmp_path / "q", "--against", tmp_path / "dense"))
+    assert table[next(name for name in table if name.endswith("down_proj"))][-1].endswith("%")
 
 
 def test_quantized_experts_are_counted_all(

@@ -23,6 +23,8 @@ transformers = pytest.importorskip("transformers")
 
 from tiny_models import save_tiny, tiny_llama  # noqa: E402
 
+# In memory already, each run plans in this process rather than in one of its own.
+import hqqlora.transformers  # noqa: E402, F401
 from hqqlora.quantize_command import job, stream  # noqa: E402
 from hqqlora.quantize_command.destination import STATE  # noqa: E402
 from hqqlora.quantize_command.options import QuantizeOptions  # noqa: E402

@@ -62,14 +62,17 @@ class QuantizedLayer:
         """With scales and zeros."""
         return None if self.numel is None else 8 * self.nbytes / self.numel
 
-    def dequantize(self) -> Tensor:
-        """The weight [out_features, in_features] in float32, read now.
+    def dequantize(self, expert: int | None = None) -> Tensor:
+        """The weight [out_features, in_features], of experts that of one, in float32, read now.
 
         Raises:
             ValueError: it is damaged; names the layer.
         """
         layer = HQQLinear(None, None, device="meta")  # which takes tensors as they are
-        state = {key: _read(value) for key, value in self._state.items()}
+        state = {
+            key: _read(value, None if key in METADATA_KEYS else expert)
+            for key, value in self._state.items()
+        }
         try:
             layer.load_state_dict(state, assign=True)
             return layer.dequantize(torch.float32)
@@ -171,12 +174,16 @@ def _shape_only(value: Any) -> Any:
     return value.to("meta") if isinstance(value, Tensor) else value
 
 
-def _read(value: Any) -> Any:
-    return value.read() if isinstance(value, StoredTensor) else value
+def _read(value: Any, index: int | None = None) -> Any:
+    if isinstance(value, StoredTensor):
+        return value.read() if index is None else value.read_index(index)
+    return value if index is None else value[index]
 
 
 def _note(name: str, shape: tuple[int, ...]) -> str:
     """Most weights of a mixture of experts are in its experts."""
+    if name.endswith("bias"):
+        return ""
     if "expert" in name and len(shape) == 3:
         return "experts in one 3-D tensor, not quantized"
     if "expert" in name and len(shape) == 2:

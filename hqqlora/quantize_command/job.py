@@ -17,12 +17,13 @@ from hqqlora.command.errors import RunError, UsageError, describe
 from hqqlora.command.machine import peak_memory
 from hqqlora.quantize_command.destination import Destination, open_destination
 from hqqlora.quantize_command.options import QuantizeOptions
-from hqqlora.quantize_command.plan import Plan, Step
+from hqqlora.quantize_command.plan import Plan
 from hqqlora.quantize_command.plan_apart import plan_apart, plan_here
 from hqqlora.quantize_command.report import describe_plan
 from hqqlora.quantize_command.shards import index_of, into_shards
 from hqqlora.quantize_command.sizes import in_units, model_bytes, size_table
 from hqqlora.quantize_command.source import DenseCheckpoint
+from hqqlora.quantize_command.step import Step
 from hqqlora.quantize_command.stream import Stream, layout_of
 
 
@@ -83,7 +84,7 @@ def _work(
     started = time.perf_counter()
     if len(missing) < len(shards):
         print(f"going on: {len(shards) - len(missing)} of {len(shards)} files are done")
-    weights = {name: sum(step.source.numel for step in shards[name]) for name in shards}
+    weights = {name: sum(step.numel for step in shards[name]) for name in shards}
     to_do = sum(weights[name] for name in missing)
     with _progress(sum(weights.values()), sum(weights.values()) - to_do) as progress:
         stream = Stream(plan.steps, progress.update)

@@ -18,35 +18,18 @@ from torch import nn
 
 from hqqlora.command.errors import UsageError, explaining
 from hqqlora.config import QuantSettings
+from hqqlora.experts import as_experts, is_experts, is_projection
 from hqqlora.module_names import linear_tag
+from hqqlora.quantize_command.matrices import Matrix
 from hqqlora.quantize_command.options import QuantizeOptions
-from hqqlora.quantize_command.safetensors_file import StoredTensor, TensorShape
+from hqqlora.quantize_command.safetensors_file import StoredTensor
 from hqqlora.quantize_command.source import DenseCheckpoint
+from hqqlora.quantize_command.step import Step
 from hqqlora.state_encoding import META_DTYPES, LayerMetadata
 
 _CONVERTED = "split or fused by transformers when it loads"
-
-
-@dataclass(frozen=True)
-class Step:
-    """One tensor of the source. With `metadata` it is a weight to be quantized; otherwise it is
-    copied in `dtype`, and `why_dense` says for what reason."""
-
-    source: StoredTensor
-    dtype: torch.dtype
-    metadata: LayerMetadata | None
-    why_dense: str
-
-    @property
-    def layer(self) -> str:
-        """The name under which a quantized layer is written."""
-        return self.source.name.removesuffix(".weight")
-
-    def results(self) -> dict[str, TensorShape]:
-        """What is written of it."""
-        if self.metadata is None:
-            return {self.source.name: TensorShape(self.dtype, self.source.shape)}
-        return layer_tensors(self.layer, self.metadata)
+_SKIPPED = "not to be quantized"
+_UNKNOWN_EXPERTS = "experts in a form that is not known"
 
 
 @dataclass(frozen=True)
@@ -71,22 +54,6 @@ class Plan:
         return [step for step in self.steps if step.metadata is None]
 
 
-def layer_tensors(layer: str, metadata: LayerMetadata) -> dict[str, TensorShape]:
-    """The tensors of a quantized layer, without its bias, under their names in a checkpoint."""
-    dtype = metadata.compute_dtype
-    rows, columns = metadata.packed_shape
-    word = torch.int32 if metadata.settings.nbits == 3 else torch.uint8
-    if metadata.settings.view_as_float:
-        columns, word = columns * word.itemsize // dtype.itemsize, dtype
-    tensors = {
-        "W_q": TensorShape(word, (rows, columns)),
-        "scale": TensorShape(dtype, metadata.meta_shape),
-        "zero": TensorShape(dtype, metadata.meta_shape),
-        **{key: TensorShape.of(value) for key, value in metadata.encoded().items()},
-    }
-    return {f"{layer}.{key}": shape for key, shape in tensors.items()}
-
-
 def make_plan(checkpoint: DenseCheckpoint, options: QuantizeOptions) -> Plan:
     """Decides about every tensor, from headers alone.
 
@@ -96,6 +63,7 @@ def make_plan(checkpoint: DenseCheckpoint, options: QuantizeOptions) -> Plan:
     """
     with explaining("transformers cannot be used: pip install 'hqqlora[hf]'"):
         import hqqlora.transformers  # which teaches it what to do
+        from hqqlora.quantize_command.expert_plan import expert_stacks
         from hqqlora.transformers import HqqConfig
         from hqqlora.transformers.checkpoint_names import ModelNames
         from hqqlora.transformers.layer_plan import layers_to_quantize, tied_modules
@@ -119,10 +87,11 @@ def make_plan(checkpoint: DenseCheckpoint, options: QuantizeOptions) -> Plan:
     tied = tied_modules(model)
     state = model.state_dict()
     left_out = _duplicates(model, names, checkpoint, only_headers=options.dry_run)
-    steps, done = [], {}
-    for stored in checkpoint.tensors.values():
-        if stored.name in left_out:
-            continue
+    kept = [tensor for name, tensor in checkpoint.tensors.items() if name not in left_out]
+    stacks = expert_stacks(model, names, kept)
+    steps: list[Step] = []
+    done: dict[str, LayerMetadata] = {}
+    for stored in kept:
         key = names.key(stored.name)
         module, _, kind = key.rpartition(".")
         target = _target_dtype(stored, key, state, dtypes.of(module), dtype)
@@ -130,11 +99,23 @@ def make_plan(checkpoint: DenseCheckpoint, options: QuantizeOptions) -> Plan:
         if kind == "weight" and module in settings and not converted:
             of_layer = settings[module]
             done[module] = _metadata(stored, model.get_submodule(module), of_layer, target)
-            steps.append(Step(stored, target, done[module], ""))
+            layer = stored.name.removesuffix(".weight")
+            matrices = (Matrix.whole(stored),)
+            steps.append(Step(stored, target, done[module], "", layer, matrices))
+        elif key in settings and stacks[key].matrices:
+            if key not in done:  # with the first of its tensors all of it is written
+                stack = stacks[key]
+                shape = stack.matrices[0].shape
+                done[key] = LayerMetadata(settings[key], *shape, target)
+                steps.append(
+                    Step(stored, target, done[key], "", stack.layer, stack.matrices, True)
+                )
         else:
             why = _why_dense(key, module, model, state, tied, converted)
-            steps.append(Step(stored, target, None, why))
-    _check_complete(settings, done, checkpoint)
+            if key in stacks:
+                why = _UNKNOWN_EXPERTS if key in settings else _SKIPPED
+            steps.append(Step(stored, target, why_dense=why))
+    _check_complete(model, settings, done, checkpoint)
     return Plan(
         tuple(steps),
         left_out,
@@ -218,10 +199,21 @@ def _why_dense(
     if type(parent) is nn.Linear and key.endswith(".weight"):
         if module in tied:
             return f"tied to {tied[module]}"
-        return _CONVERTED if converted else "not to be quantized"
+        return _CONVERTED if converted else _SKIPPED
+    if _is_router(model, module, state[key]):
+        return "a router"
     if state[key].dim() == 3 and "expert" in key:
-        return "experts are copied as they are"
+        return _UNKNOWN_EXPERTS
     return ""
+
+
+def _is_router(model: nn.Module, module: str, weight: torch.Tensor) -> bool:
+    """Whether `weight`, of the module `module`, has a row for each of the experts beside it."""
+    if weight.dim() != 2:
+        return False
+    siblings = model.get_submodule(module.rpartition(".")[0]).children()
+    experts = [child for child in siblings if is_experts(child)]
+    return any(weight.size(0) == len(child.get_parameter("down_proj")) for child in experts)
 
 
 def _duplicates(
@@ -254,6 +246,7 @@ def _same(a: StoredTensor, b: StoredTensor, only_headers: bool) -> bool:
 
 
 def _check_complete(
+    model: nn.Module,
     settings: Mapping[str, QuantSettings],
     done: Mapping[str, LayerMetadata],
     checkpoint: DenseCheckpoint,
@@ -263,9 +256,9 @@ def _check_complete(
     kinds = {linear_tag(name): name for name in done}
     for name in settings:
         if name not in done and linear_tag(name) in kinds:
+            weight = name if is_projection(model, name) else f"{name}.weight"
             raise UsageError(
-                f"{checkpoint.folder} has no {name}.weight, but it has "
-                f"{kinds[linear_tag(name)]}"
+                f"{checkpoint.folder} has no {weight}, but it has {kinds[linear_tag(name)]}"
             )
     if not done:
         raise UsageError(
@@ -276,10 +269,16 @@ def _check_complete(
 
 def _new_config(model: Any, config: Any, done: Mapping[str, LayerMetadata]) -> dict[str, Any]:
     """config.json as `save_pretrained` writes it of the quantized model."""
-    from hqqlora import HQQLinear
+    from hqqlora import HQQExpertWeights, HQQLinear
     from hqqlora.transformers import HqqQuantizer
 
     for name, metadata in done.items():
+        if is_projection(model, name):
+            prefix, _, key = name.rpartition(".")
+            experts = model.get_parameter(name).size(0)
+            stack = HQQExpertWeights(experts, metadata, device="meta")
+            as_experts(model, prefix).put(key, stack)
+            continue
         layer = HQQLinear(
             model.get_submodule(name),
             metadata.settings.to_config(),

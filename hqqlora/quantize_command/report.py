@@ -5,19 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from hqqlora.module_names import numbers_as_stars
-from hqqlora.quantize_command.plan import Plan, Step
+from hqqlora.quantize_command.plan import Plan
 from hqqlora.quantize_command.safetensors_file import total_bytes
 from hqqlora.quantize_command.sizes import bits_per_weight, in_units
+from hqqlora.quantize_command.step import Step
 
 
 def describe_plan(plan: Plan) -> str:
     """What is quantized, and by name what is not."""
     layers = plan.layers
-    weights = sum(step.source.numel for step in layers)
-    before = sum(step.source.nbytes for step in layers)
+    weights = sum(step.numel for step in layers)
+    before = sum(step.nbytes for step in layers)
     after = sum(total_bytes(step.results().values()) for step in layers)
     lines = [
-        f"quantized: {len(layers)} layers, {weights / 1e6:,.1f} M weights, "
+        f"quantized: {_counted(layers)}, {weights / 1e6:,.1f} M weights, "
         f"{in_units(before)} -> {in_units(after)} ({bits_per_weight(layers):.2f} bits a weight)"
     ]
     dense = sum(total_bytes(step.results().values()) for step in plan.dense)
@@ -27,6 +28,14 @@ def describe_plan(plan: Plan) -> str:
         lines.append("left out:")
         lines += [f"  {name}: {why}" for name, why in plan.left_out.items()]
     return "\n".join(lines)
+
+
+def _counted(layers: Sequence[Step]) -> str:
+    stacks = [step for step in layers if step.is_stack]
+    text = f"{len(layers) - len(stacks)} layers"
+    if stacks:
+        text += f" and {sum(len(step.matrices) for step in stacks):,} matrices of experts"
+    return text
 
 
 def _by_kind(steps: Sequence[Step]) -> list[str]:

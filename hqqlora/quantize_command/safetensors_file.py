@@ -30,6 +30,7 @@ _CODES = {
 }
 _DTYPES = {code: dtype for dtype, code in _CODES.items()}
 _LARGEST_HEADER = 100 * 10**6  # safetensors' own limit
+_MOST_SIDES = 64
 _LARGEST_TRANSFER = 2**30  # a system call moves less than 2 GiB
 
 
@@ -52,6 +53,11 @@ class StoredTensor:
     def read(self) -> Tensor:
         """The whole tensor, in memory of its own."""
         return self.read_part(0, self.nbytes).view(self.shape)
+
+    def read_index(self, index: int) -> Tensor:
+        """``tensor[index]``, in memory of its own."""
+        size = self.nbytes // self.shape[0]
+        return self.read_part(index * size, size).view(self.shape[1:])
 
     def read_part(self, first: int, nbytes: int) -> Tensor:
         """`nbytes` of it from byte `first` on, flat.
@@ -93,7 +99,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
                 for name, entry in header.items()
                 if name != "__metadata__"
             ]
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ValueError(f"{file} has no valid safetensors header: {error}") from error
     tensors.sort(key=lambda tensor: tensor.start)
     end = 8 + length
@@ -110,8 +116,11 @@ def _stored(file: Path, name: str, entry: Mapping[str, Any], base: int) -> Store
     if entry["dtype"] not in _DTYPES:
         raise ValueError(f"{name} is of dtype {entry['dtype']}, which is not supported")
     dtype = _DTYPES[entry["dtype"]]
-    shape = tuple(int(length) for length in entry["shape"])
-    first, last = (int(offset) for offset in entry["data_offsets"])
+    shape, (first, last) = tuple(entry["shape"]), entry["data_offsets"]
+    if len(shape) > _MOST_SIDES or not all(
+        type(number) is int and 0 <= number < 2**63 for number in (*shape, first, last)
+    ):
+        raise ValueError(f"{name} has the shape {shape[:_MOST_SIDES]}, from {first} to {last}")
     expected = dtype.itemsize
     for length in shape:
         expected *= length

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hqqlora.quantize_command.plan import Step
 from hqqlora.quantize_command.safetensors_file import total_bytes
 from hqqlora.quantize_command.source import SINGLE
+from hqqlora.quantize_command.step import Step
 
 
 def into_shards(steps: Sequence[Step], largest: int) -> dict[str, list[Step]]:

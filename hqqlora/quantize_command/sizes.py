@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from hqqlora.quantize_command.plan import Plan, Step
+from hqqlora.quantize_command.plan import Plan
 from hqqlora.quantize_command.safetensors_file import total_bytes
+from hqqlora.quantize_command.step import Step
 
 BITS = (8, 4, 3, 2, 1)
 GROUP_SIZES = (16, 32, 64, 128, 256, None)
@@ -43,7 +44,7 @@ def bits_per_weight(steps: Sequence[Step]) -> float:
         for name, shape in step.results().items()
         if name.endswith((".W_q", ".scale", ".zero"))
     )
-    return 8 * size / sum(step.source.numel for step in steps)
+    return 8 * size / sum(step.numel for step in steps)
 
 
 def size_table(plan: Plan) -> str:

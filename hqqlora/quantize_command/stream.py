@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,11 +18,11 @@ from torch import Tensor
 
 from hqqlora.command.errors import UsageError
 from hqqlora.files import naming, replacing_file
-from hqqlora.quantize_command.plan import Step
+from hqqlora.quantize_command.matrices import PIECE, Matrix
 from hqqlora.quantize_command.safetensors_file import FileLayout, FileWriter, total_bytes
+from hqqlora.quantize_command.step import Step
 from hqqlora.quantizing import quantize_weight
 
-_PIECE = 2**24  # bytes of a tensor that is copied, in memory at a time
 _HELD = 3  # times the largest tensor: what may be in memory
 
 
@@ -30,7 +31,7 @@ class Stream:
 
     def __init__(self, steps: Sequence[Step], advance: Callable[[int], object]) -> None:
         """`steps`: all that are going to come. `advance` is told how many weights are done."""
-        self._bound = _HELD * max((step.source.nbytes for step in steps), default=0)
+        self._bound = _HELD * max((step.largest_tensor for step in steps), default=0)
         self._advance = advance
 
     def write_shard(self, path: Path, steps: Sequence[Step]) -> None:
@@ -60,59 +61,87 @@ class Stream:
         reading: ThreadPoolExecutor,
         writing: ThreadPoolExecutor,
     ) -> None:
-        weights = [step for step in steps if step.metadata is not None]
-        read = _ReadAhead(weights, reading)
+        read = _ReadAhead([w for step in steps for w in _weights_of(step)], reading)
         write = _OneBehind(writing)
         for step in steps:
             if step.metadata is None:
                 write.submit(0, _copy, step, writer, path)
-            else:
-                tensors = self._quantize(step, read, write)
-                write.submit(
-                    total_bytes(step.results().values()), _write, tensors, writer, path
-                )
+                self._advance(step.numel)
+            for weight in _weights_of(step):
+                tensors = self._quantize(weight, read, write)
+                write.submit(weight.bytes_of_result, _write, weight, tensors, writer, path)
                 del tensors
-            self._advance(step.source.numel)
+                self._advance(weight.matrix.numel)
         write.wait()
 
-    def _quantize(self, step: Step, read: _ReadAhead, write: _OneBehind) -> dict[str, Tensor]:
+    def _quantize(
+        self, weight: _Weight, read: _ReadAhead, write: _OneBehind
+    ) -> dict[str, Tensor]:
         """Reads and quantizes. What would be too much at a time happens one after another."""
-        if _bytes_to_read(step) + write.pending_bytes > self._bound:
+        if weight.bytes_to_read + write.pending_bytes > self._bound:
             write.wait()
-        held = _bytes_dense(step) + total_bytes(step.results().values())
+        held = weight.bytes_dense + weight.bytes_of_result
         coming = read.bytes_of_next()
         if ahead := held + coming <= self._bound:
             held += coming
         dense = read.take(ahead)
         if held + write.pending_bytes > self._bound:
             write.wait()
-        return _quantize(step, dense)
+        return _quantize(weight, dense)
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """A matrix to be quantized: the layer's, or that of its expert `index`."""
+
+    step: Step
+    index: int
+    bytes_of_result: int
+
+    @property
+    def matrix(self) -> Matrix:
+        return self.step.matrices[self.index]
+
+    @property
+    def bytes_dense(self) -> int:
+        """Once it has the dtype it is quantized in."""
+        return self.matrix.numel * self.step.work_dtype.itemsize
+
+    @property
+    def bytes_to_read(self) -> int:
+        return self.matrix.bytes_to_read(self.step.work_dtype)
+
+
+def _weights_of(step: Step) -> list[_Weight]:
+    count = len(step.matrices)
+    each = total_bytes(step.results().values()) // count if count else 0
+    return [_Weight(step, index, each) for index in range(count)]
 
 
 class _ReadAhead:
     """The weights in turn, each read while the one before is worked on."""
 
-    def __init__(self, steps: Sequence[Step], pool: ThreadPoolExecutor) -> None:
-        self._coming: Iterator[Step] = iter(steps)
+    def __init__(self, weights: Sequence[_Weight], pool: ThreadPoolExecutor) -> None:
+        self._coming: Iterator[_Weight] = iter(weights)
         self._pool = pool
-        self._step = next(self._coming, None)
+        self._weight = next(self._coming, None)
         self._future: Future[Tensor] | None = None
         self._after = next(self._coming, None)
 
     def bytes_of_next(self) -> int:
         """What reading the weight after the one that `take` returns needs."""
-        return _bytes_to_read(self._after) if self._after else 0
+        return self._after.bytes_to_read if self._after else 0
 
     def take(self, ahead: bool) -> Tensor:
         """The weight. `ahead`: the next may be read meanwhile."""
-        assert self._step is not None
+        assert self._weight is not None
         if self._future is None:
-            self._future = self._pool.submit(_read, self._step)
+            self._future = self._pool.submit(_read, self._weight)
         tensor = self._future.result()
         self._future = None
         if ahead and self._after is not None:
             self._future = self._pool.submit(_read, self._after)
-        self._step, self._after = self._after, next(self._coming, None)
+        self._weight, self._after = self._after, next(self._coming, None)
         return tensor
 
 
@@ -146,46 +175,44 @@ def layout_of(steps: Sequence[Step]) -> FileLayout:
     return FileLayout(shapes)
 
 
-def _bytes_dense(step: Step) -> int:
-    """Of the weight, once it has the dtype it is quantized in."""
-    return step.source.numel * step.dtype.itemsize
-
-
-def _bytes_to_read(step: Step) -> int:
-    """Of the weight as it is stored, and converted."""
-    converted = 0 if step.dtype == step.source.dtype else _bytes_dense(step)
-    return step.source.nbytes + converted
-
-
-def _read(step: Step) -> Tensor:
-    return step.source.read().to(step.dtype)
+def _read(weight: _Weight) -> Tensor:
+    return weight.matrix.read(weight.step.work_dtype)
 
 
 @torch.no_grad()
-def _quantize(step: Step, dense: Tensor) -> dict[str, Tensor]:
-    metadata = step.metadata
+def _quantize(weight: _Weight, dense: Tensor) -> dict[str, Tensor]:
+    metadata = weight.step.metadata
     assert metadata is not None
     try:
         W_q, scale, zero = quantize_weight(dense, metadata.settings, metadata.compute_dtype)
     except (TypeError, ValueError) as error:
-        raise UsageError(f"{step.source.name} of {step.source.file}: {error}") from error
+        name = weight.step.source.name
+        if weight.step.is_stack:
+            name = f"{weight.step.layer}, expert {weight.index},"
+        file = weight.matrix.parts[0].source.file
+        raise UsageError(f"{name} of {file}: {error}") from error
     if metadata.settings.view_as_float:
         W_q = W_q.view(metadata.compute_dtype)
-    tensors = {"W_q": W_q, "scale": scale, "zero": zero, **metadata.encoded()}
-    return {f"{step.layer}.{key}": tensor for key, tensor in tensors.items()}
+    return {"W_q": W_q, "scale": scale, "zero": zero}
 
 
-def _write(tensors: dict[str, Tensor], writer: FileWriter, path: Path) -> None:
+def _write(weight: _Weight, tensors: dict[str, Tensor], writer: FileWriter, path: Path) -> None:
+    layer, metadata = weight.step.layer, weight.step.metadata
+    assert metadata is not None
     with naming(path):
         while tensors:
-            writer.write(*tensors.popitem())
+            key, tensor = tensors.popitem()
+            writer.write(f"{layer}.{key}", tensor, weight.index * tensor.nbytes)
+        if weight.index == 0:
+            for key, tensor in metadata.encoded().items():
+                writer.write(f"{layer}.{key}", tensor)
 
 
 def _copy(step: Step, writer: FileWriter, path: Path) -> None:
     source = step.source
     written = 0
-    for first in range(0, source.nbytes, _PIECE):
-        piece = source.read_part(first, min(_PIECE, source.nbytes - first)).to(step.dtype)
+    for first in range(0, source.nbytes, PIECE):
+        piece = source.read_part(first, min(PIECE, source.nbytes - first)).to(step.dtype)
         with naming(path):
             writer.write(source.name, piece, written)
         written += piece.nbytes

@@ -37,10 +37,26 @@ class ModelNames:
 
     def is_converted(self, stored: str) -> bool:
         """Whether transformers splits, fuses or reorders the checkpoint's tensor `stored`."""
+        return self.conversion_of(stored)[0] is not None
+
+    def conversion_of(self, stored: str) -> tuple[Any, str]:
+        """The conversion that transformers applies to the checkpoint's tensor `stored` (None:
+        it renames at most), and the one of its patterns that means the tensor."""
         _, pattern = rename_source_key(
             stored, self._renamings, self._converters, self._prefix, self._state
         )
-        return pattern is not None
+        # (of several with one pattern the last, as transformers has it)
+        of_pattern = {key: c for c in self._converters for key in c.source_patterns}
+        return of_pattern.get(pattern), pattern or ""
+
+    def loads_as(self, stored: str, name: str) -> bool:
+        """Whether the codes of a quantized layer that the checkpoint calls `stored` are loaded
+        as those of the layer `name`."""
+        key = f"{name}.W_q"
+        renamed, _ = rename_source_key(
+            f"{stored}.W_q", self._renamings, self._converters, self._prefix, {key: True}
+        )
+        return str(renamed) == key
 
     def of(self, stored: str) -> str | None:
         """The name of the model's linear layer, or projection of experts, that the checkpoint

@@ -1,0 +1,76 @@
+"""One step of the work: what becomes of a tensor of the dense checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from hqqlora.quantize_command.matrices import Matrix
+from hqqlora.quantize_command.safetensors_file import StoredTensor, TensorShape
+from hqqlora.state_encoding import LayerMetadata, word_dtype
+
+
+@dataclass(frozen=True)
+class Step:
+    """With `metadata`, weights to be quantized: the `matrices` of the layer that is written as
+    `layer`, all those of a projection of experts where `is_stack`; `source` is the first
+    tensor they are in. Otherwise `source` is copied in `dtype`, and `why_dense` says why."""
+
+    source: StoredTensor
+    dtype: torch.dtype
+    metadata: LayerMetadata | None = None
+    why_dense: str = ""
+    layer: str = ""
+    matrices: tuple[Matrix, ...] = ()
+    is_stack: bool = False
+
+    @property
+    def numel(self) -> int:
+        """The number of weights."""
+        return sum(m.numel for m in self.matrices) if self.matrices else self.source.numel
+
+    @property
+    def nbytes(self) -> int:
+        """What they take in the source."""
+        return sum(m.nbytes for m in self.matrices) if self.matrices else self.source.nbytes
+
+    @property
+    def largest_tensor(self) -> int:
+        """The bytes of the largest tensor of the source that this step has to do with."""
+        tensors = [part.source.nbytes for m in self.matrices for part in m.parts]
+        return max(tensors, default=self.source.nbytes)
+
+    @property
+    def work_dtype(self) -> torch.dtype:
+        """The dtype that matrices are read in: `dtype`, unless that only has more bits."""
+        stored = {part.source.dtype for m in self.matrices for part in m.parts}
+        if stored == {torch.bfloat16} or stored == {torch.float16}:
+            return stored.pop() if self.dtype == torch.float32 else self.dtype
+        return self.dtype
+
+    def results(self) -> dict[str, TensorShape]:
+        """What is written of it."""
+        if self.metadata is None:
+            return {self.source.name: TensorShape(self.dtype, self.source.shape)}
+        stack = (len(self.matrices),) if self.is_stack else ()
+        return layer_tensors(self.layer, self.metadata, stack)
+
+
+def layer_tensors(
+    layer: str, metadata: LayerMetadata, stack: tuple[int, ...] = ()
+) -> dict[str, TensorShape]:
+    """The tensors of a quantized layer, without its bias, under their names in a checkpoint;
+    `stack` is [experts] or nothing."""
+    dtype = metadata.compute_dtype
+    rows, columns = metadata.packed_shape
+    word = word_dtype(metadata.settings.nbits)
+    if metadata.settings.view_as_float:
+        columns, word = columns * word.itemsize // dtype.itemsize, dtype
+    tensors = {
+        "W_q": TensorShape(word, (*stack, rows, columns)),
+        "scale": TensorShape(dtype, (*stack, *metadata.meta_shape)),
+        "zero": TensorShape(dtype, (*stack, *metadata.meta_shape)),
+        **{key: TensorShape.of(value) for key, value in metadata.encoded().items()},
+    }
+    return {f"{layer}.{key}": shape for key, shape in tensors.items()}
