@@ -26,7 +26,8 @@ SOURCES := CMakeLists.txt pyproject.toml $(wildcard kernels/CMakeLists.txt kerne
   kernels/cpu/*.[ch] kernels/cuda/* c_api/* ops/CMakeLists.txt ops/*.cpp ops/*.h)
 C_SOURCES = $$(git ls-files '*.c' '*.h' '*.cpp' '*.cu' '*.cuh')
 
-.PHONY: all train test test-c test-torch-versions bench tune sass lint format asan tsan valgrind fuzz avx512 clean FORCE
+.PHONY: all train test test-c test-torch-versions bench tune sass lint format asan tsan valgrind fuzz \
+  fuzz-readers kills avx512 clean FORCE
 all: $(VENV)/built
 
 train: $(VENV)/model
@@ -66,6 +67,14 @@ valgrind: test-c
 FUZZ_SECONDS ?= 600
 fuzz: $(VENV)/build-tools
 	tests/fuzz/run.sh $(FUZZ_SECONDS)
+
+# every reader of files under random changes of sound ones
+fuzz-readers: $(VENV)/test
+	$(BIN)/python tests/fuzz/readers.py $(FUZZ_SECONDS)
+
+# 200 processes killed while they save, in turn everything that the package writes
+kills: $(VENV)/test
+	$(BIN)/python -m tests.faults --kills 200
 
 # the kernels for AVX-512 and AVX-512 BF16 as loops on AVX2, where there is no such processor
 AVX512_TESTS := direct dequantize tiled lora gemm blocked quantize quantize_odd

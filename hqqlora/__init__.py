@@ -26,6 +26,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from hqqlora import main_interpreter as main_interpreter  # isort: skip (before torch)
 from hqqlora.adapters import load_adapter, save_adapter
 from hqqlora.config import BaseQuantizeConfig
 from hqqlora.expert_weights import HQQExpertWeights

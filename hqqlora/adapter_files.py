@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hqqlora.module_names import check_pattern
+from hqqlora.pattern_cost import check_cost
+from hqqlora.torch_files import read_torch
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -83,6 +85,11 @@ def _check_numbers(config: Mapping[str, Any], path: Path) -> None:
     for key in ("use_rslora", "lora_bias"):
         if config.get(key) not in (True, False, None):
             raise ValueError(f"{path}: {key} is {config[key]!r}, not true or false")
+    targets = config.get("target_parameters")
+    if targets is not None and not (
+        isinstance(targets, list) and all(isinstance(target, str) for target in targets)
+    ):
+        raise ValueError(f"{path}: target_parameters is {targets!r}, not a list of names")
     for key in ("rank_pattern", "alpha_pattern"):
         patterns = config.get(key)
         if patterns is None:
@@ -90,6 +97,7 @@ def _check_numbers(config: Mapping[str, Any], path: Path) -> None:
         if not isinstance(patterns, dict):
             raise ValueError(f"{path}: {key} is {patterns!r}, not a JSON object")
         for pattern, value in patterns.items():
+            check_cost(pattern, f"{path}: {key}")
             check_pattern(pattern, f"{path}: {key}")
             _check_number(value, key == "rank_pattern", f"{path}: {key} of {pattern!r}")
 
@@ -105,10 +113,7 @@ def _check_number(value: Any, whole: bool, what: str) -> None:
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
-        if path.suffix == ".safetensors":
-            tensors = load_file(path)
-        else:
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
+        tensors = load_file(path) if path.suffix == ".safetensors" else read_torch(path)
     except OSError:
         raise
     except Exception as error:  # which ones a damaged file leads to, no reader says

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hqqlora.files import creating_folder, replacing_file
+from hqqlora.files import creating_folder, write_text
 from hqqlora.hqq_checkpoint import (
     WEIGHTS_FILE,
     fill_model,
@@ -111,10 +111,10 @@ class AutoHQQHFModel:
         if hasattr(config, "quantization_config"):
             del config.quantization_config  # each layer's entry describes the layer
         with creating_folder(save_dir) as folder:
-            _write_text(folder / CONFIG_FILE, config.to_json_string())
+            write_text(folder / CONFIG_FILE, config.to_json_string())
             generation: Any = getattr(model, "generation_config", None)
             if generation is not None:
-                _write_text(folder / GENERATION_FILE, generation.to_json_string())
+                write_text(folder / GENERATION_FILE, generation.to_json_string())
             write_module_states(states, folder / WEIGHTS_FILE)
 
     @classmethod
@@ -269,11 +269,6 @@ def _as_hqqs(model: nn.Module) -> nn.Module:
 
 
 # ---- files -------------------------------------------------------------------------------
-
-
-def _write_text(path: Path, text: str) -> None:
-    with replacing_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
 
 
 def _find_file(

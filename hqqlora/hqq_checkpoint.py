@@ -7,18 +7,17 @@ metadata besides, as plain Python values, flat or (in older files) nested under 
 from __future__ import annotations
 
 import os
-import pickle
 import re
-import zipfile
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hqqlora.files import replacing_file
+from hqqlora.files import write_torch
 from hqqlora.hqq_layers import raw_state
 from hqqlora.linear import HQQLinear
+from hqqlora.torch_files import read_torch
 
 WEIGHTS_FILE = "qmodel.pt"
 
@@ -40,16 +39,7 @@ def read_module_states(path: str | os.PathLike[str]) -> ModuleStates:
             no such checkpoint.
         OSError: it cannot be read.
     """
-    try:
-        # (Only the zip format, torch's own since 2020, can be mapped.)
-        states = torch.load(
-            path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True
-        )
-    except (RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(
-            f"{path} is damaged, or holds other things than tensors and plain values: {reason}"
-        ) from error
+    states = read_torch(path, mmap=True)
     if not isinstance(states, dict) or not states:
         raise ValueError(f"{path} is not a checkpoint of hqq: it holds no modules")
     for name, state in states.items():
@@ -234,6 +224,9 @@ def module_states(model: nn.Module) -> ModuleStates:
 
 
 def write_module_states(states: ModuleStates, path: str | os.PathLike[str]) -> None:
-    """Writes a qmodel.pt, atomically."""
-    with replacing_file(path) as temporary:
-        torch.save(states, temporary)
+    """Writes a qmodel.pt, atomically.
+
+    Raises:
+        OSError: it cannot be written; names it.
+    """
+    write_torch(path, states)

@@ -57,6 +57,7 @@ PACKING = {8: "8bit_u8", 4: "4bit_u8", 3: "3bit_32", 2: "2bit_u8", 1: "1bit_u8"}
 _DTYPES: dict[str, torch.dtype] = {
     str(dtype): dtype for dtype in (*META_DTYPES, torch.uint8, torch.int32)
 }
+_LONGEST = 1000  # characters of a text, or sides of a shape; a file can claim any number
 _BOOLEANS = (
     "view_as_float",
     "quant_scale",
@@ -322,6 +323,13 @@ def _dequantize_meta(codes: Any, meta: Any, name: str, layer: str) -> Tensor:
         raise ValueError(problem)
     if _number(meta.get("nbits")) != 8 or codes.dtype != torch.uint8:
         raise ValueError(problem)
+    try:
+        sides = (codes.shape, zero.shape, scale.shape)
+        shape = torch.broadcast_shapes(*sides)  # type: ignore[no-untyped-call]
+    except RuntimeError:
+        raise ValueError(problem) from None
+    if shape.numel() > codes.numel():  # would make more numbers than there are codes
+        raise ValueError(problem)
     dtype = _dtype("compute_dtype", meta.get("compute_dtype", scale.dtype))
     if dtype not in META_DTYPES:
         raise ValueError(problem)
@@ -356,8 +364,8 @@ def _boolean(value: Any) -> bool:
 
 def _shape(value: Any) -> tuple[int, int]:
     if isinstance(value, Tensor):
-        if value.is_meta:
-            raise ValueError("the shape is stored as a tensor without data")
+        if value.is_meta or value.numel() > _LONGEST:
+            raise ValueError(f"the shape is stored as a tensor {list(value.shape)}")
         value = value.tolist()
     if not isinstance(value, (tuple, list)) or len(value) != 2:
         raise ValueError(f"shape {value!r} is not (out_features, in_features)")
@@ -372,7 +380,12 @@ def _shape(value: Any) -> tuple[int, int]:
 
 def _text(value: Any) -> str:
     if isinstance(value, Tensor):
-        if value.dim() != 1 or value.dtype != torch.uint8 or value.is_meta:
+        if (
+            value.dim() != 1
+            or value.dtype != torch.uint8
+            or value.is_meta
+            or value.numel() > _LONGEST
+        ):
             raise ValueError(f"a string is stored as {value.dtype} {list(value.shape)}")
         return bytes(value.tolist()).decode("ascii", errors="replace")
     return str(value)

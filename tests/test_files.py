@@ -12,7 +12,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hqqlora.files import creating_folder, replacing_file, write_json, write_safetensors
+from hqqlora.files import (
+    creating_folder,
+    remove_folder,
+    remove_leavings,
+    replacing_file,
+    write_json,
+    write_safetensors,
+    write_torch,
+)
 
 
 @contextmanager
@@ -91,12 +99,89 @@ def test_safetensors_files_are_as_readable_as_others(tmp_path: Path) -> None:
     assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == 0o644
 
 
-def test_a_symbolic_link_stays_one(tmp_path: Path) -> None:
+def test_a_symbolic_link_that_the_user_has_named_stays_one(tmp_path: Path) -> None:
     (tmp_path / "real.json").write_text("old")
     (tmp_path / "link.json").symlink_to("real.json")
-    write_json(tmp_path / "link.json", {})
+    write_json(tmp_path / "link.json", {}, follow_link=True)
     assert (tmp_path / "link.json").is_symlink()
     assert (tmp_path / "real.json").read_text() == "{}\n"
+
+
+def test_a_symbolic_link_found_in_a_folder_is_replaced(tmp_path: Path) -> None:
+    """The folder may come from elsewhere, and the link may lead anywhere."""
+    (tmp_path / "outside").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    for name in ("a.json", "b.safetensors", "c.pt"):
+        (tmp_path / "folder" / name).symlink_to("../outside")
+    with creating_folder(tmp_path / "folder") as place:
+        write_json(place / "a.json", {})
+        write_safetensors(place / "b.safetensors", {"b": torch.ones(2)})
+    write_torch(tmp_path / "folder/c.pt", torch.ones(3))
+    assert (tmp_path / "outside").read_text() == "mine"
+    assert not any(path.is_symlink() for path in (tmp_path / "folder").iterdir())
+    assert (tmp_path / "folder/a.json").read_text() == "{}\n"
+
+
+def test_what_a_killed_process_has_left_is_removed_and_what_a_living_one_writes_is_not(
+    tmp_path: Path,
+) -> None:
+    abandoned = [tmp_path / f".a.json.{i:012x}.tmp" for i in range(3)]
+    abandoned[0].write_text("half")
+    abandoned[1].mkdir()
+    (abandoned[1] / ".tmpG1Kjuz").write_text("of safetensors")
+    abandoned[2].symlink_to("mine")
+    others = [tmp_path / ".a.json.0000000000aa.tmp~", tmp_path / ".b.json.0000000000aa.tmp"]
+    for path in (*others, tmp_path / "mine"):
+        path.write_text("mine")
+    with replacing_file(tmp_path / "a.json") as first:
+        first.write_text("1")
+        with replacing_file(tmp_path / "a.json") as second:
+            second.write_text("2")
+        assert first.exists()
+    assert (tmp_path / "a.json").read_text() == "1"
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"a.json", "mine", abandoned[2].name, *(path.name for path in others)}
+
+
+def test_a_failure_in_a_folder_that_exists_leaves_all_of_it_as_it_was(tmp_path: Path) -> None:
+    """Weights of one adapter and the configuration of another would load, and be wrong."""
+    write_safetensors(tmp_path / "weights.safetensors", {"a": torch.ones(2)})
+    write_json(tmp_path / "config.json", {"r": 1})
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with (  # noqa: PT012 (the second write is what fails)
+        disk_with_room_for(1000),
+        pytest.raises(OSError, match="cannot write") as caught,
+        creating_folder(tmp_path) as place,
+    ):
+        write_safetensors(place / "weights.safetensors", {"a": torch.zeros(2)})
+        write_json(place / "config.json", {"x": "y" * 10_000})
+    assert caught.value.filename == str(tmp_path / "config.json")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_torch_saves_a_full_disk_as_an_oserror(tmp_path: Path) -> None:
+    """torch.save itself raises RuntimeError."""
+    (tmp_path / "c.pt").write_bytes(b"old")
+    with disk_with_room_for(1000), pytest.raises(OSError, match="cannot write") as caught:
+        write_torch(tmp_path / "c.pt", torch.zeros(10_000))
+    assert caught.value.filename == str(tmp_path / "c.pt")
+    assert caught.value.errno == errno.EFBIG
+    assert (tmp_path / "c.pt").read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["c.pt"]
+
+
+def test_a_folder_is_removed_as_a_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter/config.json").write_text("{}")
+    with monkeypatch.context() as patch:  # killed after the rename
+        patch.setattr("shutil.rmtree", lambda *_, **__: None)
+        remove_folder(tmp_path / "adapter")
+    (left,) = os.listdir(tmp_path)
+    assert left.startswith(".adapter.")
+    remove_leavings(tmp_path / "adapter")
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_full_disk_is_an_oserror_with_the_path(tmp_path: Path) -> None:

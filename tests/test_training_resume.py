@@ -25,18 +25,18 @@ STEPS = 9
 # file is complete, and not yet renamed.
 DIE_WRITING = """
 import os, signal, sys
+from hqqlora import files
 from hqqlora.cli import main
-from hqqlora.training import checkpoint
 
-left, save = [int(sys.argv[1])], checkpoint._save
+left, put_in_place = [int(sys.argv[1])], files._put_in_place
 
-def save_and_die(content, file):
-    save(content, file)
-    left[0] -= 1
+def put_in_place_or_die(temporary, target):
+    left[0] -= target.name == "checkpoint.pt"
     if left[0] == 0:
         os.kill(os.getpid(), signal.SIGKILL)
+    put_in_place(temporary, target)
 
-checkpoint._save = save_and_die
+files._put_in_place = put_in_place_or_die
 sys.exit(main(sys.argv[2:]))
 """
 

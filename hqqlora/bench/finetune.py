@@ -112,7 +112,7 @@ def run(options: BenchOptions) -> None:
     }
     print(format_table(result), flush=True)
     if options.json is not None:
-        write_json(options.json, result)
+        write_json(options.json, result, follow_link=True)
 
 
 # ---- phases ------------------------------------------------------------------------------

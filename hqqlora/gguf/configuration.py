@@ -90,6 +90,8 @@ def _head_dim(file: GGUFFile, architecture: Architecture, config: Any) -> int:
     does not read it of all architectures."""
     stated = file.value(f"{architecture.name}.attention.key_length")
     if stated is not None:
+        if not isinstance(stated, int):
+            raise ValueError(f"{file.path}: the width of a head is a {type(stated).__name__}")
         config.head_dim = stated
     heads = {"q": config.num_attention_heads, "k": config.num_key_value_heads}
     width: Any = getattr(config, "head_dim", None)

@@ -16,7 +16,11 @@ from torch import Tensor
 from hqqlora.files import naming, replacing_file
 
 # A file of key-value pairs alone can be small and claim to hold 2^60 of them.
+_ARRAY = 9  # GGUF's number of the type
 _SMALLEST_ENTRY = 13  # a key's length, no key, a type and one byte
+# gguf makes objects of some 400 bytes of each element of a list, also where the element is a
+# byte. No tokenizer has as many: 256,000 tokens come with about a million.
+_MOST_ELEMENTS = 4 * 2**20
 
 
 def import_gguf() -> Any:
@@ -145,6 +149,15 @@ def _read(path: Path, size: int) -> Any:
     class CheckedReader(reader):  # type: ignore[misc]
         """Finds what does not fit before anything is made of it."""
 
+        elements = 0
+
+        def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
+            if raw_type == _ARRAY:
+                self.elements += _count_elements(path, self.data, int(orig_offs))
+                if self.elements > _MOST_ELEMENTS:
+                    raise _DamagedError(f"{path} has lists of {self.elements} elements")
+            return super()._get_field_parts(orig_offs, raw_type)
+
         def _build_tensors(self, start_offs: int, fields: list[Any]) -> None:
             for field in fields:
                 _check_extent(path, size, int(start_offs), field)
@@ -164,13 +177,26 @@ class _DamagedError(Exception):
     """What `_check_extent` has found."""
 
 
+def _count_elements(path: Path, data: numpy.ndarray[Any, Any], start: int) -> int:
+    """How many elements the list at `start` has: its type, 4 bytes, then their number, 8."""
+    count = int.from_bytes(data[start + 4 : start + 12].tobytes(), "little")
+    if count > len(data) - start:  # each takes a byte at least
+        raise _DamagedError(
+            f"{path} is damaged: a list of {count} elements does not fit in its {len(data)} "
+            f"bytes"
+        )
+    return count
+
+
 def _check_extent(path: Path, size: int, start: int, field: Any) -> None:
     gguf = import_gguf()
     _, name, _, dims, kind, offset = field.parts
     tensor = bytes(name).decode("utf-8", "replace")
     shape = [int(side) for side in reversed(dims)]
+    if not 1 <= len(shape) <= 4:
+        raise _DamagedError(f"{path}: tensor {tensor!r} has {len(shape)} dimensions")
     elements = math.prod(shape)
-    if not 1 <= len(shape) <= 4 or not 0 < elements < 2**63:
+    if not 0 < elements < 2**63:
         raise _DamagedError(f"{path}: tensor {tensor!r} has the impossible shape {shape}")
     try:
         format_ = gguf.GGMLQuantizationType(int(kind[0]))
@@ -227,7 +253,7 @@ def write_gguf(
     """
     gguf = import_gguf()
     tensors = list(tensors)
-    with replacing_file(path) as temporary, naming(path):
+    with replacing_file(path, follow_link=True) as temporary, naming(path):
         writer = gguf.GGUFWriter(temporary, architecture)
         try:
             for key, (kind, value) in values.items():
@@ -238,9 +264,19 @@ def write_gguf(
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
             for tensor in tensors:
-                writer.write_tensor_data(tensor.make().contiguous().numpy())
+                data = tensor.make().contiguous().numpy()
+                writer.write_tensor_data(data.view(_Written))
         finally:
             writer.close()
+
+
+class _Written(numpy.ndarray[Any, Any]):
+    """numpy's own `tofile`, which gguf calls, writes through a stream of C's, and does not see
+    that the last bytes find no room on the disk."""
+
+    def tofile(self, fid: Any, sep: str = "", format: str = "%s") -> None:
+        """Writes the bytes through Python's file."""
+        fid.write(self.data)
 
 
 def _announce(writer: Any, tensor: NewTensor) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hqqlora.files import replacing_file
+from hqqlora.files import naming, replacing_file
 from hqqlora.info_command.contents import Contents
 from hqqlora.info_command.table import totals
 from hqqlora.module_names import numbers_as_stars
@@ -39,8 +39,8 @@ def draw(
     if contents.layers:
         _draw_layers(axes[1], contents, errors)
     figure.suptitle(_title(contents, title), fontsize=11)
-    with replacing_file(path) as temporary, temporary.open("wb") as file:
-        figure.savefig(file, format="png")
+    with replacing_file(path, follow_link=True) as temporary, naming(path):
+        figure.savefig(temporary, format="png")
 
 
 def _title(contents: Contents, name: str) -> str:

@@ -35,12 +35,23 @@ class DenseCheckpoint:
     tensors: Mapping[str, StoredTensor]
 
     def other_files(self) -> list[Path]:
-        """What goes with the weights: tokenizer, generation settings, licence, and the like."""
-        return sorted(
-            path
-            for path in self.folder.iterdir()
-            if path.is_file() and not _NOT_COPIED.fullmatch(path.name)
-        )
+        """What goes with the weights: tokenizer, generation settings, licence, and the like.
+
+        Raises:
+            UsageError: one is a link that leads out of the folder: what it would copy may be
+                private, and the result published.
+        """
+        own = self.folder.resolve()
+        if own.parent.name == "snapshots":
+            own = own.parent.parent  # a cache of downloads, whose files are in blobs/
+        others = []
+        for path in sorted(self.folder.iterdir()):
+            if not path.is_file() or _NOT_COPIED.fullmatch(path.name):
+                continue
+            if not path.resolve().is_relative_to(own):
+                raise UsageError(f"{path} is a link to {path.resolve()}, outside its folder")
+            others.append(path)
+        return others
 
     def fingerprint(self) -> str:
         """A digest of the configuration, the files' sizes and times, and all headers."""
@@ -63,8 +74,9 @@ def open_checkpoint(path: str) -> DenseCheckpoint:
     """
     folder = find_folder(path)
     config = _read_json(folder / CONFIG)
-    method = (config.get("quantization_config") or {}).get("quant_method")
-    if config.get("quantization_config") is not None:
+    quantized = config.get("quantization_config")
+    if quantized is not None:
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
         raise UsageError(f"{folder} is quantized already ({method}): give the dense model")
     tensors: dict[str, StoredTensor] = {}
     for name in weight_files(folder):
@@ -76,7 +88,9 @@ def open_checkpoint(path: str) -> DenseCheckpoint:
             tensors[key] = tensor
     if not tensors:
         raise UsageError(f"{folder} holds no tensors")
-    return DenseCheckpoint(folder, config, tensors)
+    checkpoint = DenseCheckpoint(folder, config, tensors)
+    checkpoint.other_files()  # so that what is refused is refused now
+    return checkpoint
 
 
 def find_folder(path: str) -> Path:
@@ -140,7 +154,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"cannot read {path}: {os.strerror(error.errno or 0)}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{path} is not JSON: {first_line(error)}") from None
     if not isinstance(value, dict):
         raise UsageError(f"{path} is not a JSON object")

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hqqlora.command.errors import RunError, UsageError, first_line
-from hqqlora.files import replacing_file
+from hqqlora.files import write_torch
+from hqqlora.torch_files import read_torch
 
 _VERSION = 1
 
@@ -77,11 +79,14 @@ def restore(
     shapes = {name: tuple(p.shape) for name, p in trained.items()}
     if shapes != {name: tuple(t.shape) for name, t in checkpoint.adapter.items()}:
         raise UsageError("the checkpoint's adapter does not fit the model")
-    with torch.no_grad():
-        for name, parameter in trained.items():
-            parameter.copy_(checkpoint.adapter[name])
-    optimizer.load_state_dict(checkpoint.optimizer)
-    torch.set_rng_state(checkpoint.random_state)
+    try:
+        with torch.no_grad():
+            for name, parameter in trained.items():
+                parameter.copy_(checkpoint.adapter[name])
+        optimizer.load_state_dict(checkpoint.optimizer)
+        torch.set_rng_state(checkpoint.random_state)
+    except Exception as error:  # which ones a damaged state leads to, torch does not say
+        raise UsageError(f"the checkpoint is damaged: {first_line(error)}") from error
     return checkpoint.progress
 
 
@@ -93,19 +98,10 @@ def write_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
     """
     content = {"version": _VERSION, **vars(checkpoint), "progress": asdict(checkpoint.progress)}
     try:
-        with replacing_file(path) as temporary, temporary.open("wb") as file:
-            _save(content, file)
+        write_torch(path, content)
     except OSError as error:
-        reason = error.strerror or first_line(error)
+        reason = os.strerror(error.errno) if error.errno else first_line(error)
         raise RunError(f"cannot write the checkpoint {path}: {reason}") from error
-
-
-def _save(content: dict[str, Any], file: BinaryIO) -> None:
-    try:
-        torch.save(content, file)
-    except RuntimeError as error:  # in which torch wraps what the system said
-        cause = error.__context__
-        raise cause if isinstance(cause, OSError) else error from None
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -115,10 +111,34 @@ def read_checkpoint(path: Path) -> Checkpoint:
         UsageError: it cannot be read or is no checkpoint of this version.
     """
     try:
-        content = torch.load(path, weights_only=True)
+        content = read_torch(path)
         if content.pop("version") != _VERSION:
             raise ValueError("written by another version")
         progress = Progress(**content.pop("progress"))
-        return Checkpoint(progress=progress, **content)
+        checkpoint = Checkpoint(progress=progress, **content)
+        _check(checkpoint)
+        return checkpoint
     except Exception as error:
         raise UsageError(f"cannot read the checkpoint {path}: {first_line(error)}") from error
+
+
+def _check(checkpoint: Checkpoint) -> None:
+    """ValueError if a part is of another kind than what is written."""
+    progress = checkpoint.progress
+    for name, value, kind in (
+        ("options", checkpoint.options, dict),
+        ("fingerprints", checkpoint.fingerprints, dict),
+        ("adapter", checkpoint.adapter, dict),
+        ("optimizer", checkpoint.optimizer, dict),
+        ("random_state", checkpoint.random_state, Tensor),
+        ("facts", progress.facts, dict),
+    ):
+        if not isinstance(value, kind):
+            raise ValueError(f"{name} is a {type(value).__name__}")
+    for name in ("losses", "rates", "norms", "seconds"):
+        numbers = getattr(progress, name)
+        if not isinstance(numbers, list) or not all(type(n) in (int, float) for n in numbers):
+            raise ValueError(f"{name} are not numbers")
+    for name, tensor in checkpoint.adapter.items():
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            raise ValueError(f"{name!r} of the adapter is a {type(tensor).__name__}")

@@ -218,9 +218,7 @@ class _Run:
         _say(f"adapter  {sum(p.numel() for p in parameters) / 1e6:.2f} M parameters")
         optimizer = make_optimizer(parameters, options)
         memory = self.facts.setdefault("memory", {"before_training": peak_memory()})
-        if self.checkpoint is None:
-            self.folder.clear()
-        else:
+        if self.checkpoint is not None:
             restore(self.checkpoint, model, optimizer)
             _say(f"resumed  after step {self.progress.step} of {options.steps}")
 
@@ -229,6 +227,7 @@ class _Run:
                 to_dict(options), self.fingerprints, self.progress, model, optimizer
             )
             write_checkpoint(state, self.folder.checkpoint)
+            self.folder.clear_results()  # of a run that this one replaces; not before
 
         if self.checkpoint is None and options.checkpoint_every:
             save()  # so that a run killed early need not measure the dense model again

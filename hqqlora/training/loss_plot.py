@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hqqlora.files import replacing_file
+from hqqlora.files import naming, replacing_file
 
 
 def draw_loss(log: Mapping[str, Any], path: Path) -> bool:
@@ -48,8 +48,8 @@ def draw_loss(log: Mapping[str, Any], path: Path) -> bool:
     axes.set_title(log["model"]["name"], fontsize=10)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    with replacing_file(path) as temporary, temporary.open("wb") as file:
-        figure.savefig(file, format="png")
+    with replacing_file(path) as temporary, naming(path):
+        figure.savefig(temporary, format="png")
     return True
 
 

@@ -275,7 +275,10 @@ def continued(
                 f"{_shown(values[name])}"
             )
     free = {name: getattr(asked, name) for name in given & _FREE_ON_RESUME}
-    return TrainOptions(**{**values, **free, "resume": True, "overwrite": False})
+    try:
+        return TrainOptions(**{**values, **free, "resume": True, "overwrite": False})
+    except TypeError as error:
+        raise UsageError(f"the options of the run to resume are damaged: {error}") from error
 
 
 def _shown(value: Any) -> str:

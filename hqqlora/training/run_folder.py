@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import secrets
-import shutil
 from contextlib import suppress
 from pathlib import Path
 
 from hqqlora.command.errors import UsageError
+from hqqlora.files import remove_folder, remove_leavings
 
 DEFAULT_NAME = "hqqlora-run"
 
@@ -68,7 +68,8 @@ class RunFolder:
             finally:
                 with suppress(OSError):
                     probe.unlink()
-            self._remove_leavings()
+            for file in (self.log, self.curve, self.checkpoint, self.adapter):
+                remove_leavings(file)  # of a run that was killed
         except OSError as error:
             self.release()
             reason = os.strerror(error.errno or 0)
@@ -76,21 +77,13 @@ class RunFolder:
                 f"cannot write into the output folder {self.path}: {reason}"
             ) from error
 
-    def _remove_leavings(self) -> None:
-        """Removes temporary files that a killed run has left behind."""
-        for file in (self.log, self.curve, self.checkpoint, self.adapter):
-            for leaving in self.path.glob(f".{file.name}.*.tmp"):
-                if leaving.is_dir():
-                    shutil.rmtree(leaving, ignore_errors=True)
-                else:
-                    leaving.unlink(missing_ok=True)
-
-    def clear(self) -> None:
-        """Removes what an earlier run left here, and nothing else."""
-        for file in (self.log, self.curve, self.checkpoint):
+    def clear_results(self) -> None:
+        """Removes what an earlier run has ended with here, and nothing else. The log, by which
+        the run counts as finished, goes first."""
+        for file in (self.log, self.curve):
             file.unlink(missing_ok=True)
         if self.adapter.is_dir():
-            shutil.rmtree(self.adapter)
+            remove_folder(self.adapter)
 
     def release(self) -> None:
         """Removes the folder again if this run made it and nothing is in it."""

@@ -21,6 +21,7 @@ from hqqlora.state_encoding import (
     fit_tensors,
     word_dtype,
 )
+from hqqlora.torch_files import read_torch
 
 _LAYER_KEYS = frozenset((*TENSOR_KEYS, *METADATA_KEYS, *OLD_KEYS))
 # A module that has one of these is a quantized layer, or what is left of one.
@@ -136,7 +137,9 @@ def _describe(name: str, state: Mapping[str, Any]) -> CheckpointLayer:
 def _read(file: str) -> Iterator[tuple[str, Tensor]]:
     """The keys of a file, with tensors that have data only where they are small metadata."""
     if not os.fspath(file).endswith(".safetensors"):
-        state = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        state = read_torch(file, mmap=True)
+        if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
+            raise ValueError(f"{file} holds no named tensors")
         yield from state.items()
         return
     try:

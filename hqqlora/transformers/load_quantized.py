@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -42,6 +43,7 @@ def prepare_quantized(
         ValueError: no layer is quantized there, or one is missing, incomplete, or of another
             shape than the model's; names it, with what is found and what is expected.
     """
+    _check_places(model, files or ())
     contents = contents_of(files) if files else None
     found = _as_configured(model, config, dtype) if contents is None else contents.layers
     if not found:
@@ -85,6 +87,16 @@ def prepare_quantized(
     ignored = model._keys_to_ignore_on_load_unexpected
     kind = list if ignored is None else type(ignored)  # a list or a set: versions differ
     model._keys_to_ignore_on_load_unexpected = kind([*(ignored or ()), _METADATA])
+
+
+def _check_places(model: Any, files: Sequence[str]) -> None:
+    """ValueError if the index of a local folder names a file outside it."""
+    folder = str(getattr(model.config, "_name_or_path", ""))
+    if not os.path.isdir(folder):
+        return  # a name, whose files huggingface_hub keeps in its cache
+    for file in files:
+        if os.path.relpath(file, folder).split(os.sep)[0] == os.pardir:
+            raise ValueError(f"the index of {folder} names {file}, which is not in it")
 
 
 def restore_words(model: nn.Module) -> None:
