@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from ..ops import PackedWeight
 from .dropout_seed import dropout_seed
@@ -22,7 +21,7 @@ from .functions import (
     forward_lora,
 )
 from .grouped import grouped_linear, grouped_lora_linear
-from .inputs import autocast_input, check_frozen
+from .inputs import autocast_input, bias_for, check_frozen, transforms_active
 
 __all__ = ["grouped_linear", "grouped_lora_linear", "linear", "lora_linear"]
 
@@ -39,10 +38,10 @@ def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tenso
     """
     check_frozen(weight)
     x = autocast_input(x)
-    bias = _bias_for(x, bias)
+    bias = bias_for(x, bias)
     arguments = (x, *weight[:3], bias, *weight[3:])
     y: Tensor
-    if _transforms_active():
+    if transforms_active():
         y = TransformableLinear.apply(*arguments)  # type: ignore[no-untyped-call]
     elif torch.is_grad_enabled() and (
         x.requires_grad or (bias is not None and bias.requires_grad)
@@ -80,11 +79,11 @@ def lora_linear(
     """
     check_frozen(weight)
     x = autocast_input(x)
-    bias = _bias_for(x, bias)
+    bias = bias_for(x, bias)
     seed = dropout_seed(x.device) if dropout > 0 else None
     arguments = (x, *weight[:3], bias, A, B, seed, scaling, dropout, *weight[3:])
     y: Tensor
-    if _transforms_active():
+    if transforms_active():
         y, _ = TransformableLoRALinear.apply(*arguments)  # type: ignore[no-untyped-call]
     elif torch.is_grad_enabled() and (
         x.requires_grad
@@ -96,16 +95,3 @@ def lora_linear(
     else:
         y, _ = forward_lora(arguments)
     return y
-
-
-def _bias_for(x: Tensor, bias: Tensor | None) -> Tensor | None:
-    """Under autocast the bias goes with x. A float32 one may stay: the kernels add it before
-    they round."""
-    if bias is None or bias.dtype in (torch.float32, x.dtype):
-        return bias
-    return bias.to(x.dtype) if torch.is_autocast_enabled(x.device.type) else bias
-
-
-def _transforms_active() -> bool:
-    """Whether torch.func, or forward-mode differentiation, is at work."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0

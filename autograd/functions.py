@@ -69,7 +69,8 @@ def refuse_second_derivative(gradients: Gradients, sources: tuple[Any, ...]) -> 
     return tuple(None if g is None else next(marked) for g in gradients)
 
 
-def _bias_gradient(dy: Tensor, dtype: torch.dtype) -> Tensor:
+def bias_gradient(dy: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sum of dy over the tokens."""
     rows = dy.reshape(math.prod(dy.shape[:-1]), dy.shape[-1])
     return rows.sum(0, dtype=dtype)
 
@@ -89,7 +90,7 @@ def _linear_backward(ctx: Any, dy: Tensor) -> Gradients:
     if ctx.needs_input_grad[0]:
         dx = torch.ops.hqqlora.linear_dgrad(dy, W_q, scale, zero, *ctx.format)
     if ctx.needs_input_grad[4]:
-        db = _bias_gradient(dy, ctx.bias_dtype)
+        db = bias_gradient(dy, ctx.bias_dtype)
     dx, db = refuse_second_derivative((dx, db), (dy,))
     return dx, None, None, None, db, *(None,) * (LINEAR_INPUTS - 5)
 
@@ -178,7 +179,7 @@ def _lora_backward(ctx: Any, dy: Tensor) -> Gradients:
         )
         dA, dB = dA.to(A.dtype), dB.to(B.dtype)
     if needs_db:
-        db = _bias_gradient(dy, ctx.bias_dtype)
+        db = bias_gradient(dy, ctx.bias_dtype)
     dx, db, dA, dB = refuse_second_derivative(
         (
             dx if needs_dx else None,

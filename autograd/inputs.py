@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..ops import PackedWeight
 
@@ -32,6 +33,19 @@ def autocast_input(x: Tensor) -> Tensor:
     if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
         return x
     return cast_input(x, torch.get_autocast_dtype(device))
+
+
+def bias_for(x: Tensor, bias: Tensor | None) -> Tensor | None:
+    """Under autocast the bias goes with x. A float32 one may stay: the kernels add it before
+    they round."""
+    if bias is None or bias.dtype in (torch.float32, x.dtype):
+        return bias
+    return bias.to(x.dtype) if torch.is_autocast_enabled(x.device.type) else bias
+
+
+def transforms_active() -> bool:
+    """Whether torch.func, or forward-mode differentiation, is at work."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 class _LastCast(threading.local):

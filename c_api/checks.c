@@ -81,6 +81,12 @@ hqq_status hqq_check_weight(const hqq_weight *w)
 
 hqq_status hqq_check_lora(const hqq_lora *lora, const hqq_weight *w, hqq_dtype dtype)
 {
+    return hqq_check_factors(lora, w, dtype, 1, 1);
+}
+
+hqq_status hqq_check_factors(const hqq_lora *lora, const hqq_weight *w, hqq_dtype dtype,
+                             int reads_A, int reads_B)
+{
     if (!lora) return hqq_fail(HQQ_INVALID, "lora is NULL");
     if (lora->rank < 0 || lora->rank > HQQ_MAX_RANK)
         return hqq_fail(HQQ_INVALID, "lora.rank is %lld; expected 0 to %d", (ll)lora->rank,
@@ -101,11 +107,13 @@ hqq_status hqq_check_lora(const hqq_lora *lora, const hqq_weight *w, hqq_dtype d
     if (!isfinite(lora->scaling))
         return hqq_fail(HQQ_INVALID, "lora.scaling is %g; expected a finite value",
                         (double)lora->scaling);
-    if (lora->rank > 0 && ((!lora->A && w->in_features) || (!lora->B && w->out_features)))
-        return hqq_fail(HQQ_INVALID, "lora.%s is NULL with rank %lld", lora->A ? "B" : "A",
+    int lacks_A = reads_A && !lora->A && w->in_features;
+    int lacks_B = reads_B && !lora->B && w->out_features;
+    if (lora->rank > 0 && (lacks_A || lacks_B))
+        return hqq_fail(HQQ_INVALID, "lora.%s is NULL with rank %lld", lacks_A ? "A" : "B",
                         (ll)lora->rank);
-    HQQ_TRY(hqq_check_aligned("lora.A", lora->A, hqq_dtype_bytes(lora->dtype)));
-    HQQ_TRY(hqq_check_aligned("lora.B", lora->B, hqq_dtype_bytes(lora->dtype)));
+    if (reads_A) HQQ_TRY(hqq_check_aligned("lora.A", lora->A, hqq_dtype_bytes(lora->dtype)));
+    if (reads_B) HQQ_TRY(hqq_check_aligned("lora.B", lora->B, hqq_dtype_bytes(lora->dtype)));
     if (lora->dropout == 0.0f) return HQQ_OK;
     if (!lora->seed && lora->rank > 0)
         return hqq_fail(HQQ_INVALID, "lora.seed is NULL with dropout %g",

@@ -16,9 +16,13 @@ hqq_status hqq_check_weight(const hqq_weight *weight);
 
 hqq_status hqq_check_dtype(const char *name, hqq_dtype dtype);
 
-/* rank, scaling, dropout, dtype and pointers, against x's dtype. What is behind the pointers, the
- * seed too, is not read. */
+/* rank, scaling, dropout, dtype and pointers, against x's dtype. What is behind the pointers,
+ * the seed too, is not read. */
 hqq_status hqq_check_lora(const hqq_lora *lora, const hqq_weight *weight, hqq_dtype dtype);
+
+/* The same where one of A and B is not read, and may be NULL. */
+hqq_status hqq_check_factors(const hqq_lora *lora, const hqq_weight *weight, hqq_dtype dtype,
+                             int reads_A, int reads_B);
 
 /* data lies at a multiple of the `bytes` of its elements. */
 hqq_status hqq_check_aligned(const char *name, const void *data, int64_t bytes);

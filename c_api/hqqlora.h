@@ -110,13 +110,14 @@ typedef struct hqq_weight {
     const void *zero;     /* [N*K/G] */
 } hqq_weight;
 
-/* One LoRA adapter on a weight. The mask of its dropout follows from *seed + seed_offset (modulo
- * 2^64), by which forward and backward must agree.
+/* One LoRA adapter on a weight. The mask of its dropout follows from *seed + seed_offset
+ * (modulo 2^64), by which forward and backward must agree.
  *
- * The seed is memory like x's: on a CPU it is read during the call; on a GPU it is device memory,
- * read by the kernels that the call enqueues and never by the call itself. There it may still be
- * unwritten when the call is made, if the stream writes it first, and must stay until the kernels
- * are done; where a CUDA graph has captured them, each replay reads the seed that it finds. */
+ * The seed is memory like x's: on a CPU it is read during the call; on a GPU it is device
+ * memory, read by the kernels that the call enqueues and never by the call itself. There it may
+ * still be unwritten when the call is made, if the stream writes it first, and must stay until
+ * the kernels are done; where a CUDA graph has captured them, each replay reads the seed that
+ * it finds. */
 typedef struct hqq_lora {
     int64_t rank;         /* R, 0 to 256 */
     hqq_dtype dtype;      /* of A and B (and of dA and dB): HQQ_F32 or x's own dtype */
@@ -275,6 +276,55 @@ HQQ_API hqq_status hqq_lora_linear_backward(void *dx, void *dA, void *dB, const 
                                             const hqq_lora *lora, int64_t M, hqq_dtype dtype,
                                             void *workspace, size_t workspace_bytes,
                                             const hqq_context *context);
+
+/* ---- layers that share their input ------------------------------------------------- */
+
+/* q, k and v of an attention read the same x, and so do gate and up of an MLP. Their A, laid
+ * one under another [R,K] (R the sum of the ranks), give all their xa in one product, and their
+ * dyb, side by side [M,R], all their dA and the adapters' part of dx:
+ *
+ *   hqq_lora_project            xa = x A^T                           once
+ *   hqq_lora_linear_from_xa     y = x W^T + bias + scaling xa B^T    for each layer
+ *   hqq_lora_factor_gradients   dyb = dy B, dB = scaling dy^T xa     for each layer
+ *   hqq_lora_input_gradients    dx = dy W + scaling dyb A            once, with one layer's W
+ *                               dA = scaling dyb^T x
+ *   hqq_linear_dgrad            dx = dy W, to be added               for each other layer
+ *
+ * For layers without dropout: lora->dropout and seed are not read. A factor that is not named
+ * in a line is not read either, and may be NULL. Arguments are otherwise as above. */
+
+/* Bytes of workspace for one of these calls; of lora, rank and dtype alone are read. For the
+ * two without a weight: of one with N = 0 (hqq_lora_project) or K = 0
+ * (hqq_lora_factor_gradients). */
+HQQ_API hqq_status hqq_shared_input_workspace_size(size_t *bytes, const hqq_weight *weight,
+                                                   const hqq_lora *lora, int64_t M,
+                                                   hqq_dtype dtype, const hqq_context *context);
+
+/* xa [M,R] fp32 = x A^T. */
+HQQ_API hqq_status hqq_lora_project(float *xa, const void *x, int64_t ldx, const hqq_lora *lora,
+                                    int64_t M, int64_t K, hqq_dtype dtype, void *workspace,
+                                    size_t workspace_bytes, const hqq_context *context);
+
+/* y [M,N] = x W^T + bias + scaling xa B^T. */
+HQQ_API hqq_status hqq_lora_linear_from_xa(void *y, const float *xa, const void *x, int64_t ldx,
+                                           const hqq_weight *weight, const void *bias,
+                                           hqq_dtype bias_dtype, const hqq_lora *lora,
+                                           int64_t M, hqq_dtype dtype, void *workspace,
+                                           size_t workspace_bytes, const hqq_context *context);
+
+/* dyb [M,R] fp32 and dB may be NULL; xa may be where dB is. */
+HQQ_API hqq_status hqq_lora_factor_gradients(float *dyb, void *dB, const void *dy, int64_t lddy,
+                                             const float *xa, const hqq_lora *lora, int64_t M,
+                                             int64_t N, hqq_dtype dtype, void *workspace,
+                                             size_t workspace_bytes,
+                                             const hqq_context *context);
+
+/* dx and dA may be NULL; dy may be where dx is, and x where dA is. */
+HQQ_API hqq_status hqq_lora_input_gradients(void *dx, void *dA, const void *dy, int64_t lddy,
+                                            const float *dyb, const void *x, int64_t ldx,
+                                            const hqq_weight *weight, const hqq_lora *lora,
+                                            int64_t M, hqq_dtype dtype, void *workspace,
+                                            size_t workspace_bytes, const hqq_context *context);
 
 /* ---- mixtures of experts ----------------------------------------------------------- */
 

@@ -101,7 +101,7 @@ hqq_status hqq_prepare_forward(hqq_forward *f, const hqq_context *context)
         HQQ_TRY(hqq_check_aligned("bias", f->bias, hqq_dtype_bytes(f->bias_dtype)));
     }
     HQQ_TRY(hqq_check_aligned("xa", f->xa, sizeof(float)));
-    if (f->lora) HQQ_TRY(hqq_check_lora(f->lora, f->weight, f->dtype));
+    if (f->lora) HQQ_TRY(hqq_check_factors(f->lora, f->weight, f->dtype, !f->given_xa, 1));
     HQQ_TRY(check_tokens(f->M, f->weight, f->lora));
     settle_stride(&f->ldx, f->M, K);
     f->lora = effective(f->lora);
@@ -114,8 +114,8 @@ int hqq_is_empty_forward(const hqq_forward *f)
     return f->M == 0 || (f->weight->out_features == 0 && !wants_xa);
 }
 
-static hqq_status forward(hqq_forward *f, void *workspace, size_t workspace_bytes,
-                          const hqq_context *context)
+hqq_status hqq_run_forward(hqq_forward *f, void *workspace, size_t workspace_bytes,
+                           const hqq_context *context)
 {
     HQQ_TRY(hqq_prepare_forward(f, context));
     if (hqq_is_empty_forward(f)) return HQQ_OK;
@@ -141,7 +141,7 @@ hqq_status hqq_linear(void *y, const void *x, int64_t ldx, const hqq_weight *wei
                      .bias_dtype = bias_dtype,
                      .M = M,
                      .dtype = dtype};
-    return forward(&f, workspace, workspace_bytes, context);
+    return hqq_run_forward(&f, workspace, workspace_bytes, context);
 }
 
 hqq_status hqq_lora_linear(void *y, float *xa, const void *x, int64_t ldx,
@@ -161,7 +161,7 @@ hqq_status hqq_lora_linear(void *y, float *xa, const void *x, int64_t ldx,
                      .lora = lora,
                      .M = M,
                      .dtype = dtype};
-    return forward(&f, workspace, workspace_bytes, context);
+    return hqq_run_forward(&f, workspace, workspace_bytes, context);
 }
 
 hqq_status hqq_prepare_backward(hqq_backward *b, const hqq_context *context)
@@ -170,8 +170,9 @@ hqq_status hqq_prepare_backward(hqq_backward *b, const hqq_context *context)
     HQQ_TRY(hqq_check_dtype("dtype", b->dtype));
     HQQ_TRY(hqq_check_context(context));
     int64_t N = b->weight->out_features, K = b->weight->in_features;
-    HQQ_TRY(hqq_check_matrix("dy", b->dy, b->M, N, b->lddy, b->dtype));
-    if (b->lora) HQQ_TRY(hqq_check_lora(b->lora, b->weight, b->dtype));
+    if (b->dx || !b->given_dyb)
+        HQQ_TRY(hqq_check_matrix("dy", b->dy, b->M, N, b->lddy, b->dtype));
+    if (b->lora) HQQ_TRY(hqq_check_factors(b->lora, b->weight, b->dtype, 1, !b->given_dyb));
     HQQ_TRY(check_tokens(b->M, b->weight, b->lora));
     settle_stride(&b->lddy, b->M, N);
     b->lora = effective(b->lora);
@@ -188,8 +189,8 @@ hqq_status hqq_prepare_backward(hqq_backward *b, const hqq_context *context)
     return HQQ_OK;
 }
 
-static hqq_status backward(hqq_backward *b, void *workspace, size_t workspace_bytes,
-                           const hqq_context *context)
+hqq_status hqq_run_backward(hqq_backward *b, void *workspace, size_t workspace_bytes,
+                            const hqq_context *context)
 {
     HQQ_TRY(hqq_prepare_backward(b, context));
     if (!b->dx && !b->dA && !b->dB) return HQQ_OK;
@@ -211,7 +212,7 @@ hqq_status hqq_linear_dgrad(void *dx, const void *dy, int64_t lddy, const hqq_we
         .dx = dx, .dy = dy, .lddy = lddy, .weight = weight, .M = M, .dtype = dtype};
     if (!dx && M > 0 && weight && weight->in_features > 0)
         return hqq_fail(HQQ_INVALID, "dx is NULL");
-    return backward(&b, workspace, workspace_bytes, context);
+    return hqq_run_backward(&b, workspace, workspace_bytes, context);
 }
 
 hqq_status hqq_lora_linear_backward(void *dx, void *dA, void *dB, const void *dy, int64_t lddy,
@@ -234,5 +235,5 @@ hqq_status hqq_lora_linear_backward(void *dx, void *dA, void *dB, const void *dy
                       .lora = lora,
                       .M = M,
                       .dtype = dtype};
-    return backward(&b, workspace, workspace_bytes, context);
+    return hqq_run_backward(&b, workspace, workspace_bytes, context);
 }

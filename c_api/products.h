@@ -13,6 +13,12 @@ hqq_status hqq_prepare_workspace_size(const size_t *bytes, const hqq_weight *wei
 hqq_status hqq_prepare_forward(hqq_forward *f, const hqq_context *context);
 hqq_status hqq_prepare_backward(hqq_backward *b, const hqq_context *context);
 
+/* The whole of a product, from its checks on. */
+hqq_status hqq_run_forward(hqq_forward *f, void *workspace, size_t workspace_bytes,
+                           const hqq_context *context);
+hqq_status hqq_run_backward(hqq_backward *b, void *workspace, size_t workspace_bytes,
+                            const hqq_context *context);
+
 /* Whether there is nothing to write. */
 int hqq_is_empty_forward(const hqq_forward *f);
 

@@ -36,6 +36,7 @@ from hqqlora.lora import LoRALinear
 from hqqlora.lora_experts import LoRAExpertWeights
 from hqqlora.model import add_lora, lora_parameters, quantize_model
 from hqqlora.peft import import_hook
+from hqqlora.shared_projections import share_projections, unshare_projections
 
 if TYPE_CHECKING:
     from hqqlora.auto_hqq_model import AutoHQQHFModel, HQQModelForCausalLM
@@ -70,7 +71,9 @@ __all__ = [
     "patch_hqq",
     "quantize_model",
     "save_adapter",
+    "share_projections",
     "unpatch_hqq",
+    "unshare_projections",
 ]
 
 # Where the names come from that need an optional package, or that few scripts need.

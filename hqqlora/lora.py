@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hqqlora.autograd import lora_linear
+from hqqlora.autograd.shared_input import Part
 from hqqlora.linear import HQQLinear
 from hqqlora.lora_settings import (
     check_dtype,
@@ -18,12 +19,13 @@ from hqqlora.lora_settings import (
     initialize,
     scaling_of,
 )
+from hqqlora.shared_projections import SharesInput
 
 # What merge() changes in the base.
 MERGED_KEYS = ("W_q", "scale", "zero", "bias")
 
 
-class LoRALinear(nn.Module):
+class LoRALinear(nn.Module, SharesInput):
     """``y = x W^T + bias + scaling * (drop(x) A^T) B^T`` on a frozen `HQQLinear`.
 
     A low-rank adapter (LoRA: Hu et al., 2021, https://arxiv.org/abs/2106.09685). Only `lora_A`
@@ -153,15 +155,26 @@ class LoRALinear(nn.Module):
         if self._merged or not self._enabled:
             y: Tensor = base(x)
             return y
+        if self.shared_projection is not None:
+            shared = self.shared_projection.output(self, x)
+            if shared is not None:
+                return shared
         return lora_linear(
             x,
             base.packed,
-            base.bias_for(x) if self.lora_bias is None else self._total_bias(),
+            self._bias_for(x),
             self.lora_A,
             self.lora_B,
             self.scaling,
             self.lora_dropout if self.training else 0.0,
         )
+
+    def shared_part(self, x: Tensor) -> Part | None:
+        """What `share_projections` needs of the layer for `x`; None: it computes for itself."""
+        if self._merged or not self._enabled or (self.training and self.lora_dropout > 0):
+            return None
+        base = self.base_layer
+        return Part(base.packed, self._bias_for(x), self.lora_A, self.lora_B, self.scaling)
 
     def enable(self) -> None:
         """Lets the adapter take part (again)."""
@@ -253,6 +266,9 @@ class LoRALinear(nn.Module):
         super()._load_from_state_dict(*arguments)
 
     # ---- parts ----------------------------------------------------------------------
+
+    def _bias_for(self, x: Tensor) -> Tensor | None:
+        return self.base_layer.bias_for(x) if self.lora_bias is None else self._total_bias()
 
     def _total_bias(self) -> Tensor:
         """bias + scaling * lora_bias, float32; differentiable."""

@@ -17,6 +17,7 @@ typedef struct hqq_forward {
     const hqq_lora *lora; /* NULL: none; never of rank 0 */
     int64_t M;
     hqq_dtype dtype;
+    const float *given_xa; /* NULL: xa is computed; else it is this; lora->A is not read */
 } hqq_forward;
 
 /* dx [M,K] = dy W + scaling drop'((dy B) A); dA [R,K]; dB [N,R]. NULL outputs are skipped. */
@@ -31,6 +32,7 @@ typedef struct hqq_backward {
     const hqq_lora *lora; /* NULL: none */
     int64_t M;
     hqq_dtype dtype;
+    const float *given_dyb; /* NULL: dy B is computed; else it is this; lora->B is not read */
 } hqq_backward;
 
 /* Bytes of workspace that hqq_backend_forward and hqq_backend_backward need at most. Fails only
@@ -45,6 +47,20 @@ hqq_status hqq_backend_forward(const hqq_forward *f, void *workspace,
                                const hqq_context *context);
 hqq_status hqq_backend_backward(const hqq_backward *b, void *workspace,
                                 const hqq_context *context);
+
+/* The sides of an adapter that layers with one input share. M, N, K and the rank are at least
+ * 1; workspace: 64-byte aligned, of the size that the first tells. */
+hqq_status hqq_backend_lora_workspace_size(size_t *bytes, const hqq_lora *lora, int64_t M,
+                                           int64_t N, int64_t K);
+/* xa [M,R] = drop(x) A^T */
+hqq_status hqq_backend_lora_project(float *xa, const void *x, int64_t ldx, const hqq_lora *lora,
+                                    int64_t M, int64_t K, hqq_dtype dtype, void *workspace,
+                                    const hqq_context *context);
+/* dyb [M,R] = dy B and dB [N,R] = scaling dy^T xa; NULL outputs are skipped. */
+hqq_status hqq_backend_lora_factor_gradients(float *dyb, void *dB, const void *dy, int64_t lddy,
+                                             const float *xa, const hqq_lora *lora, int64_t M,
+                                             int64_t N, hqq_dtype dtype, void *workspace,
+                                             const hqq_context *context);
 
 /* The products of all experts. `f` and `b` describe all rows and the first expert's weight and
  * adapter; workspace: what the largest expert needs. */

@@ -53,7 +53,8 @@ HQQ_INLINE hqq_dropout hqq_dropout_make(float p, uint64_t seed)
     return d;
 }
 
-/* What the host knows of an adapter's dropout: all but the seed, which may be a GPU's memory. */
+/* What the host knows of an adapter's dropout: all but the seed, which may be a GPU's memory.
+ */
 typedef struct hqq_dropout_source {
     uint32_t last;
     float keep_scale;

@@ -41,9 +41,17 @@ HQQ_INLINE double hqq_reference_xa(const void *x, hqq_dtype dtype, int64_t ldx,
     return sum;
 }
 
-/* (dy B)[m,r] */
+/* xa[m,r] of a forward pass: computed, or given. */
+HQQ_INLINE double hqq_reference_forward_xa(const hqq_forward *f, int64_t m, int64_t r)
+{
+    if (f->given_xa) return (double)f->given_xa[m * f->lora->rank + r];
+    return hqq_reference_xa(f->x, f->dtype, f->ldx, f->lora, f->weight->in_features, m, r);
+}
+
+/* (dy B)[m,r]: computed, or given. */
 HQQ_INLINE double hqq_reference_dyb(const hqq_backward *b, int64_t m, int64_t r)
 {
+    if (b->given_dyb) return (double)b->given_dyb[m * b->lora->rank + r];
     double sum = 0;
     for (int64_t n = 0; n < b->weight->out_features; n++)
         sum += (double)hqq_load(b->dy, b->dtype, m * b->lddy + n) *

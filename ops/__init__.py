@@ -11,6 +11,15 @@ Importing this module loads the native library and makes the ops known to torch.
 ``lora_linear_backward`` dy -> dx, dA, dB
 ======================== ==================================================================
 
+in halves, for layers that share x (A of all of them, one under another; no dropout):
+
+========================= =================================================================
+``lora_project``          x -> xa = x A^T
+``lora_linear_from_xa``   x, xa -> y
+``lora_factor_gradients`` dy, xa -> dyb = dy B, and dB
+``lora_input_gradients``  dy, dyb -> dx = dy W + scaling * dyb A, and dA
+========================= =================================================================
+
 and, of rows that are sorted by expert, each with the weight of its own expert:
 
 ================================ ==========================================================

@@ -25,6 +25,17 @@ struct Adapter {
     Tensor A_, B_;
 };
 
+/* xa or dyb [M,R], as another call has computed it. */
+inline void check_given(const char *name, const Tensor &given, int64_t rows, int64_t rank,
+                        const Device &device)
+{
+    check_device(name, given, device);
+    HQQ_CHECK(given.scalar_type() == ScalarType::Float, name, " must be float32, got ",
+              name_of(given.scalar_type()));
+    HQQ_CHECK(has_shape(given, {rows, rank}), name, " must have shape [", rows, ", ", rank,
+              "], got ", shape_of(given));
+}
+
 /* Checks the forward's input and by-product, as far as the wanted gradients need them. */
 inline void check_saved(const Tensor &dy, const OptionalTensor &x, const OptionalTensor &xa,
                         const hqq_weight &weight, const hqq_lora &lora, bool needs_dA,
@@ -39,13 +50,7 @@ inline void check_saved(const Tensor &dy, const OptionalTensor &x, const Optiona
         HQQ_CHECK(rows_of(*x) == rows_of(dy), "x must have as many rows as dy, ", rows_of(dy),
                   ", got shape ", shape_of(*x));
     }
-    if (xa) {
-        check_device("xa", *xa, device);
-        HQQ_CHECK(xa->scalar_type() == ScalarType::Float, "xa must be float32, got ",
-                  name_of(xa->scalar_type()));
-        HQQ_CHECK(has_shape(*xa, {rows_of(dy), lora.rank}), "xa must have shape [", rows_of(dy),
-                  ", ", lora.rank, "], got ", shape_of(*xa));
-    }
+    if (xa) check_given("xa", *xa, rows_of(dy), lora.rank, device);
 }
 
 inline Tensor gradient(bool needed, std::vector<int64_t> shape, ScalarType dtype,

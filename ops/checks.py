@@ -288,6 +288,62 @@ def rows_of(tensor: Tensor) -> int:
     return math.prod(tensor.shape[:-1])
 
 
+def check_given(name: str, given: Tensor, rows: int, rank: int, device: torch.device) -> None:
+    """xa or dyb [M,R], as another call has computed it."""
+    check_device(name, given, device)
+    check(
+        given.dtype == torch.float32,
+        lambda: f"{name} must be float32, got {name_of(given.dtype)}",
+    )
+    check(
+        given.dim() == 2 and given.shape[0] == rows and given.shape[1] == rank,
+        lambda: f"{name} must have shape [{rows}, {rank}], got {shape_of(given)}",
+    )
+
+
+_FACTOR_SHAPES = {"A": ("R", "in_features"), "B": ("out_features", "R")}
+
+
+def factor_size(name: str, factor: Tensor, dimension: int) -> int:
+    """What A [R,K] or B [N,R] says of its own size."""
+    check(
+        factor.dim() == 2,
+        lambda: (
+            f"{name} must have shape [{', '.join(_FACTOR_SHAPES[name])}], got "
+            f"{shape_of(factor)}"
+        ),
+    )
+    return factor.shape[dimension]
+
+
+def check_factor(
+    name: str, factor: Tensor, width: int, scaling: float, x_name: str, x: Tensor
+) -> int:
+    """A [R,K] or B [N,R] by itself, of an adapter whose other factor is not read: float32 or
+    x's dtype. width: K or N. Returns R."""
+    at, rank_at = (1, 0) if name == "A" else (0, 1)
+    check_device(name, factor, x.device)
+    check(
+        factor.dtype in (torch.float32, x.dtype),
+        lambda: (
+            f"{name} must be float32 or {name_of(x.dtype)} as {x_name}, got "
+            f"{name_of(factor.dtype)}"
+        ),
+    )
+    shape = [f"{size} = {width}" if size != "R" else size for size in _FACTOR_SHAPES[name]]
+    check(
+        factor.dim() == 2 and factor.shape[at] == width,
+        lambda: f"{name} must have shape [{', '.join(shape)}], got {shape_of(factor)}",
+    )
+    rank = factor.shape[rank_at]
+    check(
+        rank <= MAX_RANK,
+        lambda: f"the rank of {name} must be at most {MAX_RANK}, got {rank}",
+    )
+    check(math.isfinite(scaling), lambda: f"scaling must be finite, got {scaling:g}")
+    return rank
+
+
 def check_saved(
     dy: Tensor,
     x: Tensor | None,
@@ -313,9 +369,4 @@ def check_saved(
             lambda: f"x must have as many rows as dy, {rows}, got shape {shape_of(x)}",
         )
     if xa is not None:
-        check_device("xa", xa, dy.device)
-        check(xa.dtype == torch.float32, lambda: f"xa must be float32, got {name_of(xa.dtype)}")
-        check(
-            xa.dim() == 2 and xa.shape[0] == rows and xa.shape[1] == rank,
-            lambda: f"xa must have shape [{rows}, {rank}], got {shape_of(xa)}",
-        )
+        check_given("xa", xa, rows, rank, dy.device)

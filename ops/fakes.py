@@ -13,13 +13,16 @@ from .checks import (
     check,
     check_adapter,
     check_bias,
+    check_factor,
     check_floating,
     check_format,
+    check_given,
     check_quantize_options,
     check_routing,
     check_rows,
     check_saved,
     check_weight,
+    factor_size,
     rows_of,
     shape_of,
 )
@@ -178,6 +181,81 @@ def lora_linear_backward(
     return dx, dA, dB
 
 
+def lora_project(x: Tensor, A: Tensor) -> Tensor:
+    """xa [M,R]."""
+    in_features = factor_size("A", A, 1)
+    check_rows("x", x, in_features, "in_features")
+    rank = check_factor("A", A, in_features, 1.0, "x", x)
+    return x.new_empty((rows_of(x), rank), dtype=torch.float32)
+
+
+def lora_linear_from_xa(
+    x: Tensor,
+    W_q: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    bias: Tensor | None,
+    xa: Tensor,
+    B: Tensor,
+    scaling: float,
+    out_features: int,
+    in_features: int,
+    nbits: int,
+    group_size: int,
+    axis: int,
+) -> Tensor:
+    """y [...,N], of an xa [M,R] that is known already."""
+    check_weight(W_q, scale, zero, out_features, in_features, nbits, group_size, axis, x.device)
+    check_rows("x", x, in_features, "in_features")
+    check_bias(bias, out_features, x)
+    rank = check_factor("B", B, out_features, scaling, "x", x)
+    check_given("xa", xa, rows_of(x), rank, x.device)
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+def lora_factor_gradients(
+    dy: Tensor, xa: Tensor | None, B: Tensor, scaling: float, needs_dyb: bool, needs_dB: bool
+) -> tuple[Tensor, Tensor]:
+    """dyb [M,R] and dB [N,R]; [0] for those that are not needed."""
+    out_features = factor_size("B", B, 0)
+    check_rows("dy", dy, out_features, "out_features")
+    rank = check_factor("B", B, out_features, scaling, "dy", dy)
+    check(not needs_dB or xa is not None, lambda: "dB needs xa")
+    if xa is not None:
+        check_given("xa", xa, rows_of(dy), rank, dy.device)
+    dyb = dy.new_empty((rows_of(dy), rank) if needs_dyb else (0,), dtype=torch.float32)
+    return dyb, B.new_empty(B.shape if needs_dB else (0,))
+
+
+def lora_input_gradients(
+    dy: Tensor,
+    dyb: Tensor,
+    x: Tensor | None,
+    W_q: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    A: Tensor,
+    scaling: float,
+    out_features: int,
+    in_features: int,
+    nbits: int,
+    group_size: int,
+    axis: int,
+    needs_dx: bool,
+    needs_dA: bool,
+) -> tuple[Tensor, Tensor]:
+    """dx [...,K], dA [R,K]; [0] for those that are not needed."""
+    check_weight(
+        W_q, scale, zero, out_features, in_features, nbits, group_size, axis, dy.device
+    )
+    check_rows("dy", dy, out_features, "out_features")
+    rank = check_factor("A", A, in_features, scaling, "dy", dy)
+    check_given("dyb", dyb, rows_of(dy), rank, dy.device)
+    check_saved(dy, x, None, in_features, rank, needs_dA, False)
+    dx = dy.new_empty((*dy.shape[:-1], in_features) if needs_dx else (0,))
+    return dx, A.new_empty(A.shape if needs_dA else (0,))
+
+
 def grouped_linear(
     x: Tensor,
     W_q: Tensor,
@@ -287,6 +365,10 @@ FAKES = (
     linear_dgrad,
     lora_linear,
     lora_linear_backward,
+    lora_project,
+    lora_linear_from_xa,
+    lora_factor_gradients,
+    lora_input_gradients,
     grouped_linear,
     grouped_linear_dgrad,
     grouped_lora_linear,

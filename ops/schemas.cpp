@@ -25,6 +25,16 @@ STABLE_TORCH_LIBRARY(hqqlora, m)
           ", " FORMAT ", bool needs_dx, bool needs_dA, bool needs_dB) "
           "-> (Tensor dx, Tensor dA, Tensor dB)");
 
+    /* of layers that share x: A of all of them, or B and xa of one */
+    m.def("lora_project(Tensor x, Tensor A) -> Tensor");
+    m.def("lora_linear_from_xa(Tensor x, " WEIGHT ", Tensor? bias, Tensor xa, Tensor B, "
+          "float scaling, " FORMAT ") -> Tensor");
+    m.def("lora_factor_gradients(Tensor dy, Tensor? xa, Tensor B, float scaling, "
+          "bool needs_dyb, bool needs_dB) -> (Tensor dyb, Tensor dB)");
+    m.def("lora_input_gradients(Tensor dy, Tensor dyb, Tensor? x, " WEIGHT ", Tensor A, "
+          "float scaling, " FORMAT ", bool needs_dx, bool needs_dA) "
+          "-> (Tensor dx, Tensor dA)");
+
     /* of E experts: a first dimension E in W_q, scale, zero, A and B; offsets [E + 1] */
     m.def("grouped_linear(Tensor x, " WEIGHT ", Tensor offsets, " FORMAT ") -> Tensor");
     m.def("grouped_linear_dgrad(Tensor dy, " WEIGHT ", Tensor offsets, " FORMAT ") -> Tensor");

@@ -157,6 +157,16 @@ Workspace::Workspace(const hqq_weight &weight, const hqq_lora *lora, const hqq_r
     allocate(context);
 }
 
+Workspace Workspace::of_shared_input(const hqq_weight &weight, const hqq_lora &lora, int64_t M,
+                                     hqq_dtype dtype, const TorchContext &context)
+{
+    Workspace workspace;
+    context.check(
+        hqq_shared_input_workspace_size(&workspace.bytes_, &weight, &lora, M, dtype, context));
+    workspace.allocate(context);
+    return workspace;
+}
+
 void Workspace::allocate(const TorchContext &context)
 {
     constexpr uintptr_t alignment = 64;

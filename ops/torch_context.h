@@ -79,10 +79,14 @@ class Workspace
               const TorchContext &context);
     Workspace(const hqq_weight &weight, const hqq_lora *lora, const hqq_routing &routing,
               hqq_dtype dtype, const TorchContext &context);
+    /* of a call of layers that share their input; weight may be a shape alone */
+    static Workspace of_shared_input(const hqq_weight &weight, const hqq_lora &lora, int64_t M,
+                                     hqq_dtype dtype, const TorchContext &context);
     void *data() const { return data_; }
     size_t bytes() const { return bytes_; }
 
   private:
+    Workspace() = default;
     void allocate(const TorchContext &context); /* bytes_ of it */
 
     std::optional<Tensor> memory_;

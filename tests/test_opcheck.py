@@ -28,6 +28,8 @@ def forward_arguments(nbits=4, axis=1, dtype=torch.float32, dropout=0.0, M=5):
         "scaling": 0.5,
         "dropout": dropout,
         "xa": torch.randn(2 * M, R),
+        "dyb": torch.randn(2 * M, R),
+        "needs_dyb": True,
         "needs_dx": True,
         "needs_dA": True,
         "needs_dB": True,
@@ -54,6 +56,10 @@ ALL = [
     ops.linear_dgrad,
     ops.lora_linear,
     ops.lora_linear_backward,
+    ops.lora_project,
+    ops.lora_linear_from_xa,
+    ops.lora_factor_gradients,
+    ops.lora_input_gradients,
 ]
 
 
@@ -273,6 +279,47 @@ MISTAKES = [
         {"xa": lambda xa: xa[1:]},
         "xa must have shape [10, 3], got [9, 3]",
     ),
+    (ops.lora_project, {"A": lambda A: A[0]}, "A must have shape [R, in_features], got [40]"),
+    (
+        ops.lora_project,
+        {"x": lambda x: x[..., 1:]},
+        "x must have a last dimension of in_features = 40, got shape [2, 5, 39]",
+    ),
+    (ops.lora_project, {"A": half}, "A must be float32 or float32 as x, got float16"),
+    (
+        ops.lora_project,
+        {"A": torch.randn(257, 40)},
+        "the rank of A must be at most 256, got 257",
+    ),
+    (
+        ops.lora_linear_from_xa,
+        {"B": lambda B: B[1:]},
+        "B must have shape [out_features = 24, R], got [23, 3]",
+    ),
+    (ops.lora_linear_from_xa, {"xa": half}, "xa must be float32, got float16"),
+    (
+        ops.lora_linear_from_xa,
+        {"xa": lambda xa: xa[:, 1:]},
+        "xa must have shape [10, 3], got [10, 2]",
+    ),
+    (ops.lora_linear_from_xa, {"scaling": float("inf")}, "scaling must be finite, got inf"),
+    (ops.lora_factor_gradients, {"xa": None}, "dB needs xa"),
+    (
+        ops.lora_factor_gradients,
+        {"dy": lambda dy: dy[..., 1:]},
+        "dy must have a last dimension of out_features = 24, got shape [2, 5, 23]",
+    ),
+    (
+        ops.lora_input_gradients,
+        {"dyb": lambda dyb: dyb[1:]},
+        "dyb must have shape [10, 3], got [9, 3]",
+    ),
+    (
+        ops.lora_input_gradients,
+        {"A": lambda A: A[:, 1:]},
+        "A must have shape [R, in_features = 40], got [3, 39]",
+    ),
+    (ops.lora_input_gradients, {"x": None}, "dA needs x"),
 ]
 
 

@@ -13,16 +13,18 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from hqqlora.autograd import lora_linear
+from hqqlora.autograd.shared_input import Part
 from hqqlora.linear import HQQLinear
 from hqqlora.lora import MERGED_KEYS
 from hqqlora.ops.checks import MAX_RANK
 from hqqlora.peft import initialization, merging
 from hqqlora.peft.dora import HQQDoraLayer, HQQDoraVariant
 from hqqlora.peft.plain_modules import is_plain
+from hqqlora.shared_projections import SharesInput
 from hqqlora.zero_partitions import is_partitioned
 
 
-class HQQLoraLinear(Linear):  # type: ignore[misc]
+class HQQLoraLinear(Linear, SharesInput):  # type: ignore[misc]
     """PEFT's LoRA layer, with the base's product and the adapter's in one operation, forward
     and backward, wherever nothing stands against it (see `_fusible`).
 
@@ -53,15 +55,28 @@ class HQQLoraLinear(Linear):  # type: ignore[misc]
         if not adapters:
             y: Tensor = super().forward(x, *args, **kwargs)
             return y
+        if self.shared_projection is not None:
+            shared = self.shared_projection.output(self, x)
+            if shared is not None:
+                return shared
         base = self.base_layer
         A, B, scaling = self._factors(adapters)
         dropout = self._dropout(adapters[0])
         if adapters[0] in self.lora_variant:
             dora: HQQDoraLayer = self.lora_magnitude_vector[adapters[0]]
             return dora.fused(x, base, A, B, scaling, dropout)
-        bias = self._total_bias(adapters)
-        bias = base.bias_for(x) if bias is None else bias
-        return lora_linear(x, base.packed, bias, A, B, scaling, dropout)
+        return lora_linear(x, base.packed, self._bias_for(x, adapters), A, B, scaling, dropout)
+
+    def shared_part(self, x: Tensor) -> Part | None:
+        """What `share_projections` needs of the layer, for `x`: one adapter, without dropout or
+        DoRA; else None."""
+        adapters = self._fusible(x)
+        if len(adapters) != 1 or adapters[0] in self.lora_variant:
+            return None
+        if self._dropout(adapters[0]) != 0.0:
+            return None
+        A, B, scaling = self._factors(adapters)
+        return Part(self.base_layer.packed, self._bias_for(x, adapters), A, B, scaling)
 
     def _fusible(self, x: Tensor) -> list[str]:
         """The active adapters, if one operation can serve them; else nothing.
@@ -113,6 +128,11 @@ class HQQLoraLinear(Linear):  # type: ignore[misc]
         A = [self.lora_A[name].weight for name in adapters]
         B = [self.lora_B[name].weight * self.scaling[name] for name in adapters]
         return torch.cat(A), torch.cat(B, 1), 1.0
+
+    def _bias_for(self, x: Tensor, adapters: list[str]) -> Tensor | None:
+        """The base's bias for x, with those of the adapters if they have any."""
+        total = self._total_bias(adapters)
+        return self.base_layer.bias_for(x) if total is None else total
 
     def _total_bias(self, adapters: list[str]) -> Tensor | None:
         """bias + scaling * lora_bias [N], float32, differentiable; None without lora_bias."""

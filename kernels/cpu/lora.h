@@ -1,5 +1,6 @@
 /*
- * The LoRA side of a product. Dropout is hqq_dropout_of(lora). Everything is a skinny product of gemm.h, so x and dy are read in place, in their own dtype.
+ * The LoRA side of a product. Dropout is hqq_dropout_of(lora). Everything is a skinny product
+ * of gemm.h, so x and dy are read in place, in their own dtype.
  */
 #ifndef HQQ_KERNELS_CPU_LORA_H
 #define HQQ_KERNELS_CPU_LORA_H

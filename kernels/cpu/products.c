@@ -88,8 +88,12 @@ hqq_status hqq_backend_forward(const hqq_forward *f, void *workspace,
         hqq_reference_forward(f);
         return HQQ_OK;
     }
-    float *xa = f->xa ? f->xa : plan.xa;
-    if (f->lora) HQQ_TRY(hqq_lora_xa(xa, f->x, f->ldx, f->dtype, f->lora, M, K, context));
+    const float *xa = f->given_xa;
+    if (f->lora && !xa) {
+        float *computed = f->xa ? f->xa : plan.xa;
+        HQQ_TRY(hqq_lora_xa(computed, f->x, f->ldx, f->dtype, f->lora, M, K, context));
+        xa = computed;
+    }
 
     if (plan.kernel == HQQ_KERNEL_BLOCKED)
         return hqq_blocked_linear(f, f->lora ? xa : NULL, plan.inner, context);
@@ -104,17 +108,16 @@ hqq_status hqq_backend_forward(const hqq_forward *f, void *workspace,
 }
 
 /* dx = dy W + scaling drop'(dyb A) */
-static hqq_status backward_dx(const hqq_backward *b, const product_plan *plan,
+static hqq_status backward_dx(const hqq_backward *b, const float *dyb, const product_plan *plan,
                               const hqq_context *context)
 {
     int64_t M = b->M, K = b->weight->in_features;
     if (plan->kernel == HQQ_KERNEL_BLOCKED)
-        return hqq_blocked_dgrad(b, plan->dyb, plan->inner, context);
-    if (plan->kernel == HQQ_KERNEL_TILED) return hqq_tiled_dgrad(b, plan->dyb, context);
+        return hqq_blocked_dgrad(b, dyb, plan->inner, context);
+    if (plan->kernel == HQQ_KERNEL_TILED) return hqq_tiled_dgrad(b, dyb, context);
     float *addend = b->lora ? plan->addend : NULL;
     if (addend)
-        HQQ_TRY(
-            hqq_lora_dx_addend(addend, K, HQQ_F32, plan->dyb, b->lora, M, K, 0, K, context));
+        HQQ_TRY(hqq_lora_dx_addend(addend, K, HQQ_F32, dyb, b->lora, M, K, 0, K, context));
     return hqq_direct_dgrad(b->dx, b->dy, b->lddy, b->weight, addend, M, b->dtype, plan->inner,
                             hqq_isa_in_use(context), context);
 }
@@ -150,8 +153,12 @@ hqq_status hqq_backend_backward(const hqq_backward *b, void *workspace,
                                 const hqq_context *context)
 {
     int64_t M = b->M, N = b->weight->out_features, K = b->weight->in_features;
-    if (M == 0 || N == 0 || K == 0) {
+    if (M == 0 || K == 0 || (N == 0 && !b->given_dyb)) {
         fill_gradients_with_zero(b);
+        return HQQ_OK;
+    }
+    if (N == 0) { /* the adapter's part alone */
+        hqq_reference_backward(b);
         return HQQ_OK;
     }
     hqq_arena arena = {.base = workspace};
@@ -160,12 +167,39 @@ hqq_status hqq_backend_backward(const hqq_backward *b, void *workspace,
         hqq_reference_backward(b);
         return HQQ_OK;
     }
-    if (b->lora && (b->dx || b->dA))
+    const float *dyb = b->given_dyb ? b->given_dyb : plan.dyb;
+    if (b->lora && !b->given_dyb && (b->dx || b->dA))
         HQQ_TRY(hqq_lora_dyb(plan.dyb, b->dy, b->lddy, b->dtype, b->lora, M, N, context));
     if (b->dB) HQQ_TRY(backward_dB(b, &plan, context));
-    if (b->dA)
-        HQQ_TRY(hqq_lora_dA(b->dA, plan.dyb, b->x, b->ldx, b->dtype, b->lora, M, K, context));
-    if (b->dx) HQQ_TRY(backward_dx(b, &plan, context));
+    if (b->dA) HQQ_TRY(hqq_lora_dA(b->dA, dyb, b->x, b->ldx, b->dtype, b->lora, M, K, context));
+    if (b->dx) HQQ_TRY(backward_dx(b, dyb, &plan, context));
+    return HQQ_OK;
+}
+
+hqq_status hqq_backend_lora_workspace_size(size_t *bytes, const hqq_lora *lora, int64_t M,
+                                           int64_t N, int64_t K)
+{
+    (void)lora, (void)M, (void)N, (void)K;
+    *bytes = 0;
+    return HQQ_OK;
+}
+
+hqq_status hqq_backend_lora_project(float *xa, const void *x, int64_t ldx, const hqq_lora *lora,
+                                    int64_t M, int64_t K, hqq_dtype dtype, void *workspace,
+                                    const hqq_context *context)
+{
+    (void)workspace;
+    return hqq_lora_xa(xa, x, ldx, dtype, lora, M, K, context);
+}
+
+hqq_status hqq_backend_lora_factor_gradients(float *dyb, void *dB, const void *dy, int64_t lddy,
+                                             const float *xa, const hqq_lora *lora, int64_t M,
+                                             int64_t N, hqq_dtype dtype, void *workspace,
+                                             const hqq_context *context)
+{
+    (void)workspace;
+    if (dyb) HQQ_TRY(hqq_lora_dyb(dyb, dy, lddy, dtype, lora, M, N, context));
+    if (dB) HQQ_TRY(hqq_lora_dB(dB, dy, lddy, dtype, xa, lora, M, N, context));
     return HQQ_OK;
 }
 

@@ -12,12 +12,11 @@ void hqq_reference_dequantize(void *out, int64_t ld_out, hqq_dtype out_dtype,
 
 void hqq_reference_forward(const hqq_forward *f)
 {
-    int64_t N = f->weight->out_features, K = f->weight->in_features;
-    int64_t R = f->lora ? f->lora->rank : 0;
+    int64_t N = f->weight->out_features, R = f->lora ? f->lora->rank : 0;
     for (int64_t m = 0; m < f->M; m++) {
         double xa[HQQ_REFERENCE_MAX_RANK];
         for (int64_t r = 0; r < R; r++) {
-            xa[r] = hqq_reference_xa(f->x, f->dtype, f->ldx, f->lora, K, m, r);
+            xa[r] = hqq_reference_forward_xa(f, m, r);
             if (f->xa) f->xa[m * R + r] = (float)xa[r];
         }
         for (int64_t n = 0; n < N; n++)

@@ -1,7 +1,7 @@
 /*
  * The LoRA side of a product, as skinny kernels that read x and dy once, in their own dtype.
- * Dropout follows lora->dropout and the seed, which the kernels read. Everything accumulates in fp32, in an order
- * that depends on the shapes alone: results repeat bitwise.
+ * Dropout follows lora->dropout and the seed, which the kernels read. Everything accumulates in
+ * fp32, in an order that depends on the shapes alone: results repeat bitwise.
  *
  * Sums over K, N or M that one block cannot do alone are split; `workspace` (64-byte aligned,
  * hqq_cuda_lora_workspace bytes, which serves all four sums) holds the parts.

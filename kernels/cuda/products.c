@@ -124,10 +124,13 @@ hqq_status hqq_backend_forward(const hqq_forward *f, void *workspace,
     if (plan.kernel == HQQ_KERNEL_REFERENCE)
         return hqq_cuda_reference_forward(f, stream_of(context));
 
-    float *xa = f->xa ? f->xa : plan.xa;
-    if (f->lora)
-        HQQ_TRY(hqq_cuda_lora_xa(xa, f->x, f->ldx, f->dtype, f->lora, M, K, plan.scratch,
+    const float *xa = f->given_xa;
+    if (f->lora && !xa) {
+        float *computed = f->xa ? f->xa : plan.xa;
+        HQQ_TRY(hqq_cuda_lora_xa(computed, f->x, f->ldx, f->dtype, f->lora, M, K, plan.scratch,
                                  &device, stream_of(context)));
+        xa = computed;
+    }
     hqq_addend addend = forward_addend(f, xa);
     return multiply(f->y, f->x, f->ldx, f->weight, &addend, M, f->dtype, 0, &plan, context);
 }
@@ -185,23 +188,64 @@ hqq_status hqq_backend_backward(const hqq_backward *b, void *workspace,
 {
     int64_t M = b->M, N = b->weight->out_features, K = b->weight->in_features;
     void *stream = stream_of(context);
-    if (M == 0 || N == 0 || K == 0) return fill_gradients_with_zero(b, stream);
+    if (M == 0 || K == 0 || (N == 0 && !b->given_dyb))
+        return fill_gradients_with_zero(b, stream);
+    if (N == 0) return hqq_cuda_reference_backward(b, stream); /* the adapter's part alone */
     hqq_cuda_device device;
     HQQ_TRY(hqq_cuda_current_device(&device));
     hqq_arena arena = {.base = workspace};
     product_plan plan = make_plan(&arena, &device, b->weight, b->lora, M, b->dtype, 1, context);
     if (plan.kernel == HQQ_KERNEL_REFERENCE) return hqq_cuda_reference_backward(b, stream);
 
-    if (b->lora && (b->dx || b->dA))
+    const float *dyb = b->given_dyb ? b->given_dyb : plan.dyb;
+    if (b->lora && !b->given_dyb && (b->dx || b->dA))
         HQQ_TRY(hqq_cuda_lora_dyb(plan.dyb, b->dy, b->lddy, b->dtype, b->lora, M, N,
                                   plan.scratch, &device, stream));
     if (b->dB) HQQ_TRY(backward_dB(b, &plan, stream));
     if (b->dA)
-        HQQ_TRY(hqq_cuda_lora_dA(b->dA, plan.dyb, b->x, b->ldx, b->dtype, b->lora, M, K,
+        HQQ_TRY(hqq_cuda_lora_dA(b->dA, dyb, b->x, b->ldx, b->dtype, b->lora, M, K,
                                  plan.scratch, &device, stream));
     if (!b->dx) return HQQ_OK;
-    hqq_addend addend = backward_addend(b->lora, plan.dyb, K);
+    hqq_addend addend = backward_addend(b->lora, dyb, K);
     return multiply(b->dx, b->dy, b->lddy, b->weight, &addend, M, b->dtype, 1, &plan, context);
+}
+
+/* ---- the adapter alone ------------------------------------------------------------------ */
+
+hqq_status hqq_backend_lora_workspace_size(size_t *bytes, const hqq_lora *lora, int64_t M,
+                                           int64_t N, int64_t K)
+{
+    hqq_cuda_device device;
+    HQQ_TRY(hqq_cuda_current_device(&device));
+    *bytes = hqq_cuda_lora_workspace(lora, M, N, K, &device);
+    return HQQ_OK;
+}
+
+hqq_status hqq_backend_lora_project(float *xa, const void *x, int64_t ldx, const hqq_lora *lora,
+                                    int64_t M, int64_t K, hqq_dtype dtype, void *workspace,
+                                    const hqq_context *context)
+{
+    hqq_cuda_device device;
+    HQQ_TRY(hqq_cuda_current_device(&device));
+    return hqq_cuda_lora_xa(xa, x, ldx, dtype, lora, M, K, workspace, &device,
+                            stream_of(context));
+}
+
+hqq_status hqq_backend_lora_factor_gradients(float *dyb, void *dB, const void *dy, int64_t lddy,
+                                             const float *xa, const hqq_lora *lora, int64_t M,
+                                             int64_t N, hqq_dtype dtype, void *workspace,
+                                             const hqq_context *context)
+{
+    hqq_cuda_device device;
+    HQQ_TRY(hqq_cuda_current_device(&device));
+    void *stream = stream_of(context);
+    if (dyb)
+        HQQ_TRY(
+            hqq_cuda_lora_dyb(dyb, dy, lddy, dtype, lora, M, N, workspace, &device, stream));
+    if (dB)
+        HQQ_TRY(
+            hqq_cuda_lora_dB(dB, dy, lddy, dtype, xa, lora, M, N, workspace, &device, stream));
+    return HQQ_OK;
 }
 
 /* ---- the weight alone ------------------------------------------------------------------- */

@@ -49,7 +49,7 @@ static __global__ void __launch_bounds__(THREADS)
     hqq_forward f = on_device(job.f, job);
     int64_t R = f.lora ? f.lora->rank : 0, N = f.weight->out_features, m = blockIdx.x;
     for (int64_t r = threadIdx.x; r < R; r += THREADS) {
-        xa[r] = hqq_reference_xa(f.x, f.dtype, f.ldx, f.lora, f.weight->in_features, m, r);
+        xa[r] = hqq_reference_forward_xa(&f, m, r);
         if (f.xa && blockIdx.y == 0) f.xa[m * R + r] = static_cast<float>(xa[r]);
     }
     __syncthreads();

@@ -30,6 +30,11 @@ static const function entries[] = {
     (function)hqq_linear_dgrad,
     (function)hqq_lora_linear,
     (function)hqq_lora_linear_backward,
+    (function)hqq_shared_input_workspace_size,
+    (function)hqq_lora_project,
+    (function)hqq_lora_linear_from_xa,
+    (function)hqq_lora_factor_gradients,
+    (function)hqq_lora_input_gradients,
 };
 
 int main(void)
@@ -70,8 +75,8 @@ int main(void)
     if (sizeof(void *) == 8)
         failures += SAME_PLACE(hqq_weight, packed, 40) + SAME_PLACE(hqq_weight, zero, 56) +
                     SAME_PLACE(hqq_lora, scaling, 32) + SAME_PLACE(hqq_lora, seed, 40) +
-                    SAME_PLACE(hqq_lora, seed_offset, 48) +
-                    SAME_PLACE(hqq_context, isa, 32) + SAME_PLACE(hqq_context, kernel, 36) +
+                    SAME_PLACE(hqq_lora, seed_offset, 48) + SAME_PLACE(hqq_context, isa, 32) +
+                    SAME_PLACE(hqq_context, kernel, 36) +
                     SAME_PLACE(hqq_quantize_options, kappa, 24);
     return failures != 0;
 }

@@ -35,8 +35,8 @@ typedef struct hqqlora_emulated_counts {
 HQQ_EMULATED_EXPORT void hqqlora_emulated_get_counts(hqqlora_emulated_counts *counts);
 
 /* What a CUDA graph does with a captured stream. From begin on, what this host thread enqueues
- * (launches, memsets, copies, GEMMs) is kept with its arguments instead of run; end gives all of
- * it, and a replay runs it once more, in order. A replay gives 0, or the cudaError_t of what
+ * (launches, memsets, copies, GEMMs) is kept with its arguments instead of run; end gives all
+ * of it, and a replay runs it once more, in order. A replay gives 0, or the cudaError_t of what
  * failed. */
 typedef struct hqqlora_emulated_graph hqqlora_emulated_graph;
 HQQ_EMULATED_EXPORT void hqqlora_emulated_begin_capture(void);

@@ -37,7 +37,7 @@ static void multiply(void *job)
     int64_t m = g->m, n = g->n, k = g->k;
     /* a real GEMM scribbles there */
     if (g->workspace_bytes) memset(g->workspace, 0xff, g->workspace_bytes);
-    float *a = widen(g->A, g->lda, m, k, 0, g->dtype); /* [m,k] */
+    float *a = widen(g->A, g->lda, m, k, 0, g->dtype);                 /* [m,k] */
     float *b = g->transpose_b ? widen(g->B, g->ldb, n, k, 1, g->dtype) /* [k,n] */
                               : widen(g->B, g->ldb, k, n, 0, g->dtype);
     float *sums = malloc((size_t)n * sizeof(float));

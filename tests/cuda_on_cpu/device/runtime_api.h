@@ -1,5 +1,6 @@
 /* The part of the CUDA runtime that the library's host code uses. Everything is done when the
- * call returns, or captured (see control.h); streams are ignored. Enumerators have CUDA's values. */
+ * call returns, or captured (see control.h); streams are ignored. Enumerators have CUDA's
+ * values. */
 #ifndef HQQ_CUDA_ON_CPU_RUNTIME_API_H
 #define HQQ_CUDA_ON_CPU_RUNTIME_API_H
 
