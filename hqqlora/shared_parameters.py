@@ -33,7 +33,7 @@ def whole_tensor(tensor: Tensor, name: str) -> Tensor:
             f"deepspeed.zero.GatheredParameters(hqqlora.lora_parameters(model))"
         )
     shared: Any = tensor
-    return shared.full_tensor() if is_dtensor(tensor) else tensor  # type: ignore[no-any-return]
+    return shared.full_tensor() if is_dtensor(tensor) else tensor
 
 
 def copy_whole(parameter: Tensor, value: Tensor) -> None:

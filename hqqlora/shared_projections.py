@@ -39,7 +39,7 @@ SHARED_INPUTS = (
 
 
 # Since this version of torch, `_stamp` can be traced. Before, compiled layers do not share.
-_STAMPS_ARE_TRACED = TorchVersion(torch.__version__) >= (2, 13)
+_STAMPS_ARE_TRACED = TorchVersion(torch.__version__) >= "2.13"
 
 
 class SharesInput:
