@@ -198,6 +198,79 @@ static hqq_status grouped_lora_linear_backward(fuzz_case *c)
         a.routing, c->dtype, a.workspace, c->workspace_bytes, case_context(c));
 }
 
+/* ---- layers that share their input ------------------------------------------------------ */
+
+static hqq_status shared_input_workspace_size(fuzz_case *c)
+{
+    size_t *bytes = case_output(c, BYTES, 1, sizeof *bytes);
+    const hqq_lora *lora = case_lora(c);
+    return hqq_shared_input_workspace_size(bytes, case_weight(c), lora, c->M, c->dtype,
+                                           case_context(c));
+}
+
+/* For a weight [N,K], of which one may be 0. */
+static void *shared_workspace(fuzz_case *c, const hqq_lora *lora, int64_t N, int64_t K)
+{
+    size_t needed = 0;
+    hqq_weight weight = c->weight;
+    weight.out_features = N;
+    weight.in_features = K;
+    hqq_status status = hqq_shared_input_workspace_size(&needed, &weight, lora, c->M, c->dtype,
+                                                        case_context(c));
+    return workspace_of(c, status == HQQ_OK ? needed : 0);
+}
+
+static hqq_status lora_project(fuzz_case *c)
+{
+    const hqq_lora *lora = case_lora(c);
+    const void *x = case_rows(c, X, c->M, c->K, c->stride_x, c->dtype);
+    float *xa = product(c, XA, c->M, c->R, 4);
+    void *workspace = shared_workspace(c, lora, 0, c->K);
+    return hqq_lora_project(xa, x, c->stride_x, lora, c->M, c->K, c->dtype, workspace,
+                            c->workspace_bytes, case_context(c));
+}
+
+static hqq_status lora_linear_from_xa(fuzz_case *c)
+{
+    const hqq_weight *weight = case_weight(c);
+    const hqq_lora *lora = case_lora(c);
+    const void *x = case_rows(c, X, c->M, c->K, c->stride_x, c->dtype);
+    const float *xa = case_rows(c, XA, c->M, c->R, c->R, HQQ_F32);
+    const void *with_bias = bias(c);
+    void *y = product(c, Y, c->M, c->N, bytes_of(c->dtype));
+    void *workspace = shared_workspace(c, lora, c->N, c->K);
+    return hqq_lora_linear_from_xa(y, xa, x, c->stride_x, weight, with_bias, c->bias_dtype,
+                                   lora, c->M, c->dtype, workspace, c->workspace_bytes,
+                                   case_context(c));
+}
+
+static hqq_status lora_factor_gradients(fuzz_case *c)
+{
+    const hqq_lora *lora = case_lora(c);
+    const void *dy = case_rows(c, DY, c->M, c->N, c->stride_dy, c->dtype);
+    const float *xa = case_rows(c, XA, c->M, c->R, c->R, HQQ_F32);
+    float *dyb = product(c, OUT, c->M, c->R, 4);
+    void *dB = product(c, DB, c->N, c->R, bytes_of(c->lora.dtype));
+    void *workspace = shared_workspace(c, lora, c->N, 0);
+    return hqq_lora_factor_gradients(dyb, dB, dy, c->stride_dy, xa, lora, c->M, c->N, c->dtype,
+                                     workspace, c->workspace_bytes, case_context(c));
+}
+
+static hqq_status lora_input_gradients(fuzz_case *c)
+{
+    const hqq_weight *weight = case_weight(c);
+    const hqq_lora *lora = case_lora(c);
+    const void *dy = case_rows(c, DY, c->M, c->N, c->stride_dy, c->dtype);
+    const void *x = case_rows(c, X, c->M, c->K, c->stride_x, c->dtype);
+    const float *dyb = case_rows(c, XA, c->M, c->R, c->R, HQQ_F32);
+    void *dx = product(c, DX, c->M, c->K, bytes_of(c->dtype));
+    void *dA = product(c, DA, c->R, c->K, bytes_of(c->lora.dtype));
+    void *workspace = shared_workspace(c, lora, c->N, c->K);
+    return hqq_lora_input_gradients(dx, dA, dy, c->stride_dy, dyb, x, c->stride_x, weight, lora,
+                                    c->M, c->dtype, workspace, c->workspace_bytes,
+                                    case_context(c));
+}
+
 const fuzz_entry fuzz_entries[] = {
     {"choose_kernel", choose_kernel, 0},
     {"layout_of", layout_of, 0},
@@ -215,5 +288,10 @@ const fuzz_entry fuzz_entries[] = {
     {"grouped_linear_dgrad", grouped_linear_dgrad, 1},
     {"grouped_lora_linear", grouped_lora_linear, 1},
     {"grouped_lora_linear_backward", grouped_lora_linear_backward, 1},
+    {"shared_input_workspace_size", shared_input_workspace_size, 0},
+    {"lora_project", lora_project, 0},
+    {"lora_linear_from_xa", lora_linear_from_xa, 0},
+    {"lora_factor_gradients", lora_factor_gradients, 0},
+    {"lora_input_gradients", lora_input_gradients, 0},
 };
 const int fuzz_entry_count = (int)(sizeof fuzz_entries / sizeof *fuzz_entries);

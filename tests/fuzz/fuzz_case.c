@@ -179,7 +179,11 @@ void *case_workspace(fuzz_case *c, const hqq_lora *lora, int grouped)
     hqq_status status =
         grouped ? hqq_grouped_workspace_size(&needed, weight, lora, routing, c->dtype, context)
                 : hqq_workspace_size(&needed, weight, lora, c->M, c->dtype, context);
-    if (status != HQQ_OK) needed = 0;
+    return workspace_of(c, status == HQQ_OK ? needed : 0);
+}
+
+void *workspace_of(fuzz_case *c, size_t needed)
+{
     char *given = give_workspace(&c->buffers, needed);
     c->workspace_bytes = needed;
     switch (c->fields.workspace % 8) {

@@ -128,13 +128,14 @@ BLOCKS = {
 
 # entry points that share their checks with others get what tells them apart alone
 THOROUGH = {"quantize", "dequantize", "lora_linear", "lora_linear_backward",
-            "grouped_lora_linear_backward"}  # fmt: skip
+            "grouped_lora_linear_backward", "lora_input_gradients"}  # fmt: skip
 LIMITS_OF_SHAPE = ("largest", "overflow", "negative", "two-to", "no-")
 
 
 def seeds_of(entry: str) -> dict[str, dict[str, int]]:
     """Name and changed fields of each seed of one entry point."""
-    thorough, product = entry in THOROUGH, "linear" in entry
+    thorough = entry in THOROUGH
+    product = "linear" in entry or entry.startswith("lora")
     seeds: dict[str, dict[str, int]] = {"sound": {}}
     seeds |= {n: s for n, s in SHAPES.items() if thorough or n.startswith(LIMITS_OF_SHAPE)}
     seeds |= {n: s for n, s in CONTEXTS.items() if thorough or n.startswith("pointers")}
