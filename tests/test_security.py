@@ -184,6 +184,15 @@ def test_an_index_leads_to_no_file_outside_its_folder(
     assert len(DenseCheckpoint(folder).keys()) == 2
 
 
+def test_a_name_longer_than_the_system_allows_is_a_file_that_is_missing(folder: Path) -> None:
+    from hqqlora.command.errors import UsageError
+    from hqqlora.quantize_command.source import weight_files
+
+    put_index(folder, "x" * 10_000)
+    with pytest.raises(UsageError, match=r"lacks x+, which its index names"):
+        weight_files(folder)
+
+
 def test_transformers_is_led_to_no_quantized_layer_outside_the_folder(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     from tiny_models import save_tiny, tiny_llama

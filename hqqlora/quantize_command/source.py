@@ -131,9 +131,11 @@ def weight_files(folder: Path) -> list[str]:
             f"{folder} has neither {SINGLE} nor {INDEX}{found}: save the model with "
             "save_pretrained first"
         )
+    # Compared with what there is: the system takes some names amiss, such as long ones.
+    present = {path.name for path in folder.iterdir() if path.is_file()}
     for name in names:
-        if Path(name).name != name or not (folder / name).is_file():
-            raise UsageError(f"{folder} lacks {name}, which its index names")
+        if name not in present:
+            raise UsageError(f"{folder} lacks {name[:200]}, which its index names")
     return names
 
 
