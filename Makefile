@@ -60,7 +60,9 @@ tsan: $(VENV)/built
 	$(BIN)/cmake --build build/tsan --target test_threads
 	$(BIN)/ctest --test-dir build/tsan --output-on-failure -R '^threads$$'
 
-valgrind: test-c
+valgrind: $(VENV)/built
+	$(BIN)/cmake -S . -B build/release -DHQQLORA_TESTS=ON >build/release-configure.log
+	$(BIN)/cmake --build build/release --target minimal
 	valgrind -q --error-exitcode=9 --leak-check=full build/release/tests/c/minimal
 
 # every entry point of the C interface under hostile arguments (needs clang with libFuzzer)

@@ -22,7 +22,8 @@
  *     values, for the calling thread. Nothing prints, exits or throws.
  *   - Arguments come as: outputs, inputs, shapes, workspace, context.
  *   - Outputs are overwritten (=), never added to. On a non-zero status of an argument check
- *     nothing has been written.
+ *     nothing has been written; after HQQ_NO_MEMORY from within a call, and after
+ *     HQQ_CALLBACK, outputs may be partly written.
  *   - M, N, K and R may be 0: an empty product is zero, so y is then the bias.
  *   - There is no global state but immutable tables (and, on a GPU, cuBLASLt's handles and its
  *     choices): any number of threads may call at once.

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Builds the fuzz target and runs it: run.sh [SECONDS], 600 unless given. New inputs are kept in
-# build/fuzz/corpus, those that crash in build/fuzz/crashes: their number is the exit status' reason.
+# build/fuzz/corpus. It stops at the first that crashes, which is then in build/fuzz/crashes.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 seconds=${1:-600}
