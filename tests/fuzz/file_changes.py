@@ -40,7 +40,7 @@ def change_bytes(content: bytes, generator: random.Random) -> bytes:
             del data[at : at + generator.randrange(1, 40)]
         else:
             data[at:at] = data[at : at + generator.randrange(1, 40)]
-    if generator.random() < 0.1:
+    if generator.random() < 0.1 and data:
         del data[generator.randrange(len(data)) :]
     return bytes(data)
 
