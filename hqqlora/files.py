@@ -141,6 +141,21 @@ def write_torch(path: str | os.PathLike[str], value: object) -> None:
             raise cause if isinstance(cause, OSError) else error from None
 
 
+def check_writable(folder: str | os.PathLike[str]) -> None:
+    """Sees that files can be written into `folder`, which exists, by writing one of 4 KB that
+    is gone afterwards; after a kill, the next call removes it.
+
+    Raises:
+        OSError: none can be written; names `folder`.
+    """
+    with (
+        _temporary(Path(folder) / _STAGING, folder, _make_file) as temporary,
+        naming(folder),
+    ):
+        temporary.write_bytes(b"\0" * 4096)
+        temporary.unlink()
+
+
 @contextmanager
 def naming(path: str | os.PathLike[str]) -> Iterator[None]:
     """Turns what the system or safetensors says into one OSError that names `path`."""
@@ -182,8 +197,8 @@ def remove_folder(path: str | os.PathLike[str]) -> None:
 def _temporary(
     target: Path, path: str | os.PathLike[str], make: Callable[[Path], object]
 ) -> Iterator[Path]:
-    """Lends what `make` makes beside `target`, held by a lock. If it fails, or is not renamed
-    in the end, it is removed. Errors name `path`."""
+    """Lends what `make` makes beside `target`, held by a lock. If it fails it is removed;
+    otherwise the borrower has renamed or removed it. Errors name `path`."""
     remove_leavings(target)
     claim = None
     while claim is None:

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from hqqlora.files import (
+    check_writable,
     creating_folder,
     remove_folder,
     remove_leavings,
@@ -141,6 +142,22 @@ def test_what_a_killed_process_has_left_is_removed_and_what_a_living_one_writes_
     assert (tmp_path / "a.json").read_text() == "1"
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {"a.json", "mine", abandoned[2].name, *(path.name for path in others)}
+
+
+def test_a_folder_is_tried_without_a_trace_and_a_kill_at_it_leaves_none_for_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_writable(tmp_path)
+    assert not list(tmp_path.iterdir())
+    child = os.fork()
+    if child == 0:
+        monkeypatch.setattr(Path, "unlink", lambda _: os.kill(os.getpid(), signal.SIGKILL))
+        check_writable(tmp_path)
+        os._exit(0)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    assert len(list(tmp_path.iterdir())) == 1
+    check_writable(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_failure_in_a_folder_that_exists_leaves_all_of_it_as_it_was(tmp_path: Path) -> None:

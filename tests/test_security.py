@@ -19,7 +19,6 @@ TORCH_LOAD = {"hqqlora/torch_files.py"}
 # Who opens files to write: the one atomic writer, and what is said of each of the others.
 WRITERS = {
     "hqqlora/files.py",
-    "hqqlora/training/run_folder.py",  # a probe file, removed at once
     "hqqlora/quantize_command/plan_apart.py",  # standard output
     "hqqlora/command/machine.py",  # /proc/self/clear_refs, which restarts a counter
 }

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import secrets
 from contextlib import suppress
 from pathlib import Path
 
 from hqqlora.command.errors import UsageError
-from hqqlora.files import remove_folder, remove_leavings
+from hqqlora.files import check_writable, remove_folder, remove_leavings
 
 DEFAULT_NAME = "hqqlora-run"
 
@@ -53,7 +52,7 @@ class RunFolder:
         self.check_writable()
 
     def check_writable(self) -> None:
-        """Makes the folder if need be and writes a probe file into it.
+        """Makes the folder if need be, and sees that it can be written.
 
         Raises:
             UsageError: that fails.
@@ -62,12 +61,7 @@ class RunFolder:
             if not self.path.exists():
                 self.path.mkdir(parents=True)
                 self._created = True
-            probe = self.path / f".{secrets.token_hex(6)}.tmp"
-            try:
-                probe.write_bytes(b"\0" * 4096)
-            finally:
-                with suppress(OSError):
-                    probe.unlink()
+            check_writable(self.path)
             for file in (self.log, self.curve, self.checkpoint, self.adapter):
                 remove_leavings(file)  # of a run that was killed
         except OSError as error:
