@@ -48,6 +48,11 @@ def read_module_states(path: str | os.PathLike[str]) -> ModuleStates:
                 f"{path} is not a checkpoint of hqq: {name!r} is a {type(state).__name__}, not "
                 f"the state of a module"
             )
+        if strange := [key for key in state if not isinstance(key, str)]:
+            raise ValueError(
+                f"{path} is not a checkpoint of hqq: {name} has a {type(strange[0]).__name__} "
+                f"where a tensor's name is expected"
+            )
     return states
 
 

@@ -62,7 +62,11 @@ class TestBadFiles:
             loaded(folder)
 
     @pytest.mark.parametrize(
-        "states", [[1, 2], {}, {"lm_head": torch.ones(1)}, {3: {"weight": torch.ones(1)}}]
+        "states",
+        [
+            *([1, 2], {}, {"lm_head": torch.ones(1)}, {3: {"weight": torch.ones(1)}}),
+            {"lm_head": {"weight": torch.ones(1), (1,): 2}},
+        ],
     )
     def test_something_else_in_a_file(self, folder: Path, states: object) -> None:
         torch.save(states, folder / "qmodel.pt")

@@ -77,7 +77,7 @@ def change_tensor(tensor: torch.Tensor, generator: random.Random) -> torch.Tenso
             lambda: tensor.to(torch.int32),
             lambda: tensor.new_empty(0),
             lambda: tensor.new_zeros(()).expand(2**40),
-            lambda: tensor.new_zeros(1).expand(tensor.shape),
+            lambda: tensor.new_zeros(()).expand(tensor.shape),
             lambda: tensor.to("meta"),
             lambda: tensor.to(torch.complex64),
             lambda: tensor.to_sparse() if tensor.dim() else tensor,
