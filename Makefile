@@ -26,7 +26,7 @@ SOURCES := CMakeLists.txt pyproject.toml $(wildcard kernels/CMakeLists.txt kerne
   kernels/cpu/*.[ch] kernels/cuda/* c_api/* ops/CMakeLists.txt ops/*.cpp ops/*.h)
 C_SOURCES = $$(git ls-files '*.c' '*.h' '*.cpp' '*.cu' '*.cuh')
 
-.PHONY: all train test test-c test-torch-versions bench tune sass lint format asan tsan valgrind fuzz \
+.PHONY: all train test test-c test-torch-versions bench bench-check tune sass lint format asan tsan valgrind fuzz \
   fuzz-readers kills avx512 clean FORCE
 all: $(VENV)/built
 
@@ -93,6 +93,10 @@ test-torch-versions: $(VENV)/built
 
 bench: $(VENV)/bench
 	$(BIN)/python benchmarks/run.py
+
+# whether what is timed computes the same: each contender once, no times
+bench-check: $(VENV)/bench
+	$(BIN)/python benchmarks/check.py
 
 # the thresholds between the CPU's kernels, measured: the table of c_api/choose_kernel.c
 tune: $(VENV)/bench
@@ -168,7 +172,7 @@ $(VENV)/test: $(VENV)/model
 	@touch $@
 
 $(VENV)/bench: $(VENV)/built
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'hqq==0.2.8.post1'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'hqq==0.2.8.post1' 'matplotlib>=3.7'
 	@touch $@
 
 $(VENV)/sass: $(VENV)/torch
