@@ -31,6 +31,7 @@ from hqqlora.ops import PackedWeight, Solver
 from hqqlora.packed_codes import empty_words, pack_codes, unpack_codes, write_codes
 
 ops = torch.ops.hqqlora
+pytestmark = pytest.mark.usefixtures("one_thread")
 NO_META = torch.zeros(0)
 
 

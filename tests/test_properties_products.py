@@ -24,6 +24,7 @@ BACKENDS = {
     **{f"portable {kernel}": CpuOps(kernel, "portable") for kernel in ("direct", "tiled")},
     "emulated cuda": EmulatedOps(),
 }
+pytestmark = pytest.mark.usefixtures("one_thread")
 on_every_backend = pytest.mark.parametrize("ops", BACKENDS.values(), ids=BACKENDS)
 
 
@@ -192,13 +193,13 @@ large = st.one_of(st.integers(100, 300), st.sampled_from((128, 256, 512)))
 
 @quick(20)
 @given(p=products(large))
-def test_no_bit_depends_on_the_number_of_threads(keep_threads: None, p: Product) -> None:
+def test_no_bit_depends_on_the_number_of_threads(p: Product) -> None:
     """But for products that torch's own GEMM serves: two runs of those differ by their bounds
     at most."""
-    torch.set_num_threads(1)
     expected = p.results(torch.ops.hqqlora)
     torch.set_num_threads(2)
     found = p.results(torch.ops.hqqlora)
+    torch.set_num_threads(1)
     M, dtype = len(p.x), p.x.dtype
     for i, (left, right, (_, bound)) in enumerate(
         zip(found, expected, p.expected(), strict=True)
