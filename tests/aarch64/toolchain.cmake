@@ -1,6 +1,5 @@
 # The C library and its tests for AArch64, on another machine: Debian's cross compiler, and
-# qemu-user to run what it makes (apt install gcc-aarch64-linux-gnu g++-aarch64-linux-gnu
-# libc6-dev-arm64-cross qemu-user).
+# qemu to run what it makes (apt install g++-aarch64-linux-gnu qemu-user).
 set(CMAKE_SYSTEM_NAME Linux)
 set(CMAKE_SYSTEM_PROCESSOR aarch64)
 set(CMAKE_C_COMPILER aarch64-linux-gnu-gcc)
