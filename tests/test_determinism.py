@@ -12,7 +12,7 @@ import c_library
 import determinism_results
 import pytest
 import torch
-from backends import ISAS, CpuOps
+from backends import ISAS, CpuOps, EmulatedOps
 from determinism_results import K, everything, of_formats, of_products, products
 from oracle import FLOATING, random_weight
 from product import RESULTS, random_product
@@ -110,6 +110,11 @@ def test_rows_alone_and_among_others(dtype) -> None:
 def test_formats_have_the_same_bits_with_every_instruction_set(isa) -> None:
     """Codes, scales and zeros of every solver, dequantized weights, dropout's masks."""
     assert_same_bits(of_formats(CpuOps(isa=isa)), of_formats(ops))
+
+
+def test_cuda_kernels_give_formats_the_bits_of_the_cpu() -> None:
+    """By the emulator, which contracts nothing (nvcc: -fmad=false for the quantizer)."""
+    assert_same_bits(of_formats(EmulatedOps()), of_formats(ops))
 
 
 @pytest.mark.parametrize("isa", INSTRUCTION_SETS)
