@@ -26,8 +26,8 @@ SOURCES := CMakeLists.txt pyproject.toml $(wildcard kernels/CMakeLists.txt kerne
   kernels/cpu/*.[ch] kernels/cuda/* c_api/* ops/CMakeLists.txt ops/*.cpp ops/*.h)
 C_SOURCES = $$(git ls-files '*.c' '*.h' '*.cpp' '*.cu' '*.cuh')
 
-.PHONY: all train test test-c test-torch-versions bench tune sass lint format asan tsan valgrind fuzz \
-  fuzz-readers kills avx512 aarch64 clean FORCE
+.PHONY: all train test test-c test-torch-versions bench bench-check tune sass lint format asan tsan \
+  valgrind fuzz fuzz-readers kills avx512 aarch64 clean FORCE
 all: $(VENV)/built
 
 train: $(VENV)/model
@@ -106,6 +106,10 @@ test-torch-versions: $(VENV)/built
 bench: $(VENV)/bench
 	$(BIN)/python benchmarks/run.py
 
+# whether what is timed computes the same: each contender once, no times
+bench-check: $(VENV)/bench
+	$(BIN)/python benchmarks/check.py
+
 # the thresholds between the CPU's kernels, measured: the table of c_api/choose_kernel.c
 tune: $(VENV)/bench
 	$(BIN)/python benchmarks/tune.py
@@ -180,7 +184,7 @@ $(VENV)/test: $(VENV)/model
 	@touch $@
 
 $(VENV)/bench: $(VENV)/built
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'hqq==0.2.8.post1'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'hqq==0.2.8.post1' 'matplotlib>=3.7'
 	@touch $@
 
 $(VENV)/sass: $(VENV)/torch

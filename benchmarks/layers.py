@@ -56,6 +56,10 @@ class Layers:
     nbits: int = 4
     group_size: int = 64
     axis: int = 1
+    copies: int | None = None
+    """None: enough."""
+    same_numbers: bool = False
+    """Whether the dense weight is the quantized one read back: for results to be compared."""
     dense: list[Tensor] = field(init=False)
     ours: list[PackedWeight] = field(init=False)
     hqq: list[Any] = field(init=False)
@@ -63,8 +67,10 @@ class Layers:
     def __post_init__(self) -> None:
         weight = (torch.randn(self.N, self.K) * 0.02).to(self.dtype)
         packed = quantize(weight, self.nbits, self.group_size, self.axis)
+        if self.same_numbers:
+            weight = torch.ops.hqqlora.dequantize(*packed, self.dtype)
         bytes_a_round = sum(t.numel() * t.itemsize for t in (weight, *packed[:3]))
-        copies = -(-machine.cold_bytes() // bytes_a_round) + 1
+        copies = self.copies or -(-machine.cold_bytes() // bytes_a_round) + 1
         self.dense = [weight.clone() for _ in range(copies)]
         self.ours = [
             PackedWeight(*(part.clone() for part in packed[:3]), *packed[3:])

@@ -54,9 +54,11 @@ def forward_and_backward(layers: Layers, M: int) -> dict[str, Contender]:
     dy = torch.randn(M, layers.N).to(layers.dtype)
     count = len(layers)
 
-    def both(product, weights, i: int) -> None:
-        product(x, weights[i % count]).backward(dy)
-        x.grad = None
+    def both(product, weights, i: int) -> tuple[torch.Tensor, torch.Tensor]:
+        y = product(x, weights[i % count])
+        y.backward(dy)
+        dx, x.grad = x.grad, None
+        return y.detach(), dx
 
     contenders: dict[str, Contender] = {
         "hqqlora": partial(both, hqqlora.autograd.linear, layers.ours),

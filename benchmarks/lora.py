@@ -45,9 +45,12 @@ def contenders_of(layers: Layers, adapter: Adapter, M: int) -> dict[str, Contend
     count = len(layers)
 
     def training_step(forward: Callable[[int], torch.Tensor]) -> Contender:
-        def run(i: int) -> None:
-            forward(i % count).backward(dy)
+        def run(i: int) -> tuple[torch.Tensor, ...]:
+            y = forward(i % count)
+            y.backward(dy)
+            results = y.detach(), x.grad, adapter.A.grad, adapter.B.grad
             x.grad = adapter.A.grad = adapter.B.grad = None
+            return results
 
         return run
 

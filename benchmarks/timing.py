@@ -7,7 +7,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-# A contender's work in round i; it may use another copy of its data each round.
+# A contender's work in round i; it may use another copy of its data each round. What it returns
+# is what it computed, which check.py compares.
 Contender = Callable[[int], object]
 # The seconds of one contender's work in round i.
 Measure = Callable[[Contender, int], float]

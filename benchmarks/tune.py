@@ -11,8 +11,6 @@ written: a row that differs by more than the noise is a reason to edit the table
 from __future__ import annotations
 
 import argparse
-import ctypes
-import functools
 import os
 import statistics
 import subprocess
@@ -22,16 +20,14 @@ from dataclasses import dataclass
 
 import report
 import torch
+from kernel_choice import COLUMNS, chosen, instruction_set
 from layers import DTYPES, quantize
 
 from hqqlora.ops import PackedWeight
-from hqqlora.ops.library import find_library
 
 KERNELS = ("direct", "tiled", "blocked")
 PASSES = ("forward", "dgrad")
 ROWS = (1, 2, 4, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128, 192, 256, 512, 1024, 2048)
-# Of the columns of the table in c_api/choose_kernel.c, and of hqq_dtype.
-COLUMNS = ("fp32", "fp16", "bf16")
 LEAST_ROUNDS, MOST_ROUNDS = 7, 50
 # A kernel that serves few tokens is not timed again once it takes that many times the fastest.
 HOPELESS = 2.0
@@ -146,35 +142,6 @@ def measure(
         if times[m].get("direct", 0) > HOPELESS * least:
             running.remove("direct")
     return times
-
-
-@functools.cache
-def library() -> ctypes.CDLL:
-    """The C library, to ask what it would choose."""
-    lib = ctypes.CDLL(str(find_library().with_name("libhqqlora.so")))
-    lib.hqq_isa_name.restype = ctypes.c_char_p
-    lib.hqq_choose_kernel.argtypes = [
-        ctypes.c_void_p,
-        ctypes.c_int64,
-        ctypes.c_int,
-        ctypes.c_int32,
-        ctypes.c_int,
-    ]
-    return lib
-
-
-def instruction_set() -> str:
-    """The name of what the kernels use: HQQLORA_ISA, or what the library finds."""
-    found: bytes = library().hqq_isa_name(library().hqq_isa_in_use(None))
-    return os.environ.get("HQQLORA_ISA") or found.decode()
-
-
-def chosen(rows: int, dtype: str, name: str) -> str:
-    """What the library uses today, whatever the weight."""
-    isas = [library().hqq_isa_name(isa).decode() for isa in range(1, 5)]
-    isa = isas.index(instruction_set()) + 1
-    kernel = library().hqq_choose_kernel(None, rows, COLUMNS.index(dtype), name == "dgrad", isa)
-    return {2: "direct", 3: "blocked", 4: "tiled"}[kernel]
 
 
 def print_times(times: dict[int, dict[str, float]], dtype: str, name: str) -> None:

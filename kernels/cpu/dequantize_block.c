@@ -157,8 +157,9 @@ INLINE void constant_run(void *out, hqq_dtype dtype, int64_t at, const hqq_run *
         return;
     }
 #endif
-    int64_t i = 0;
-    for (; i + HQQ_LANES <= run->length; i += HQQ_LANES)
+    int64_t i = 0, length = run->length;
+#pragma GCC unroll 4
+    for (; i + HQQ_LANES <= length; i += HQQ_LANES)
         hqq_vec_store_dtype(out, dtype, at + i,
                             hqq_decode(&d, by_table, load_words(run, kind, i)));
     if (i < run->length) {
@@ -238,6 +239,7 @@ INLINE void whole_groups(void *out, hqq_dtype dtype, int64_t at, const hqq_weigh
                    .group = place->turn,
                    .length = l->G,
                    .shift = hqq_slot_shift(l->nbits, (int)place->slot)};
+    int nbits = kind == WIDE_WORDS ? 3 : l->nbits;
     while (columns > 0) {
         int64_t groups = (columns + l->G - 1) / l->G;
         if (groups > META_AT_ONCE) groups = META_AT_ONCE;
@@ -246,7 +248,7 @@ INLINE void whole_groups(void *out, hqq_dtype dtype, int64_t at, const hqq_weigh
         int normal = values_are_normal(zero, scale, groups);
         for (int64_t g = 0; g < groups; g++, columns -= l->G, at += l->G) {
             if (columns < l->G) run.length = columns;
-            constant_run(out, dtype, at, &run, kind, w->nbits, zero[g], scale[g], normal);
+            constant_run(out, dtype, at, &run, kind, nbits, zero[g], scale[g], normal);
             run.words = (const char *)run.words + l->G * l->word_bytes;
         }
         run.group += groups;
@@ -260,12 +262,10 @@ INLINE void all_rows(const block *b, hqq_dtype dtype, code_kind kind, int axis, 
     hqq_layout layout = hqq_weight_layout(w);
     hqq_place place = hqq_place_of(&layout, b->row * layout.K + b->column);
     hqq_place step = hqq_place_of(&layout, b->row_step * layout.K);
-    int aligned =
-        hqq_rows_align(&layout) && hqq_groups_align(&layout) && b->column % layout.G == 0;
     for (int64_t i = 0; i < b->rows; i++, place = hqq_place_add(&layout, place, &step)) {
         int64_t at = i * b->ld;
         prefetch_row(b, &layout, &place, &step);
-        if (axis == 1 && aligned) {
+        if (axis == 1 && place.rest == 0 && place.word + b->columns <= layout.words) {
             whole_groups(b->out, dtype, at, w, &layout, &place, b->columns, kind);
             continue;
         }

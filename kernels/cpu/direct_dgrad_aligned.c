@@ -41,6 +41,7 @@ typedef struct dgrad_chunk {
     const hqq_direct_dgrad_job *job;
     int64_t set_begin, set_end, column, columns;
     hqq_dgrad_scratch s;
+    int64_t residue; /* axis 0: whose zeros and scales are loaded; -1: none's */
 } dgrad_chunk;
 
 /* Axis 1: zeros and scales of the groups of the rows of a set, as row r of the batch. */
@@ -56,22 +57,40 @@ static void load_group_meta(const dgrad_chunk *c, const add_block *b, int64_t p,
     }
 }
 
+/* Axis 0: zeros and scales of the columns, for the rows of a residue. */
+static void load_residue(dgrad_chunk *c, int64_t residue)
+{
+    const hqq_weight *w = c->job->weight;
+    int64_t at = residue * c->job->layout.K + c->column;
+    if (residue == c->residue) return;
+    c->residue = residue;
+    hqq_load_floats(c->s.zero, w->zero, w->meta_dtype, at, c->columns);
+    hqq_load_floats(c->s.scale, w->scale, w->meta_dtype, at, c->columns);
+#if HQQ_HAS_PAIRS
+    if (c->job->pairs) {
+        hqq_to_pair_order(c->s.zero, c->columns);
+        hqq_to_pair_order(c->s.scale, c->columns);
+    }
+#endif
+}
+
+static int64_t least(int64_t a, int64_t b)
+{
+    return a < b ? a : b;
+}
+
 /* Fills the batch from the sets `set` on; how many it took. */
-static int64_t gather_batch(const dgrad_chunk *c, add_block *b, int64_t set, int64_t m0)
+static int64_t gather_batch(dgrad_chunk *c, add_block *b, int64_t set, int64_t m0)
 {
     const hqq_direct_dgrad_job *job = c->job;
     const hqq_layout *l = &job->layout;
     const hqq_weight *w = job->weight;
-    int64_t end = set + BATCH_ROWS / l->per;
+    int64_t end = least(c->set_end, set + least(BATCH_ROWS / l->per, BATCH_PACKED_ROWS));
     if (l->axis == 0) { /* the rest of this residue at most */
         int64_t residue = set / job->sets.cycle;
-        int64_t next_residue = (residue + 1) * job->sets.cycle;
-        if (end > next_residue) end = next_residue;
-        int64_t at = residue * l->K + c->column;
-        hqq_load_floats(c->s.zero, w->zero, w->meta_dtype, at, c->columns);
-        hqq_load_floats(c->s.scale, w->scale, w->meta_dtype, at, c->columns);
+        end = least(end, (residue + 1) * job->sets.cycle);
+        load_residue(c, residue);
     }
-    if (end > c->set_end) end = c->set_end;
     for (b->rows = 0; set + b->rows < end; b->rows++) {
         int64_t p = hqq_row_in_slot(&job->sets, set + b->rows);
         b->words[b->rows] = (const uint8_t *)w->packed + p * l->K + c->column;
@@ -79,13 +98,7 @@ static int64_t gather_batch(const dgrad_chunk *c, add_block *b, int64_t set, int
         if (l->axis == 1) load_group_meta(c, b, p, b->rows);
     }
 #if HQQ_HAS_PAIRS
-    if (job->pairs) {
-        gather_dy_pairs(b, l->per);
-        if (l->axis == 0) {
-            hqq_to_pair_order(c->s.zero, c->columns);
-            hqq_to_pair_order(c->s.scale, c->columns);
-        }
-    }
+    if (job->pairs) gather_dy_pairs(b, l->per);
 #endif
     /* The words of the next batch: axis 1, behind these rows; axis 0, of the next residue. */
     b->next = l->K * (l->axis == 1 ? b->rows : 1);
@@ -93,7 +106,7 @@ static int64_t gather_batch(const dgrad_chunk *c, add_block *b, int64_t set, int
 }
 
 /* sums [MB, columns] = tokens m0 to m0 + MB of dy, times the part's rows of W. */
-static void sum_part(const dgrad_chunk *c, int64_t m0, int MB)
+static void sum_part(dgrad_chunk *c, int64_t m0, int MB)
 {
     const hqq_direct_dgrad_job *job = c->job;
     const hqq_layout *l = &job->layout;
@@ -134,7 +147,8 @@ void HQQ_ISA_NAME(hqq_direct_dgrad_aligned)(const hqq_direct_dgrad_job *job, int
                      .set_end = hqq_dgrad_part_begin(job, part + 1),
                      .column = column_begin,
                      .columns = column_end - column_begin,
-                     .s = hqq_dgrad_scratch_take(&arena, job->columns)};
+                     .s = hqq_dgrad_scratch_take(&arena, job->columns),
+                     .residue = -1};
     for (int64_t m0 = 0; m0 < job->M;) {
         int MB = hqq_tokens_at_once(job->M - m0, MAX_TOKENS);
         int64_t tokens = job->M - m0 < MB ? job->M - m0 : MB;

@@ -1,0 +1,52 @@
+"""What the library itself would choose: c_api/choose_kernel.c, asked of its C interface."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+
+from hqqlora.ops.library import find_library
+
+# Of the columns of the table in c_api/choose_kernel.c, and of hqq_dtype.
+COLUMNS = ("fp32", "fp16", "bf16")
+_KERNEL_NAMES = {2: "direct", 3: "blocked", 4: "tiled"}
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The C library, to ask what it would choose."""
+    lib = ctypes.CDLL(str(find_library().with_name("libhqqlora.so")))
+    lib.hqq_isa_name.restype = ctypes.c_char_p
+    lib.hqq_choose_kernel.argtypes = [
+        ctypes.c_void_p,
+        ctypes.c_int64,
+        ctypes.c_int,
+        ctypes.c_int32,
+        ctypes.c_int,
+    ]
+    return lib
+
+
+def instruction_set() -> str:
+    """The name of what the kernels use: HQQLORA_ISA, or what the library finds."""
+    found: bytes = library().hqq_isa_name(library().hqq_isa_in_use(None))
+    return os.environ.get("HQQLORA_ISA") or found.decode()
+
+
+def chosen(rows: int, dtype: str, name: str) -> str:
+    """The kernel for so many rows, forward or dgrad, whatever the weight."""
+    isas = [library().hqq_isa_name(isa).decode() for isa in range(1, 5)]
+    isa = isas.index(instruction_set()) + 1
+    kernel = library().hqq_choose_kernel(None, rows, COLUMNS.index(dtype), name == "dgrad", isa)
+    return _KERNEL_NAMES[kernel]
+
+
+def switches(dtype: str, name: str, most_rows: int) -> list[tuple[int, str]]:
+    """[(M, kernel)]: from how many rows on which kernel serves, up to `most_rows`."""
+    found = [(1, chosen(1, dtype, name))]
+    for rows in range(2, most_rows + 1):
+        kernel = chosen(rows, dtype, name)
+        if kernel != found[-1][1]:
+            found.append((rows, kernel))
+    return found
