@@ -26,8 +26,8 @@ SOURCES := CMakeLists.txt pyproject.toml $(wildcard kernels/CMakeLists.txt kerne
   kernels/cpu/*.[ch] kernels/cuda/* c_api/* ops/CMakeLists.txt ops/*.cpp ops/*.h)
 C_SOURCES = $$(git ls-files '*.c' '*.h' '*.cpp' '*.cu' '*.cuh')
 
-.PHONY: all train test test-c test-torch-versions bench bench-check tune sass lint format asan tsan valgrind fuzz \
-  fuzz-readers kills avx512 clean FORCE
+.PHONY: all train test test-c test-torch-versions bench bench-check tune sass lint format asan tsan \
+  valgrind fuzz fuzz-readers kills avx512 aarch64 clean FORCE
 all: $(VENV)/built
 
 train: $(VENV)/model
@@ -86,6 +86,18 @@ avx512: $(VENV)/built
 	$(BIN)/cmake --build build/avx512 --target $(AVX512_TESTS:%=test_%)
 	$(BIN)/ctest --test-dir build/avx512 --output-on-failure --parallel $(TEST_PROCESSES) \
 	  -R '^($(subst $() ,|,$(AVX512_TESTS)))$$'
+
+# the C library for AArch64, under qemu: its tests, and its results against x86's (needs
+# aarch64-linux-gnu-g++ and qemu-aarch64; Debian: apt install g++-aarch64-linux-gnu qemu-user)
+AARCH64_TESTS := bad_input blocked dequantize direct dropout gemm grouped header header_cxx lora \
+  no_memory pack products quantize quantize_odd shared_input threads tiled
+aarch64: $(VENV)/test
+	$(BIN)/cmake -S . -B build/aarch64 -G Ninja -DHQQLORA_TORCH=OFF -DHQQLORA_CUDA=OFF \
+	  -DCMAKE_TOOLCHAIN_FILE=tests/aarch64/toolchain.cmake >build/aarch64-configure.log
+	$(BIN)/cmake --build build/aarch64 --target $(AARCH64_TESTS:%=test_%)
+	$(BIN)/ctest --test-dir build/aarch64 --output-on-failure --parallel $(TEST_PROCESSES) \
+	  -R '^($(subst $() ,|,$(AARCH64_TESTS)))$$'
+	$(BIN)/python -m pytest tests/test_aarch64.py -n 0
 
 # the shim that was built here, loaded and run under another torch
 test-torch-versions: $(VENV)/built

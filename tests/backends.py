@@ -1,14 +1,16 @@
-"""The CUDA library on the CPU: its kernels, compiled as plain C++ and run by an emulator,
-behind the names and arguments of torch.ops.hqqlora, for CPU tensors."""
+"""The C libraries behind the names and arguments of torch.ops.hqqlora, for CPU tensors, each
+kernel and instruction set at will: libhqqlora, and the CUDA library on the CPU (its kernels,
+compiled as plain C++ and run by an emulator)."""
 
 from __future__ import annotations
 
 import ctypes as ct
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import c_library
 import pytest
 import torch
 from c_library import Weight
@@ -20,6 +22,7 @@ from hqqlora.ops import PackedWeight, meta_shape, packed_shape
 ROOT = Path(__file__).parent.parent
 BUILD = Path(os.environ.get("HQQLORA_C_BUILD", ROOT / "build" / "release"))
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+ISAS = {"auto": 0, "portable": 1, "avx2": 2, "avx512": 3, "avx512_bf16": 4}
 KERNELS = {"auto": 0, "reference": 1, "direct": 2, "blocked": 3, "tiled": 4}
 
 
@@ -97,11 +100,6 @@ def counts() -> Counts:
     return result
 
 
-def check(status: int) -> None:
-    if status != 0:
-        raise RuntimeError(f"hqqlora: {library().hqq_last_error().decode()}")
-
-
 def pointer(tensor: Tensor | None) -> ct.c_void_p:
     return ct.c_void_p(None if tensor is None else tensor.data_ptr())
 
@@ -118,11 +116,23 @@ def matrix(x: Tensor) -> tuple[ct.c_void_p, ct.c_int64]:
     return pointer(x), ct.c_int64(x.stride(0) if x.shape[0] > 1 else x.shape[1])
 
 
-class EmulatedOps:
-    """torch.ops.hqqlora; `kernel` forces one."""
+class LibraryOps:
+    """torch.ops.hqqlora of the library that `load` loads; `kernel` forces one, `isa` caps the
+    instruction set. One thread, and the library's own GEMM."""
 
-    def __init__(self, kernel: str = "auto") -> None:
-        self.context = Context(kernel=KERNELS[kernel])
+    def __init__(
+        self, load: Callable[[], ct.CDLL], kernel: str = "auto", isa: str = "auto"
+    ) -> None:
+        self.load = load
+        self.context = Context(kernel=KERNELS[kernel], isa=ISAS[isa])
+
+    @property
+    def lib(self) -> ct.CDLL:
+        return self.load()
+
+    def check(self, status: int) -> None:
+        if status != 0:
+            raise RuntimeError(f"hqqlora: {self.lib.hqq_last_error().decode()}")
 
     def weight(self, W_q, scale, zero, N, K, nbits, G, axis) -> Weight:
         return Weight(
@@ -147,8 +157,8 @@ class EmulatedOps:
     def workspace(self, weight: Weight, lora: Lora | None, M: int, dtype: int):
         """Exactly what the library asks for, aligned, and full of NaN; with its size."""
         size = ct.c_size_t()
-        check(
-            library().hqq_workspace_size(
+        self.check(
+            self.lib.hqq_workspace_size(
                 ct.byref(size),
                 ct.byref(weight),
                 ct.byref(lora) if lora else None,
@@ -163,7 +173,7 @@ class EmulatedOps:
 
     def chosen(self, packed: PackedWeight, M: int, dtype: torch.dtype, transpose: bool) -> str:
         """hqq_choose_kernel."""
-        found = library().hqq_choose_kernel(
+        found = self.lib.hqq_choose_kernel(
             ct.byref(self.weight(*packed)), ct.c_int64(M), DTYPES[dtype], int(transpose), 0
         )
         return next(name for name, value in KERNELS.items() if value == found)
@@ -189,8 +199,8 @@ class EmulatedOps:
         options = QuantizeOptions(
             int(solver), iters, early_stop, round_zero, lp_norm, beta, kappa
         )
-        check(
-            library().hqq_quantize(
+        self.check(
+            self.lib.hqq_quantize(
                 pointer(W_q),
                 pointer(scale),
                 pointer(zero),
@@ -207,8 +217,8 @@ class EmulatedOps:
         out = torch.full((N, K), float("nan"), dtype=dtype)
         weight = self.weight(W_q, scale, zero, N, K, nbits, G, axis)
         bounds = (ct.c_int64(v) for v in (0, N, 0, K))
-        check(
-            library().hqq_dequantize(
+        self.check(
+            self.lib.hqq_dequantize(
                 pointer(out),
                 ct.c_int64(K),
                 DTYPES[dtype],
@@ -236,11 +246,11 @@ class EmulatedOps:
         bias_of = (pointer(bias), DTYPES[bias.dtype] if bias is not None else 0)
         tail = (ct.c_int64(M), dtype, pointer(memory), size, ct.byref(self.context))
         if lora is None:
-            status = library().hqq_linear(
+            status = self.lib.hqq_linear(
                 pointer(y), *matrix(rows), ct.byref(weight), *bias_of, *tail
             )
         else:
-            status = library().hqq_lora_linear(
+            status = self.lib.hqq_lora_linear(
                 pointer(y),
                 pointer(xa),
                 *matrix(rows),
@@ -249,7 +259,7 @@ class EmulatedOps:
                 ct.byref(lora),
                 *tail,
             )
-        check(status)
+        self.check(status)
         return y, xa
 
     def linear_dgrad(self, dy, *packed):
@@ -257,8 +267,8 @@ class EmulatedOps:
         M = rows.shape[0]
         dx = torch.full((*dy.shape[:-1], weight.in_features), float("nan"), dtype=dy.dtype)
         memory, size = self.workspace(weight, None, M, dtype)
-        check(
-            library().hqq_linear_dgrad(
+        self.check(
+            self.lib.hqq_linear_dgrad(
                 pointer(dx),
                 *matrix(rows),
                 ct.byref(weight),
@@ -293,8 +303,8 @@ class EmulatedOps:
         x_rows = None if x is None else rows_of(x)
         x_of = (ct.c_void_p(None), ct.c_int64(0)) if x is None else matrix(x_rows)
         memory, size = self.workspace(weight, lora, M, dtype)
-        check(
-            library().hqq_lora_linear_backward(
+        self.check(
+            self.lib.hqq_lora_linear_backward(
                 *wanted,
                 *matrix(rows),
                 *x_of,
@@ -309,3 +319,17 @@ class EmulatedOps:
             )
         )
         return tuple(results)
+
+
+class EmulatedOps(LibraryOps):
+    """The emulated CUDA library."""
+
+    def __init__(self, kernel: str = "auto") -> None:
+        super().__init__(library, kernel)
+
+
+class CpuOps(LibraryOps):
+    """libhqqlora."""
+
+    def __init__(self, kernel: str = "auto", isa: str = "auto") -> None:
+        super().__init__(c_library.library, kernel, isa)

@@ -138,19 +138,31 @@ def assert_close(actual: Tensor, exact: Tensor, bound: Tensor) -> None:
     )
 
 
-def check_linear(x: Tensor, y: Tensor, weight: Oracle, bias: Tensor | None = None) -> None:
+# a result in float64 and how far from it an op's may be
+Expected = tuple[Tensor, Tensor]
+
+
+def linear_of(x: Tensor, weight: Oracle, bias: Tensor | None = None) -> Expected:
     """y = x W^T + bias."""
     addend = 0.0 if bias is None else bias.double()
     exact = x.double() @ weight.W.T + addend
+    return exact, product_bound(x, exact, weight.W, weight.magnitude, addend)
+
+
+def dgrad_of(dy: Tensor, weight: Oracle) -> Expected:
+    """dx = dy W."""
+    exact = dy.double() @ weight.W
+    return exact, product_bound(dy, exact, weight.W.T, weight.magnitude.T)
+
+
+def check_linear(x: Tensor, y: Tensor, weight: Oracle, bias: Tensor | None = None) -> None:
     assert y.dtype == x.dtype
-    assert_close(y, exact, product_bound(x, exact, weight.W, weight.magnitude, addend))
+    assert_close(y, *linear_of(x, weight, bias))
 
 
 def check_dgrad(dy: Tensor, dx: Tensor, weight: Oracle) -> None:
-    """dx = dy W."""
-    exact = dy.double() @ weight.W
     assert dx.dtype == dy.dtype
-    assert_close(dx, exact, product_bound(dy, exact, weight.W.T, weight.magnitude.T))
+    assert_close(dx, *dgrad_of(dy, weight))
 
 
 def as_rows(x: Tensor) -> Tensor:
@@ -173,10 +185,10 @@ class Adapter:
         rows = as_rows(x).double()
         return rows if self.mask is None else rows * self.mask
 
-    def check_forward(
-        self, x: Tensor, y: Tensor, xa: Tensor, weight: Oracle, bias: Tensor | None = None
-    ) -> None:
-        """y = x W^T + bias + scaling * (drop(x) A^T) B^T and xa = drop(x) A^T."""
+    def forward(
+        self, x: Tensor, weight: Oracle, bias: Tensor | None = None
+    ) -> tuple[Expected, Expected]:
+        """y = x W^T + bias + scaling * (drop(x) A^T) B^T [M, N] and xa = drop(x) A^T [M, R]."""
         A, B = self.A.double(), self.B.double()
         rows, dropped = as_rows(x), self.dropped(x)
         addend = self.scaling * (dropped @ A.T) @ B.T
@@ -189,17 +201,13 @@ class Adapter:
         bound = bound + (xa_error + summation(A.shape[0])) * abs(self.scaling) * (
             terms @ B.abs().T
         )
-        assert y.dtype == x.dtype
-        assert xa.dtype == torch.float32
-        assert_close(y, exact.reshape(y.shape), bound.reshape(y.shape))
-        assert_close(xa, dropped @ A.T, xa_error * terms)
+        return (exact, bound), (dropped @ A.T, xa_error * terms)
 
-    def check_backward(
-        self, dy: Tensor, x: Tensor, gradients: tuple[Tensor | None, ...], weight: Oracle
-    ) -> None:
-        """dx = dy W + scaling * drop'((dy B) A), dA = scaling * (dy B)^T drop(x),
-        dB = scaling * dy^T (drop(x) A^T); None for those not asked for."""
-        dx, dA, dB = gradients
+    def backward(
+        self, dy: Tensor, x: Tensor, weight: Oracle
+    ) -> tuple[Expected, Expected, Expected]:
+        """dx = dy W + scaling * drop'((dy B) A) [M, K], dA = scaling * (dy B)^T drop(x),
+        dB = scaling * dy^T (drop(x) A^T)."""
         A, B, s = self.A.double(), self.B.double(), self.scaling
         rows, dropped = as_rows(dy), self.dropped(x)
         exact_dy = rows.double()
@@ -207,29 +215,44 @@ class Adapter:
         mask = torch.ones(M, K, dtype=torch.float64) if self.mask is None else self.mask
         dyb, dyb_terms = exact_dy @ B, exact_dy.abs() @ B.abs()
         error = summation(N) + summation(A.shape[0])
-        if dx is not None:
-            addend = s * (dyb @ A) * mask
-            exact = exact_dy @ weight.W + addend
-            bound = product_bound(rows, exact, weight.W.T, weight.magnitude.T, addend)
-            bound = bound + error * abs(s) * (dyb_terms @ A.abs()) * mask
-            assert dx.dtype == dy.dtype
-            assert_close(dx, exact.reshape(dx.shape), bound.reshape(dx.shape))
+
+        addend = s * (dyb @ A) * mask
+        dx = exact_dy @ weight.W + addend
+        dx_bound = product_bound(rows, dx, weight.W.T, weight.magnitude.T, addend)
+        dx_bound = dx_bound + error * abs(s) * (dyb_terms @ A.abs()) * mask
+
         u = unit_roundoff(self.A.dtype)
-        if dA is not None:
-            exact = s * dyb.T @ dropped
-            bound = u * exact.abs() + (error + summation(M)) * abs(s) * (
-                dyb_terms.T @ dropped.abs()
-            )
-            assert dA.dtype == self.A.dtype
-            assert_close(dA, exact, bound + smallest(dA.dtype))
-        if dB is not None:
-            xa_terms = dropped.abs() @ A.abs().T
-            exact = s * exact_dy.T @ (dropped @ A.T)
-            bound = u * exact.abs() + (error + summation(M) + summation(K)) * abs(s) * (
-                exact_dy.abs().T @ xa_terms
-            )
-            assert dB.dtype == self.B.dtype
-            assert_close(dB, exact, bound + smallest(dB.dtype))
+        dA = s * dyb.T @ dropped
+        dA_bound = u * dA.abs() + (error + summation(M)) * abs(s) * (
+            dyb_terms.T @ dropped.abs()
+        )
+        dB = s * exact_dy.T @ (dropped @ A.T)
+        dB_bound = u * dB.abs() + (error + summation(M) + summation(K)) * abs(s) * (
+            exact_dy.abs().T @ (dropped.abs() @ A.abs().T)
+        )
+        least = smallest(self.A.dtype)
+        return (dx, dx_bound), (dA, dA_bound + least), (dB, dB_bound + least)
+
+    def check_forward(
+        self, x: Tensor, y: Tensor, xa: Tensor, weight: Oracle, bias: Tensor | None = None
+    ) -> None:
+        (exact, bound), expected_xa = self.forward(x, weight, bias)
+        assert y.dtype == x.dtype
+        assert xa.dtype == torch.float32
+        assert_close(y, exact.reshape(y.shape), bound.reshape(y.shape))
+        assert_close(xa, *expected_xa)
+
+    def check_backward(
+        self, dy: Tensor, x: Tensor, gradients: tuple[Tensor | None, ...], weight: Oracle
+    ) -> None:
+        """dx, dA and dB; None for those not asked for."""
+        expected = self.backward(dy, x, weight)
+        dtypes = (dy.dtype, self.A.dtype, self.B.dtype)
+        for found, (exact, bound), dtype in zip(gradients, expected, dtypes, strict=True):
+            if found is not None:
+                assert found.dtype == dtype
+                shape = found.shape
+                assert_close(found, exact.reshape(shape), bound.reshape(shape))
 
 
 def random_adapter(
@@ -241,18 +264,21 @@ def random_adapter(
 
 
 def dropout_mask(M: int, K: int, p: float, seed: Tensor) -> Tensor:
-    """The mask the kernels use, read from them: for x of ones and A the identity (K up to
-    256), xa = drop(x) A^T is the mask itself. float64 [M, K]."""
+    """The mask the kernels use, read from them: for x of ones and A rows of the identity,
+    xa = drop(x) A^T is columns of the mask itself. float64 [M, K]."""
     weight = random_weight(1, K, K)
-    _, mask = torch.ops.hqqlora.lora_linear(
-        torch.ones(M, K),
-        *weight.packed[:3],
-        None,
-        torch.eye(K),
-        torch.zeros(1, K),
-        seed,
-        1.0,
-        p,
-        *weight.packed[3:],
-    )
-    return mask.double()
+    columns = [
+        torch.ops.hqqlora.lora_linear(
+            torch.ones(M, K),
+            *weight.packed[:3],
+            None,
+            A,
+            torch.zeros(1, len(A)),
+            seed,
+            1.0,
+            p,
+            *weight.packed[3:],
+        )[1]
+        for A in torch.eye(K).split(256)  # the largest rank
+    ]
+    return torch.cat(columns, 1).double()

@@ -62,7 +62,6 @@ class EmulatedGroupedOps(backends.EmulatedOps):
     """The grouped entry points of the emulated CUDA library."""
 
     def grouped(self, name: str, outputs: list, inputs: list, p: Problem, lora, dtype) -> None:
-        lib = backends.library()
         weight = self.weight(*p.packed)
         routing = (ct.c_int64 * 2)(len(p.offsets) - 1, p.offsets.data_ptr())
         descriptors = [ct.byref(weight), *([ct.byref(lora)] if lora else [])]
@@ -70,16 +69,16 @@ class EmulatedGroupedOps(backends.EmulatedOps):
         tail = (ct.byref(routing), backends.DTYPES[dtype])
         context = ct.byref(self.context)
         lora_or_null = ct.byref(lora) if lora else None
-        backends.check(
-            lib.hqq_grouped_workspace_size(
+        self.check(
+            self.lib.hqq_grouped_workspace_size(
                 ct.byref(size), ct.byref(weight), lora_or_null, *tail, context
             )
         )
         memory = torch.full((size.value + 64,), 0xFF, dtype=torch.uint8)
         memory = memory[-memory.data_ptr() % 64 :]
         arguments = [*map(backends.pointer, outputs), *inputs, *descriptors, *tail]
-        entry = getattr(lib, f"hqq_{name}")
-        backends.check(entry(*arguments, backends.pointer(memory), size, context))
+        entry = getattr(self.lib, f"hqq_{name}")
+        self.check(entry(*arguments, backends.pointer(memory), size, context))
 
     def adapter_of(self, p: Problem, scaling: float) -> backends.Lora:
         return backends.Lora(
