@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hqqlora.config import QuantSettings
+from hqqlora.ops.weight import word_dtype
 from hqqlora.state_encoding import (
     METADATA_KEYS,
     OLD_KEYS,
@@ -17,7 +18,6 @@ from hqqlora.state_encoding import (
     LayerMetadata,
     decode_layer,
     fit_tensors,
-    word_dtype,
 )
 from hqqlora.weight_format import WeightFormat
 from hqqlora.zero_partitions import (

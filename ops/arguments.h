@@ -239,9 +239,10 @@ struct PackedSizes {
 inline PackedSizes packed_sizes(const hqq_weight &weight)
 {
     PackedSizes sizes = {};
-    hqq_status status = hqq_layout_of(&sizes.words, nullptr, &sizes.groups, &weight);
+    int64_t word_bytes = 0;
+    hqq_status status = hqq_layout_of(&sizes.words, &word_bytes, &sizes.groups, &weight);
     HQQ_CHECK(status == HQQ_OK, hqq_last_error());
-    sizes.word_dtype = weight.nbits == 3 ? ScalarType::Int : ScalarType::Byte;
+    sizes.word_dtype = word_bytes == 4 ? ScalarType::Int : ScalarType::Byte;
     return sizes;
 }
 
@@ -298,22 +299,42 @@ inline hqq_weight check_weight(const Tensor &W_q, const Tensor &scale, const Ten
 
 /* ---- bias and adapter -------------------------------------------------------------- */
 
+/* The dtype of what is multiplied with x, or added to the product: fp32 or x's. x_name is "x"
+ * or "dy", whichever gave x_dtype. */
+inline hqq_dtype dtype_beside(const char *name, const Tensor &t, const char *x_name,
+                              ScalarType x_dtype)
+{
+    ScalarType dtype = t.scalar_type();
+    HQQ_CHECK(dtype == x_dtype || dtype == ScalarType::Float, name, " must be float32 or ",
+              name_of(x_dtype), " as ", x_name, ", got ", name_of(dtype));
+    return dtype_of(name, dtype);
+}
+
+inline void check_rank(const char *name, int64_t rank)
+{
+    HQQ_CHECK(rank <= kMaxRank, "the rank of ", name, " must be at most ", kMaxRank, ", got ",
+              rank);
+}
+
+inline void check_scaling(double scaling)
+{
+    HQQ_CHECK(std::isfinite(scaling), "scaling must be finite, got ", scaling);
+}
+
 /* bias [N], in x's dtype or fp32. Returns its dtype (fp32 where there is none). */
 inline hqq_dtype check_bias(const OptionalTensor &bias, int64_t out_features,
                             ScalarType x_dtype, const Device &device)
 {
     if (!bias) return HQQ_F32;
     check_device("bias", *bias, device);
-    ScalarType dtype = bias->scalar_type();
-    HQQ_CHECK(dtype == x_dtype || dtype == ScalarType::Float, "bias must be float32 or ",
-              name_of(x_dtype), " as x, got ", name_of(dtype));
+    hqq_dtype dtype = dtype_beside("bias", *bias, "x", x_dtype);
     HQQ_CHECK(has_shape(*bias, {out_features}), "bias must have shape [", out_features,
               "], got ", shape_of(*bias));
-    return dtype_of("bias", dtype);
+    return dtype;
 }
 
 /* The descriptor of an adapter but for its pointers, which the caller sets once A and B are
- * contiguous. x_name is "x" or "dy", whichever gave x_dtype. */
+ * contiguous. */
 inline hqq_lora check_adapter(const Tensor &A, const Tensor &B, const hqq_weight &weight,
                               const OptionalTensor &seed, double scaling, double dropout,
                               const char *x_name, ScalarType x_dtype, const Device &device,
@@ -323,27 +344,25 @@ inline hqq_lora check_adapter(const Tensor &A, const Tensor &B, const hqq_weight
     const int64_t stacked = experts ? 1 : 0;
     check_device("A", A, device);
     check_device("B", B, device);
-    ScalarType dtype = A.scalar_type();
-    HQQ_CHECK(dtype == x_dtype || dtype == ScalarType::Float, "A must be float32 or ",
-              name_of(x_dtype), " as ", x_name, ", got ", name_of(dtype));
-    HQQ_CHECK(B.scalar_type() == dtype, "B must have the dtype of A, ", name_of(dtype),
-              ", got ", name_of(B.scalar_type()));
+    hqq_dtype dtype = dtype_beside("A", A, x_name, x_dtype);
+    HQQ_CHECK(B.scalar_type() == A.scalar_type(), "B must have the dtype of A, ",
+              name_of(A.scalar_type()), ", got ", name_of(B.scalar_type()));
     HQQ_CHECK(A.dim() == 2 + stacked && A.size(1 + stacked) == weight.in_features &&
                   (!stacked || A.size(0) == experts),
               "A must have shape [", first, "R, in_features = ", weight.in_features, "], got ",
               shape_of(A));
     int64_t rank = A.size(stacked);
-    HQQ_CHECK(rank <= kMaxRank, "the rank of A must be at most ", kMaxRank, ", got ", rank);
+    check_rank("A", rank);
     HQQ_CHECK(stacked ? has_shape(B, {experts, weight.out_features, rank})
                       : has_shape(B, {weight.out_features, rank}),
               "B must have shape [", first, weight.out_features, ", ", rank, "], got ",
               shape_of(B));
-    HQQ_CHECK(std::isfinite(scaling), "scaling must be finite, got ", scaling);
+    check_scaling(scaling);
     HQQ_CHECK(dropout >= 0 && dropout < 1, "dropout must be at least 0 and below 1, got ",
               dropout);
     hqq_lora lora = {};
     lora.rank = rank;
-    lora.dtype = dtype_of("A", dtype);
+    lora.dtype = dtype;
     lora.scaling = static_cast<float>(scaling);
     lora.dropout = static_cast<float>(dropout);
     if (seed) check_device("seed", *seed, device);

@@ -5,12 +5,19 @@ from __future__ import annotations
 from enum import IntEnum
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 __all__ = ["PackedWeight", "Solver", "meta_shape", "packed_shape"]
 
-# Codes in a word: a byte, or an int32 with ten codes for 3 bits.
+# Bits of a code -> codes in a word: a byte, or an int32 with ten codes for 3 bits. These are
+# the widths that there are (as in kernels/format.h).
 SLOTS_PER_WORD = {8: 1, 4: 2, 3: 10, 2: 4, 1: 8}
+
+
+def word_dtype(nbits: int) -> torch.dtype:
+    """The dtype of packed words: int32 for 3 bits, otherwise uint8."""
+    return torch.uint8 if nbits * SLOTS_PER_WORD[nbits] == 8 else torch.int32
 
 
 class Solver(IntEnum):
