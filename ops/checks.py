@@ -1,7 +1,7 @@
 """The checks of the ops' arguments for tensors without data.
 
-They are those of the native side (arguments.h), with the same words, so that a mistake is
-reported while tracing as it is when running. Sizes may be symbolic. Each raises RuntimeError.
+They are those of the native side (arguments.h, adapter.h), with the same words, so that a
+mistake is reported while tracing as it is when running. Sizes may be symbolic. Each raises RuntimeError.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .weight import SLOTS_PER_WORD, meta_shape, packed_shape, word_dtype
+from .weight import BIT_WIDTHS, SLOTS_PER_WORD, meta_shape, packed_shape, word_dtype
 
 FLOATING = (torch.float32, torch.float16, torch.bfloat16)
 MAX_RANK = 256
@@ -92,7 +92,7 @@ def check_format(
     out_features: int, in_features: int, nbits: int, group_size: int, axis: int
 ) -> None:
     """Numbers that describe a weight: see `PackedWeight`."""
-    check(nbits in SLOTS_PER_WORD, lambda: f"nbits must be 8, 4, 3, 2 or 1, got {nbits}")
+    check(nbits in SLOTS_PER_WORD, lambda: f"nbits must be {BIT_WIDTHS}, got {nbits}")
     check(axis in (0, 1), lambda: f"axis must be 0 or 1, got {axis}")
     check(
         out_features >= 0 and in_features >= 0,

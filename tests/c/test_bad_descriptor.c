@@ -179,7 +179,7 @@ static void walk_choices(void)
             for (int few = 0; few <= 1; few++) {
                 hqq_kernel chosen = hqq_choose_kernel(
                     &bad_shapes[i].weight, few ? 2 : INT64_MAX, HQQ_F32, isa, (hqq_isa)isa);
-                if (chosen < HQQ_KERNEL_AUTO || chosen > HQQ_KERNEL_TILED) failures++;
+                if (chosen < HQQ_KERNEL_AUTO || chosen > LAST_NAMED_KERNEL) failures++;
             }
 }
 

@@ -40,7 +40,7 @@ static void walk_products(void)
 /* A workspace that is given must be aligned and large enough. */
 static void walk_workspace(void)
 {
-    for (int kernel = HQQ_KERNEL_DIRECT; kernel <= HQQ_KERNEL_TILED; kernel++) {
+    for (int kernel = HQQ_KERNEL_DIRECT; kernel <= LAST_NAMED_KERNEL; kernel++) {
         hqq_context c = {.kernel = (hqq_kernel)kernel};
         size_t needed = 0;
         if (hqq_workspace_size(&needed, &weight, &lora, M, HQQ_F32, &c) != HQQ_OK ||
@@ -185,7 +185,7 @@ static int32_t no_gemm(void *C, int64_t ldc, const void *a, int64_t lda, int32_t
 static void walk_callbacks(void)
 {
     static float large_x[64 * K], large_dy[64 * N], large_y[64 * K];
-    for (int kernel = HQQ_KERNEL_DIRECT; kernel <= HQQ_KERNEL_TILED; kernel++)
+    for (int kernel = HQQ_KERNEL_DIRECT; kernel <= LAST_NAMED_KERNEL; kernel++)
         for (int transpose = 0; transpose <= 1; transpose++) {
             int gemm_calls = 0;
             hqq_context c = {
