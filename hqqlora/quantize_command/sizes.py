@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from hqqlora.command.units import in_units
 from hqqlora.config import SUPPORTED_BITS
 from hqqlora.quantize_command.plan import Plan
 from hqqlora.quantize_command.safetensors_file import total_bytes
@@ -61,8 +62,3 @@ def size_table(plan: Plan) -> str:
     ]
     lines.insert(1, "-" * len(lines[0]))
     return "\n".join(lines)
-
-
-def in_units(size: float) -> str:
-    """Bytes as people read them."""
-    return f"{size / 1e9:,.2f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
