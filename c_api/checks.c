@@ -6,8 +6,6 @@
 #include "format.h"
 #include "status.h"
 
-#define HQQ_MAX_RANK 256
-
 typedef long long ll;
 
 int hqq_too_many(int64_t rows, int64_t columns)

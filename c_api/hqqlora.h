@@ -111,6 +111,8 @@ typedef struct hqq_weight {
     const void *zero;     /* [N*K/G] */
 } hqq_weight;
 
+#define HQQ_MAX_RANK 256
+
 /* One LoRA adapter on a weight. The mask of its dropout follows from *seed + seed_offset
  * (modulo 2^64), by which forward and backward must agree.
  *
@@ -120,7 +122,7 @@ typedef struct hqq_weight {
  * the kernels are done; where a CUDA graph has captured them, each replay reads the seed that
  * it finds. */
 typedef struct hqq_lora {
-    int64_t rank;         /* R, 0 to 256 */
+    int64_t rank;         /* R, 0 to HQQ_MAX_RANK */
     hqq_dtype dtype;      /* of A and B (and of dA and dB): HQQ_F32 or x's own dtype */
     const void *A;        /* [R,K] */
     const void *B;        /* [N,R] */

@@ -8,7 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-SUPPORTED_BITS = (8, 4, 3, 2, 1)
+from hqqlora.ops.weight import SLOTS_PER_WORD
+
+SUPPORTED_BITS = tuple(SLOTS_PER_WORD)
 SOLVERS = ("default", "reference", "minmax")
 
 _WEIGHT_KEYS = (

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from hqqlora.autograd import grouped_linear
 from hqqlora.config import QuantSettings
 from hqqlora.ops import PackedWeight
+from hqqlora.ops.weight import word_dtype
 from hqqlora.quantizing import quantize_weight
 from hqqlora.state_encoding import (
     META_DTYPES,
     METADATA_KEYS,
     LayerMetadata,
     decode_layer,
-    word_dtype,
 )
 from hqqlora.weight_format import WeightFormat
 from hqqlora.zero_partitions import check_replaceable

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from hqqlora.ops import PackedWeight, meta_shape, packed_shape
-from hqqlora.state_encoding import META_DTYPES, PACKING, scale_and_zero, word_dtype
+from hqqlora.ops.weight import word_dtype
+from hqqlora.state_encoding import META_DTYPES, PACKING, scale_and_zero
 
 if TYPE_CHECKING:
     from hqqlora.linear import HQQLinear

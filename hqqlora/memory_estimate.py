@@ -13,6 +13,7 @@ from typing import Any
 
 from hqqlora.memory import LayerMemory
 from hqqlora.ops import meta_shape, packed_shape
+from hqqlora.ops.weight import word_dtype
 
 Shape = tuple[int, ...]
 
@@ -113,7 +114,7 @@ class TrainingPlan:
         adapters = [(self.rank, K), (N, self.rank)]
         trained = sum(self._bytes(shape, self.adapter_bytes) for shape in adapters)
         return LayerMemory(
-            codes=self._bytes(weight, 4 if self.nbits == 3 else 1),
+            codes=self._bytes(weight, word_dtype(self.nbits).itemsize),
             scales=2 * self._bytes(meta, self.dtype_bytes),
             adapters=trained,
             gradients=trained,

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from hqqlora.ops import PackedWeight, packed_shape
-from hqqlora.ops.weight import SLOTS_PER_WORD
-from hqqlora.state_encoding import word_dtype
+from hqqlora.ops.weight import SLOTS_PER_WORD, word_dtype
 
 
 def read_codes(W_q: Tensor, nbits: int, start: int, stop: int) -> Tensor:
@@ -59,7 +58,7 @@ def _runs(words: int, nbits: int, start: int, stop: int) -> Iterator[tuple[int, 
     """For each slot that holds some of the elements: how far left its codes are shifted, their
     words, and their place among the elements from `start` on."""
     assert 0 <= start <= stop <= words * SLOTS_PER_WORD[nbits]
-    top = 27 if nbits == 3 else 8 - nbits
+    top = nbits * (SLOTS_PER_WORD[nbits] - 1)
     done = start
     while done < stop:
         slot, word = divmod(done, words)

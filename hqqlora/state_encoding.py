@@ -19,6 +19,7 @@ from torch import Tensor
 
 from hqqlora.config import QuantSettings
 from hqqlora.ops import meta_shape, packed_shape
+from hqqlora.ops.weight import word_dtype
 
 TENSOR_KEYS = ("W_q", "scale", "zero", "bias")
 METADATA_KEYS = (
@@ -69,11 +70,6 @@ _BOOLEANS = (
     "optimize",
     "round_zero",
 )
-
-
-def word_dtype(nbits: int) -> torch.dtype:
-    """The dtype of packed words: int32 for 3 bits, otherwise uint8."""
-    return torch.int32 if nbits == 3 else torch.uint8
 
 
 @dataclass(frozen=True)

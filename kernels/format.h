@@ -92,10 +92,10 @@ HQQ_INLINE int64_t hqq_group_of(const hqq_layout *l, int64_t e)
 }
 
 /* Whether packed row p holds the whole output rows p, p + P, ... with P = N/per: the fast
- * kernels' condition, met by every even split (always for 8 bits, never for 3). */
+ * kernels' condition, met by every even split of bytes (always for 8 bits, never for 3). */
 HQQ_INLINE int hqq_rows_align(const hqq_layout *l)
 {
-    return l->nbits != 3 && l->N % l->per == 0 && l->words * l->per == l->elements;
+    return l->word_bytes == 1 && l->N % l->per == 0 && l->words * l->per == l->elements;
 }
 
 /* Whether groups also respect rows: axis 1, a group lies in one row (G divides K); axis 0,
@@ -107,7 +107,8 @@ HQQ_INLINE int hqq_groups_align(const hqq_layout *l)
 
 HQQ_INLINE uint32_t hqq_word_at(const void *packed, int nbits, int64_t word)
 {
-    return nbits == 3 ? ((const uint32_t *)packed)[word] : ((const uint8_t *)packed)[word];
+    return hqq_word_bytes(nbits) == 4 ? ((const uint32_t *)packed)[word]
+                                      : ((const uint8_t *)packed)[word];
 }
 
 /* The code of element e. One at a time: for references and tails. */

@@ -7,8 +7,6 @@
 #include "dropout.h"
 #include "dtype.h"
 
-enum { HQQ_REFERENCE_MAX_RANK = 256 };
-
 /* W[n,k] in fp32: (q - zero) * scale, each step rounded. */
 HQQ_INLINE float hqq_reference_element(const hqq_weight *w, int64_t n, int64_t k)
 {

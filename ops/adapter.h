@@ -2,10 +2,67 @@
 #ifndef HQQLORA_OPS_ADAPTER_H
 #define HQQLORA_OPS_ADAPTER_H
 
+#include <cmath>
+
 #include "torch_context.h"
 
 namespace hqqlora
 {
+
+inline void check_rank(const char *name, int64_t rank)
+{
+    HQQ_CHECK(rank <= HQQ_MAX_RANK, "the rank of ", name, " must be at most ", HQQ_MAX_RANK,
+              ", got ", rank);
+}
+
+inline void check_scaling(double scaling)
+{
+    HQQ_CHECK(std::isfinite(scaling), "scaling must be finite, got ", scaling);
+}
+
+/* The descriptor of an adapter but for its pointers, which the caller sets once A and B are
+ * contiguous. */
+inline hqq_lora check_adapter(const Tensor &A, const Tensor &B, const hqq_weight &weight,
+                              const OptionalTensor &seed, double scaling, double dropout,
+                              const char *x_name, ScalarType x_dtype, const Device &device,
+                              int64_t experts = 0)
+{
+    const std::string first = experts ? std::to_string(experts) + ", " : "";
+    const int64_t stacked = experts ? 1 : 0;
+    check_device("A", A, device);
+    check_device("B", B, device);
+    hqq_dtype dtype = dtype_beside("A", A, x_name, x_dtype);
+    HQQ_CHECK(B.scalar_type() == A.scalar_type(), "B must have the dtype of A, ",
+              name_of(A.scalar_type()), ", got ", name_of(B.scalar_type()));
+    HQQ_CHECK(A.dim() == 2 + stacked && A.size(1 + stacked) == weight.in_features &&
+                  (!stacked || A.size(0) == experts),
+              "A must have shape [", first, "R, in_features = ", weight.in_features, "], got ",
+              shape_of(A));
+    int64_t rank = A.size(stacked);
+    check_rank("A", rank);
+    HQQ_CHECK(stacked ? has_shape(B, {experts, weight.out_features, rank})
+                      : has_shape(B, {weight.out_features, rank}),
+              "B must have shape [", first, weight.out_features, ", ", rank, "], got ",
+              shape_of(B));
+    check_scaling(scaling);
+    HQQ_CHECK(dropout >= 0 && dropout < 1, "dropout must be at least 0 and below 1, got ",
+              dropout);
+    hqq_lora lora = {};
+    lora.rank = rank;
+    lora.dtype = dtype;
+    lora.scaling = static_cast<float>(scaling);
+    lora.dropout = static_cast<float>(dropout);
+    if (seed) check_device("seed", *seed, device);
+    if (dropout > 0) {
+        HQQ_CHECK(seed.has_value(), "dropout = ", dropout, " needs a seed");
+        HQQ_CHECK(seed->scalar_type() == ScalarType::Long && seed->numel() == 1,
+                  "seed must be an int64 tensor of one element, got ",
+                  name_of(seed->scalar_type()), " of shape ", shape_of(*seed));
+        /* on a GPU not to be read here; its bits are those of the int64 */
+        lora.seed = static_cast<const uint64_t *>(seed->const_data_ptr());
+    }
+    return lora;
+}
 
 /* A and B as the library reads them: contiguous, held for the time of the call. */
 struct Adapter {

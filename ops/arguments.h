@@ -1,14 +1,14 @@
 /*
- * From torch tensors to the C library's descriptors: every check of an op's arguments and
- * every error text. Header-only, and the same for the CPU half and the CUDA half.
- * ops/checks.py makes the same checks with the same words for tensors without data.
+ * From torch tensors to the C library's descriptors: the checks of an op's arguments and
+ * their error texts (those of an adapter: adapter.h). Header-only, and the same for the CPU
+ * half and the CUDA half. ops/checks.py makes the same checks with the same words for tensors
+ * without data.
  *
  * Shapes are written as in hqqlora.h: x [..., K], dy and y [..., N], A [R,K], B [N,R].
  */
 #ifndef HQQLORA_OPS_ARGUMENTS_H
 #define HQQLORA_OPS_ARGUMENTS_H
 
-#include <cmath>
 #include <cstdint>
 #include <initializer_list>
 #include <optional>
@@ -27,8 +27,6 @@ namespace hqqlora
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
-
-constexpr int64_t kMaxRank = 256;
 
 template <class... Args> std::string message(const Args &...args)
 {
@@ -239,9 +237,10 @@ struct PackedSizes {
 inline PackedSizes packed_sizes(const hqq_weight &weight)
 {
     PackedSizes sizes = {};
-    hqq_status status = hqq_layout_of(&sizes.words, nullptr, &sizes.groups, &weight);
+    int64_t word_bytes = 0;
+    hqq_status status = hqq_layout_of(&sizes.words, &word_bytes, &sizes.groups, &weight);
     HQQ_CHECK(status == HQQ_OK, hqq_last_error());
-    sizes.word_dtype = weight.nbits == 3 ? ScalarType::Int : ScalarType::Byte;
+    sizes.word_dtype = word_bytes == 4 ? ScalarType::Int : ScalarType::Byte;
     return sizes;
 }
 
@@ -296,7 +295,18 @@ inline hqq_weight check_weight(const Tensor &W_q, const Tensor &scale, const Ten
     return weight;
 }
 
-/* ---- bias and adapter -------------------------------------------------------------- */
+/* ---- bias -------------------------------------------------------------------------- */
+
+/* The dtype of what is multiplied with x, or added to the product: fp32 or x's. x_name is "x"
+ * or "dy", whichever gave x_dtype. */
+inline hqq_dtype dtype_beside(const char *name, const Tensor &t, const char *x_name,
+                              ScalarType x_dtype)
+{
+    ScalarType dtype = t.scalar_type();
+    HQQ_CHECK(dtype == x_dtype || dtype == ScalarType::Float, name, " must be float32 or ",
+              name_of(x_dtype), " as ", x_name, ", got ", name_of(dtype));
+    return dtype_of(name, dtype);
+}
 
 /* bias [N], in x's dtype or fp32. Returns its dtype (fp32 where there is none). */
 inline hqq_dtype check_bias(const OptionalTensor &bias, int64_t out_features,
@@ -304,58 +314,10 @@ inline hqq_dtype check_bias(const OptionalTensor &bias, int64_t out_features,
 {
     if (!bias) return HQQ_F32;
     check_device("bias", *bias, device);
-    ScalarType dtype = bias->scalar_type();
-    HQQ_CHECK(dtype == x_dtype || dtype == ScalarType::Float, "bias must be float32 or ",
-              name_of(x_dtype), " as x, got ", name_of(dtype));
+    hqq_dtype dtype = dtype_beside("bias", *bias, "x", x_dtype);
     HQQ_CHECK(has_shape(*bias, {out_features}), "bias must have shape [", out_features,
               "], got ", shape_of(*bias));
-    return dtype_of("bias", dtype);
-}
-
-/* The descriptor of an adapter but for its pointers, which the caller sets once A and B are
- * contiguous. x_name is "x" or "dy", whichever gave x_dtype. */
-inline hqq_lora check_adapter(const Tensor &A, const Tensor &B, const hqq_weight &weight,
-                              const OptionalTensor &seed, double scaling, double dropout,
-                              const char *x_name, ScalarType x_dtype, const Device &device,
-                              int64_t experts = 0)
-{
-    const std::string first = experts ? std::to_string(experts) + ", " : "";
-    const int64_t stacked = experts ? 1 : 0;
-    check_device("A", A, device);
-    check_device("B", B, device);
-    ScalarType dtype = A.scalar_type();
-    HQQ_CHECK(dtype == x_dtype || dtype == ScalarType::Float, "A must be float32 or ",
-              name_of(x_dtype), " as ", x_name, ", got ", name_of(dtype));
-    HQQ_CHECK(B.scalar_type() == dtype, "B must have the dtype of A, ", name_of(dtype),
-              ", got ", name_of(B.scalar_type()));
-    HQQ_CHECK(A.dim() == 2 + stacked && A.size(1 + stacked) == weight.in_features &&
-                  (!stacked || A.size(0) == experts),
-              "A must have shape [", first, "R, in_features = ", weight.in_features, "], got ",
-              shape_of(A));
-    int64_t rank = A.size(stacked);
-    HQQ_CHECK(rank <= kMaxRank, "the rank of A must be at most ", kMaxRank, ", got ", rank);
-    HQQ_CHECK(stacked ? has_shape(B, {experts, weight.out_features, rank})
-                      : has_shape(B, {weight.out_features, rank}),
-              "B must have shape [", first, weight.out_features, ", ", rank, "], got ",
-              shape_of(B));
-    HQQ_CHECK(std::isfinite(scaling), "scaling must be finite, got ", scaling);
-    HQQ_CHECK(dropout >= 0 && dropout < 1, "dropout must be at least 0 and below 1, got ",
-              dropout);
-    hqq_lora lora = {};
-    lora.rank = rank;
-    lora.dtype = dtype_of("A", dtype);
-    lora.scaling = static_cast<float>(scaling);
-    lora.dropout = static_cast<float>(dropout);
-    if (seed) check_device("seed", *seed, device);
-    if (dropout > 0) {
-        HQQ_CHECK(seed.has_value(), "dropout = ", dropout, " needs a seed");
-        HQQ_CHECK(seed->scalar_type() == ScalarType::Long && seed->numel() == 1,
-                  "seed must be an int64 tensor of one element, got ",
-                  name_of(seed->scalar_type()), " of shape ", shape_of(*seed));
-        /* on a GPU not to be read here; its bits are those of the int64 */
-        lora.seed = static_cast<const uint64_t *>(seed->const_data_ptr());
-    }
-    return lora;
+    return dtype;
 }
 
 /* ---- experts ----------------------------------------------------------------------- */

@@ -1,7 +1,7 @@
 """The checks of the ops' arguments for tensors without data.
 
-They are those of the native side (arguments.h), with the same words, so that a mistake is
-reported while tracing as it is when running. Sizes may be symbolic. Each raises RuntimeError.
+They are those of the native side (arguments.h, adapter.h), with the same words, so that a
+mistake is reported while tracing as it is when running. Sizes may be symbolic. Each raises RuntimeError.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .weight import SLOTS_PER_WORD, meta_shape, packed_shape
+from .weight import BIT_WIDTHS, SLOTS_PER_WORD, meta_shape, packed_shape, word_dtype
 
 FLOATING = (torch.float32, torch.float16, torch.bfloat16)
 MAX_RANK = 256
@@ -54,6 +54,17 @@ def check_floating(name: str, dtype: torch.dtype) -> None:
     )
 
 
+def check_dtype_beside(name: str, tensor: Tensor, x_name: str, x: Tensor) -> None:
+    """What is multiplied with x, or dy, or added to the product: float32 or x's dtype."""
+    check(
+        tensor.dtype in (torch.float32, x.dtype),
+        lambda: (
+            f"{name} must be float32 or {name_of(x.dtype)} as {x_name}, got "
+            f"{name_of(tensor.dtype)}"
+        ),
+    )
+
+
 def check_contiguous(name: str, tensor: Tensor) -> None:
     """Packed weights are read as they lie."""
     check(
@@ -81,7 +92,7 @@ def check_format(
     out_features: int, in_features: int, nbits: int, group_size: int, axis: int
 ) -> None:
     """Numbers that describe a weight: see `PackedWeight`."""
-    check(nbits in SLOTS_PER_WORD, lambda: f"nbits must be 8, 4, 3, 2 or 1, got {nbits}")
+    check(nbits in SLOTS_PER_WORD, lambda: f"nbits must be {BIT_WIDTHS}, got {nbits}")
     check(axis in (0, 1), lambda: f"axis must be 0 or 1, got {axis}")
     check(
         out_features >= 0 and in_features >= 0,
@@ -153,12 +164,12 @@ def check_weight(
     check_format(out_features, in_features, nbits, group_size, axis)
     words = math.prod(packed_shape(out_features, in_features, nbits, group_size, axis))
     groups = math.prod(meta_shape(out_features, in_features, group_size, axis))
-    word_dtype = torch.int32 if nbits == 3 else torch.uint8
+    expected = word_dtype(nbits)
     check_device("W_q", W_q, device)
     check(
-        W_q.dtype == word_dtype,
+        W_q.dtype == expected,
         lambda: (
-            f"W_q must be {name_of(word_dtype)} for nbits = {nbits}, got {name_of(W_q.dtype)}"
+            f"W_q must be {name_of(expected)} for nbits = {nbits}, got {name_of(W_q.dtype)}"
         ),
     )
     check(
@@ -195,14 +206,22 @@ def check_bias(bias: Tensor | None, out_features: int, x: Tensor) -> None:
     if bias is None:
         return
     check_device("bias", bias, x.device)
-    check(
-        bias.dtype in (torch.float32, x.dtype),
-        lambda: f"bias must be float32 or {name_of(x.dtype)} as x, got {name_of(bias.dtype)}",
-    )
+    check_dtype_beside("bias", bias, "x", x)
     check(
         bias.dim() == 1 and bias.shape[0] == out_features,
         lambda: f"bias must have shape [{out_features}], got {shape_of(bias)}",
     )
+
+
+def _check_rank(name: str, rank: int) -> None:
+    check(
+        rank <= MAX_RANK,
+        lambda: f"the rank of {name} must be at most {MAX_RANK}, got {rank}",
+    )
+
+
+def _check_scaling(scaling: float) -> None:
+    check(math.isfinite(scaling), lambda: f"scaling must be finite, got {scaling:g}")
 
 
 def check_adapter(
@@ -223,10 +242,7 @@ def check_adapter(
     comma = "".join(f"{size}, " for size in first)
     check_device("A", A, x.device)
     check_device("B", B, x.device)
-    check(
-        A.dtype in (torch.float32, x.dtype),
-        lambda: f"A must be float32 or {name_of(x.dtype)} as {x_name}, got {name_of(A.dtype)}",
-    )
+    check_dtype_beside("A", A, x_name, x)
     check(
         B.dtype == A.dtype,
         lambda: f"B must have the dtype of A, {name_of(A.dtype)}, got {name_of(B.dtype)}",
@@ -238,12 +254,12 @@ def check_adapter(
         lambda: f"A must have shape [{comma}R, in_features = {in_features}], got {shape_of(A)}",
     )
     rank = A.shape[-2]
-    check(rank <= MAX_RANK, lambda: f"the rank of A must be at most {MAX_RANK}, got {rank}")
+    _check_rank("A", rank)
     check(
         list(B.shape) == [*first, out_features, rank],
         lambda: f"B must have shape [{comma}{out_features}, {rank}], got {shape_of(B)}",
     )
-    check(math.isfinite(scaling), lambda: f"scaling must be finite, got {scaling:g}")
+    _check_scaling(scaling)
     check(
         0 <= dropout < 1,
         lambda: f"dropout must be at least 0 and below 1, got {dropout:g}",
@@ -323,24 +339,15 @@ def check_factor(
     x's dtype. width: K or N. Returns R."""
     at, rank_at = (1, 0) if name == "A" else (0, 1)
     check_device(name, factor, x.device)
-    check(
-        factor.dtype in (torch.float32, x.dtype),
-        lambda: (
-            f"{name} must be float32 or {name_of(x.dtype)} as {x_name}, got "
-            f"{name_of(factor.dtype)}"
-        ),
-    )
+    check_dtype_beside(name, factor, x_name, x)
     shape = [f"{size} = {width}" if size != "R" else size for size in _FACTOR_SHAPES[name]]
     check(
         factor.dim() == 2 and factor.shape[at] == width,
         lambda: f"{name} must have shape [{', '.join(shape)}], got {shape_of(factor)}",
     )
     rank = factor.shape[rank_at]
-    check(
-        rank <= MAX_RANK,
-        lambda: f"the rank of {name} must be at most {MAX_RANK}, got {rank}",
-    )
-    check(math.isfinite(scaling), lambda: f"scaling must be finite, got {scaling:g}")
+    _check_rank(name, rank)
+    _check_scaling(scaling)
     return rank
 
 

@@ -26,7 +26,7 @@ from .checks import (
     rows_of,
     shape_of,
 )
-from .weight import meta_shape, packed_shape
+from .weight import meta_shape, packed_shape, word_dtype
 
 
 def quantize(
@@ -56,7 +56,7 @@ def quantize(
     packed = packed_shape(out_features, in_features, nbits, group_size, axis)
     meta = meta_shape(out_features, in_features, group_size, axis)
     return (
-        weight.new_empty(packed, dtype=torch.int32 if nbits == 3 else torch.uint8),
+        weight.new_empty(packed, dtype=word_dtype(nbits)),
         weight.new_empty(meta, dtype=meta_dtype),
         weight.new_empty(meta, dtype=meta_dtype),
     )

@@ -14,26 +14,13 @@ from typing import Any, NoReturn
 
 import torch
 
+from .fakes import FAKES
+
 LIBRARY = "hqqlora_torch.so"
 CUDA_LIBRARY = "hqqlora_torch_cuda.so"
 REINSTALL = "pip install --no-build-isolation --force-reinstall --no-deps ."
 OLDEST_TORCH = (2, 10)
-OPS = (
-    "quantize",
-    "dequantize",
-    "linear",
-    "linear_dgrad",
-    "lora_linear",
-    "lora_linear_backward",
-    "lora_project",
-    "lora_linear_from_xa",
-    "lora_factor_gradients",
-    "lora_input_gradients",
-    "grouped_linear",
-    "grouped_linear_dgrad",
-    "grouped_lora_linear",
-    "grouped_lora_linear_backward",
-)
+OPS = tuple(fake.__name__ for fake in FAKES)
 
 
 def package_folders() -> list[Path]:

@@ -1,5 +1,5 @@
 /* The ops as torch sees them. Their meaning is in hqqlora.h, the checks of their arguments
- * in arguments.h; each device's implementations register themselves.
+ * in arguments.h and adapter.h; each device's implementations register themselves.
  *
  * All ops are functional, and none carries an autograd formula: gradients come from
  * hqqlora.autograd, which calls these. The implementations take int64_t for `int` and double

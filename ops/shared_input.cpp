@@ -12,24 +12,20 @@ namespace
 
 /* One factor of an adapter, contiguous, held for the time of the call. */
 struct Factor {
-    /* A [R,width] or B [width,R]; x_name is "x" or "dy", whichever gave x_dtype. */
+    /* A [R,width] or B [width,R]. */
     Factor(const char *name, const Tensor &factor, int64_t width, double scaling,
            const char *x_name, ScalarType x_dtype, const Device &device)
         : factor_(factor)
     {
         const bool is_A = name[0] == 'A';
         check_device(name, factor, device);
-        ScalarType dtype = factor.scalar_type();
-        HQQ_CHECK(dtype == x_dtype || dtype == ScalarType::Float, name, " must be float32 or ",
-                  name_of(x_dtype), " as ", x_name, ", got ", name_of(dtype));
+        lora.dtype = dtype_beside(name, factor, x_name, x_dtype);
         HQQ_CHECK(factor.dim() == 2 && factor.size(is_A ? 1 : 0) == width, name,
                   " must have shape [", is_A ? "R, in_features = " : "out_features = ", width,
                   is_A ? "], got " : ", R], got ", shape_of(factor));
         lora.rank = factor.size(is_A ? 0 : 1);
-        HQQ_CHECK(lora.rank <= kMaxRank, "the rank of ", name, " must be at most ", kMaxRank,
-                  ", got ", lora.rank);
-        HQQ_CHECK(std::isfinite(scaling), "scaling must be finite, got ", scaling);
-        lora.dtype = dtype_of(name, dtype);
+        check_rank(name, lora.rank);
+        check_scaling(scaling);
         lora.scaling = static_cast<float>(scaling);
         factor_ = as_contiguous(factor);
         (is_A ? lora.A : lora.B) = factor_.const_data_ptr();

@@ -5,12 +5,21 @@ from __future__ import annotations
 from enum import IntEnum
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 __all__ = ["PackedWeight", "Solver", "meta_shape", "packed_shape"]
 
-# Codes in a word: a byte, or an int32 with ten codes for 3 bits.
+# Bits of a code -> codes in a word: a byte, or an int32 with ten codes for 3 bits. These are
+# the widths that there are (as in kernels/format.h).
 SLOTS_PER_WORD = {8: 1, 4: 2, 3: 10, 2: 4, 1: 8}
+BIT_WIDTHS = " or ".join(", ".join(map(str, SLOTS_PER_WORD)).rsplit(", ", 1))
+"""As messages say it: 8, 4, 3, 2 or 1."""
+
+
+def word_dtype(nbits: int) -> torch.dtype:
+    """The dtype of packed words: int32 for 3 bits, otherwise uint8."""
+    return torch.uint8 if nbits * SLOTS_PER_WORD[nbits] == 8 else torch.int32
 
 
 class Solver(IntEnum):
@@ -71,7 +80,7 @@ def packed_shape(
     exists.
     """
     if nbits not in SLOTS_PER_WORD:
-        raise ValueError(f"nbits must be 8, 4, 3, 2 or 1, got {nbits}")
+        raise ValueError(f"nbits must be {BIT_WIDTHS}, got {nbits}")
     if axis not in (0, 1):
         raise ValueError(f"axis must be 0 or 1, got {axis}")
     groups = _groups(out_features, in_features, group_size)

@@ -3,10 +3,10 @@
 Nothing of the library is used here. Element e = n*K + k of W [N,K]; `per` codes share a word:
 
 1. rows x columns of the grouped matrix: axis 1: E/G x G; axis 0: G x E/G
-2. per = 8/bits in uint8 words; 10 in int32 words for 3 bits
+2. per codes in a word: 8/bits in uint8 words; 10 in int32 words for 3 bits
 3. words = ceil(rows / per) * columns
 4. element e is in word e mod words, slot e div words
-5. shifted left by top - bits*slot, top = 8 - bits (3 bits: 27)
+5. the first slot in the highest of the per * bits bits: shifted left by bits * (per - 1 - slot)
 6. its group is e div G (axis 1) or e mod E/G (axis 0)
 """
 
@@ -15,6 +15,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+
+# Bits of a code -> codes in a word: the widths that the tests walk over.
+SLOTS = {8: 1, 4: 2, 3: 10, 2: 4, 1: 8}
+BITS = tuple(SLOTS)
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ class Format:
 
     @property
     def per(self) -> int:
-        return 10 if self.nbits == 3 else 8 // self.nbits
+        return SLOTS[self.nbits]
 
     @property
     def packed_shape(self) -> tuple[int, int]:
@@ -55,7 +59,7 @@ class Format:
 
     @property
     def word_dtype(self) -> type:
-        return np.int32 if self.nbits == 3 else np.uint8
+        return np.uint8 if self.per * self.nbits == 8 else np.int32
 
     @property
     def meta_shape(self) -> tuple[int, int]:
@@ -64,8 +68,7 @@ class Format:
     def place(self) -> tuple[np.ndarray, np.ndarray]:
         """Word and left shift of every element."""
         e = np.arange(self.elements)
-        top = 27 if self.nbits == 3 else 8 - self.nbits
-        return e % self.words, top - self.nbits * (e // self.words)
+        return e % self.words, self.nbits * (self.per - 1 - e // self.words)
 
     def group_of(self) -> np.ndarray:
         """Group of every element."""
@@ -82,7 +85,7 @@ class Format:
     def unpack(self, packed: np.ndarray) -> np.ndarray:
         """Words -> codes uint8 [N,K]."""
         word, shift = self.place()
-        # 3-bit words may have their top bit set by a careless writer: read them as unsigned
+        # int32 words may have their top bit set by a careless writer: read them as unsigned
         bits = packed.reshape(-1).astype(np.int64)[word] >> shift
         return (bits & (2**self.nbits - 1)).astype(np.uint8).reshape(self.N, self.K)
 

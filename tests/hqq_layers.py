@@ -33,6 +33,17 @@ def quantized_layer(
     )
 
 
+def hqqs_layer(
+    compute_dtype: torch.dtype = torch.float32, bias: bool = True, **config: Any
+) -> Any:
+    """The same dense layer, quantized by the hqq package."""
+    from hqq.core import quantize
+
+    settings = quantize.BaseQuantizeConfig(**{"group_size": 32, **config})
+    dense = dense_layer(bias=bias)
+    return quantize.HQQLinear(dense, settings, compute_dtype=compute_dtype, device="cpu")
+
+
 def assert_same_layer(a: HQQLinear, b: HQQLinear) -> None:
     """Equal in format, dtypes and every bit."""
     assert a.quant_config == b.quant_config

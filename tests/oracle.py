@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+from format_oracle import SLOTS
 from torch import Tensor
 
 from hqqlora.ops import PackedWeight
 
-SLOTS = {8: 1, 4: 2, 3: 10, 2: 4, 1: 8}
 FLOATING = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -41,8 +41,8 @@ class Oracle:
         the highest bits (3 bits: of 30)."""
         _, _, _, N, K, nbits, _, _ = self.packed
         words = self.packed.W_q.reshape(-1).to(torch.int64)
-        top = 27 if nbits == 3 else 8 - nbits
-        slots = [words >> (top - nbits * j) & (2**nbits - 1) for j in range(SLOTS[nbits])]
+        shifts = range(nbits * (SLOTS[nbits] - 1), -1, -nbits)
+        slots = [words >> shift & (2**nbits - 1) for shift in shifts]
         return torch.cat(slots)[: N * K].reshape(N, K)
 
     def per_element(self, meta: Tensor) -> Tensor:
@@ -79,7 +79,7 @@ def random_weight(
     zero; scales of one magnitude; fractional zeros among the codes."""
     rows, columns = (N * K // G, G) if axis == 1 else (G, N * K // G)
     shape = (-(-rows // SLOTS[nbits]), columns)
-    if nbits == 3:
+    if nbits * SLOTS[nbits] > 8:
         W_q = torch.randint(-(2**31), 2**31, shape).to(torch.int32)
     else:
         W_q = torch.randint(0, 256, shape).to(torch.uint8)

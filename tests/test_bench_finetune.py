@@ -11,7 +11,7 @@ import statistics
 
 import pytest
 import torch
-from tiny_llama import patterned_text, save_tiny_llama
+from tiny_llama import save_model_and_text, save_tiny_llama
 
 from hqqlora.bench import contenders as of_contenders
 from hqqlora.bench.contenders import CONTENDERS, Contender
@@ -32,10 +32,7 @@ pytestmark = pytest.mark.usefixtures("keep_threads")
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("bench")
-    save_tiny_llama(folder / "model")
-    (folder / "text.txt").write_text(patterned_text(200))
-    return folder
+    return save_model_and_text(tmp_path_factory.mktemp("bench"), lines=200)
 
 
 def bench(place, *more):

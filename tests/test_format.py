@@ -9,7 +9,7 @@ import c_library
 import numpy as np
 import pytest
 import torch
-from format_oracle import Format
+from format_oracle import BITS, Format
 from safetensors import safe_open
 
 import hqqlora.ops
@@ -17,7 +17,6 @@ from hqqlora import BaseQuantizeConfig, HQQLinear
 
 GOLDEN = Path(__file__).parent / "golden" / "hqq_0.2.8.safetensors"
 FLOATING = [torch.float32, torch.float16, torch.bfloat16]
-BITS = [8, 4, 3, 2, 1]
 
 
 def read_golden():

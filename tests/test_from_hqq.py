@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from hqq_layers import assert_same_layer, dense_layer, quantized_layer
+from hqq_layers import assert_same_layer, dense_layer, hqqs_layer, quantized_layer
 from torch import Tensor, nn
 
 from hqqlora import HQQLinear
@@ -13,14 +13,6 @@ hqq = pytest.importorskip("hqq.core.quantize")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BITS = [8, 4, 3, 2, 1]
-
-
-def hqqs_layer(
-    compute_dtype: torch.dtype = torch.float32, bias: bool = True, **config: Any
-) -> Any:
-    settings = hqq.BaseQuantizeConfig(**{"group_size": 32, **config})
-    dense = dense_layer(bias=bias)
-    return hqq.HQQLinear(dense, settings, compute_dtype=compute_dtype, device="cpu")
 
 
 def with_quantized_meta(compute_dtype: torch.dtype = torch.float32, axis: int = 1) -> Any:

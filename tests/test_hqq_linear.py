@@ -7,13 +7,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from format_oracle import BITS
 from hqq_layers import assert_same_layer, dense_layer, quantized_layer
 from torch import Tensor, nn
 
 from hqqlora import BaseQuantizeConfig, HQQLinear
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-BITS = [8, 4, 3, 2, 1]
 
 
 def assert_close(actual: Tensor, expected: Tensor, in_features: int) -> None:

@@ -5,12 +5,12 @@ import itertools
 import oracle
 import pytest
 import torch
+from format_oracle import BITS, SLOTS
 from oracle import FLOATING, Adapter, random_adapter, random_weight
 
 import hqqlora.ops
 
 ops = torch.ops.hqqlora
-BITS = (8, 4, 3, 2, 1)
 
 # N, K, G for axis 1, G for axis 0: even splits, groups across rows, tails in the last words
 SHAPES = (
@@ -156,11 +156,10 @@ def test_identity_shows_every_code_at_every_position(nbits, axis, dtype, rows):
 def pack(codes, packed):
     """Codes [N, K] -> words, the inverse of Oracle.codes."""
     _, _, _, _, _, nbits, _, _ = packed
-    words, per = packed.W_q.numel(), oracle.SLOTS[nbits]
+    words, per = packed.W_q.numel(), SLOTS[nbits]
     slots = torch.zeros(per * words, dtype=torch.int64)
     slots[: codes.numel()] = codes.reshape(-1)
-    top = 27 if nbits == 3 else 8 - nbits
-    shifts = top - nbits * torch.arange(per).reshape(per, 1)
+    shifts = nbits * (per - 1 - torch.arange(per).reshape(per, 1))
     total = (slots.reshape(per, words) << shifts).sum(0)
     return total.to(packed.W_q.dtype).reshape(packed.W_q.shape)
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from hqq_layers import dense_layer
+from hqq_layers import dense_layer, hqqs_layer
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -23,14 +23,6 @@ def patched() -> Iterator[None]:
     patch_hqq()
     yield
     unpatch_hqq()
-
-
-def hqqs_layer(
-    compute_dtype: torch.dtype = torch.float32, bias: bool = True, **config: Any
-) -> Any:
-    settings = hqq.BaseQuantizeConfig(**{"group_size": 32, **config})
-    dense = dense_layer(bias=bias)
-    return hqq.HQQLinear(dense, settings, compute_dtype=compute_dtype, device="cpu")
 
 
 class Operators(TorchDispatchMode):

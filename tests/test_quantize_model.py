@@ -1,78 +1,18 @@
-"""quantize_model replaces linear layers in place; add_lora puts adapters on them."""
+"""quantize_model replaces linear layers in place."""
 
 import gc
-import re
-import subprocess
-import sys
 import warnings
 import weakref
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from little_model import FOUR_BITS, TOKENS, TWO_BITS, Model, bits, quiet
+from tiny_models import quantized_names
+from torch import nn
 
-import hqqlora
-from hqqlora import (
-    BaseQuantizeConfig,
-    HQQLinear,
-    LoRALinear,
-    add_lora,
-    lora_parameters,
-    quantize_model,
-)
+from hqqlora import BaseQuantizeConfig, HQQLinear, quantize_model
 from hqqlora.module_names import matches
-
-FOUR_BITS = BaseQuantizeConfig(nbits=4, group_size=32)
-TWO_BITS = BaseQuantizeConfig(nbits=2, group_size=16)
-
-
-class Block(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.q_proj = nn.Linear(width, width, bias=False)
-        self.v_proj = nn.Linear(width, width)
-        self.up_proj = nn.Linear(width, 2 * width)
-        self.down_proj = nn.Linear(2 * width, width)
-        self.norm = nn.LayerNorm(width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + torch.tanh(self.q_proj(x)) * self.v_proj(x)
-        return self.norm(x + self.down_proj(torch.relu(self.up_proj(x))))
-
-
-class Model(nn.Module):
-    """A little language model; with `tied`, its output layer is its embedding."""
-
-    def __init__(self, layers: int = 2, width: int = 32, tied: bool = False) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.embed = nn.Embedding(16, width)
-        self.layers = nn.ModuleList(Block(width) for _ in range(layers))
-        self.lm_head = nn.Linear(width, 16, bias=False)
-        if tied:
-            self.lm_head.weight = self.embed.weight
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.embed(tokens)
-        for layer in self.layers:
-            x = layer(x)
-        return self.lm_head(x)
-
-
-TOKENS = torch.arange(8).reshape(2, 4)
-
-
-def quantized_names(model: nn.Module) -> list[str]:
-    return [name for name, m in model.named_modules() if isinstance(m, HQQLinear)]
-
-
-def bits(model: nn.Module) -> dict[str, int]:
-    return {name: model.get_submodule(name).nbits for name in quantized_names(model)}  # type: ignore[misc]
-
-
-def quiet(model: nn.Module, config: dict[str, Any], **options: Any) -> nn.Module:
-    return quantize_model(model, config, progress=False, **options)
 
 
 class TestQuantizeModel:
@@ -343,129 +283,3 @@ class TestRefusals:
     def test_a_misspelt_option_is_no_pattern(self) -> None:
         with pytest.raises(ValueError, match=r"unknown keys \['bits'\]"):
             quiet(Model(), {"bits": 4, "group_size": 32})
-
-
-class TestAddLora:
-    @pytest.fixture
-    def model(self) -> nn.Module:
-        return quiet(Model(), FOUR_BITS)
-
-    @staticmethod
-    def adapted(model: nn.Module) -> list[str]:
-        return [name for name, m in model.named_modules() if isinstance(m, LoRALinear)]
-
-    def test_it_adapts_every_quantized_layer_and_trains_nothing_else(
-        self, model: nn.Module
-    ) -> None:
-        names = quantized_names(model)
-        assert add_lora(model, r=4, lora_alpha=8, lora_dropout=0.1) is model
-        assert self.adapted(model) == names
-        trained = {name for name, p in model.named_parameters() if p.requires_grad}
-        assert trained == {f"{n}.{f}" for n in names for f in ("lora_A", "lora_B")}
-        layer = model.get_submodule(names[0])
-        assert (layer.r, layer.lora_alpha, layer.lora_dropout) == (4, 8, 0.1)
-
-    def test_the_model_computes_the_same_at_first_and_can_be_trained(
-        self, model: nn.Module
-    ) -> None:
-        expected = model(TOKENS)
-        add_lora(model, r=4)
-        assert torch.equal(model(TOKENS), expected)
-        optimizer = torch.optim.SGD(lora_parameters(model), lr=0.1)
-        model(TOKENS).pow(2).mean().backward()
-        optimizer.step()
-        assert not torch.equal(model(TOKENS), expected)
-
-    @pytest.mark.parametrize(
-        ("targets", "expected"),
-        [
-            (["q_proj", "v_proj"], ["0.q_proj", "0.v_proj", "1.q_proj", "1.v_proj"]),
-            (["layers.1.q_proj"], ["1.q_proj"]),
-            (r"layers\.0\.(up|down)_proj", ["0.up_proj", "0.down_proj"]),
-            (r".*1\.[qv]_proj", ["1.q_proj", "1.v_proj"]),
-            (r"layers\.0\.q_proj|q_pro", ["0.q_proj"]),
-            (["0.q_proj", "_proj", "proj"], ["0.q_proj"]),
-        ],
-    )
-    def test_targets_are_lists_of_endings_or_a_regular_expression(
-        self, model: nn.Module, targets: Any, expected: list[str]
-    ) -> None:
-        add_lora(model, target_modules=targets)
-        assert self.adapted(model) == ["layers." + name for name in expected]
-
-    def test_patterns_give_single_layers_another_rank_or_alpha(self, model: nn.Module) -> None:
-        add_lora(
-            model,
-            r=4,
-            lora_alpha=8,
-            rank_pattern={"up_proj": 2, r"layers\.0\..*": 6},
-            alpha_pattern={r"^layers\.1\.q_proj": 32},
-        )
-        values = {name: model.get_submodule(name) for name in self.adapted(model)}
-        assert {n.removeprefix("layers."): m.r for n, m in values.items()} == {
-            "0.q_proj": 6,
-            "0.v_proj": 6,
-            "0.up_proj": 2,
-            "0.down_proj": 6,
-            "1.q_proj": 4,
-            "1.v_proj": 4,
-            "1.up_proj": 2,
-            "1.down_proj": 4,
-        }
-        assert values["layers.1.q_proj"].scaling == 32 / 4
-        assert values["layers.1.up_proj"].scaling == 8 / 2
-
-    def test_options_reach_the_layers(self, model: nn.Module) -> None:
-        add_lora(model, r=4, use_rslora=True, lora_bias=True, dtype=torch.bfloat16)
-        layer = model.get_submodule("layers.0.q_proj")
-        assert layer.scaling == 16 / 2
-        assert layer.lora_bias is not None
-        assert all(p.dtype == torch.bfloat16 for p in lora_parameters(model))
-
-    def test_lora_parameters_come_once_each(self, model: nn.Module) -> None:
-        model.layers[1].q_proj = model.layers[0].q_proj  # type: ignore[index, union-attr]
-        add_lora(model, lora_bias=True)
-        assert model.layers[1].q_proj is model.layers[0].q_proj  # type: ignore[index, union-attr]
-        parameters = list(lora_parameters(model))
-        assert len(parameters) == len({id(p) for p in parameters}) == 3 * 7
-        assert all(p.requires_grad for p in parameters)
-
-    def test_a_second_adapter_is_refused(self, model: nn.Module) -> None:
-        add_lora(model, target_modules=["q_proj"])
-        with pytest.raises(ValueError, match=r"layers\.0\.q_proj has an adapter already"):
-            add_lora(model)
-        with pytest.raises(ValueError, match=r"layers\.0\.q_proj has an adapter already"):
-            add_lora(model, target_modules=["q_proj"])
-        add_lora(model, target_modules=["v_proj"])
-        assert len(self.adapted(model)) == 4
-
-    def test_dense_layers_are_refused_by_name(self, model: nn.Module) -> None:
-        with pytest.raises(ValueError, match="lm_head is not quantized"):
-            add_lora(model, target_modules=["q_proj", "lm_head"])
-        assert self.adapted(model) == []
-
-    def test_nothing_to_adapt_is_refused(self, model: nn.Module) -> None:
-        with pytest.raises(ValueError, match="means no quantized layer"):
-            add_lora(model, target_modules=["k_proj"])
-        with pytest.raises(ValueError, match="call quantize_model first"):
-            add_lora(Model())
-        with pytest.raises(ValueError, match="r=0 is not between"):
-            add_lora(model, r=0)
-        assert self.adapted(model) == []
-
-
-class TestThePackage:
-    def test_importing_it_is_silent_and_loads_no_model_library(self) -> None:
-        code = (
-            "import sys; from hqqlora import HQQLinear, save_adapter; "
-            "heavy = {'transformers', 'peft', 'accelerate', 'matplotlib', 'gguf', 'hqq'}; "
-            "sys.exit(f'{heavy & set(sys.modules)}' if heavy & set(sys.modules) else 0)"
-        )
-        result = subprocess.run(
-            [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True
-        )
-        assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
-
-    def test_its_names_are_all_there(self) -> None:
-        assert re.fullmatch(r"\d+\.\d+\.\d+", hqqlora.__version__)
-        assert all(hasattr(hqqlora, name) for name in hqqlora.__all__)

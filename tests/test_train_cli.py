@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from tiny_llama import patterned_text, save_tiny_llama
+from tiny_llama import save_model_and_text
 
 from hqqlora.cli import main
 
@@ -27,10 +27,7 @@ pytestmark = pytest.mark.usefixtures("keep_threads")
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("train")
-    save_tiny_llama(folder / "model")
-    (folder / "text.txt").write_text(patterned_text(400))
-    return folder
+    return save_model_and_text(tmp_path_factory.mktemp("train"), lines=400)
 
 
 @pytest.fixture(scope="module")

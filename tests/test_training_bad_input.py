@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from tiny_llama import patterned_text, save_tiny_llama
+from tiny_llama import patterned_text, save_model_and_text
 
 from hqqlora.cli import main
 
@@ -25,8 +25,7 @@ def keep_threads():
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bad")
-    model = save_tiny_llama(folder / "model")
-    (folder / "text.txt").write_text(patterned_text(100))
+    model = save_model_and_text(folder, lines=100) / "model"
     (folder / "short.txt").write_text("Too short.\n")
     (folder / "empty.txt").write_text(" \n")
     (folder / "binary.txt").write_bytes(b"abc\xff\xfe")

@@ -11,7 +11,7 @@ import subprocess
 import sys
 
 import pytest
-from tiny_llama import patterned_text, save_tiny_llama
+from tiny_llama import save_model_and_text
 
 from hqqlora.cli import main
 from hqqlora.training import loop
@@ -46,10 +46,7 @@ pytestmark = pytest.mark.usefixtures("keep_threads")
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("resume")
-    save_tiny_llama(folder / "model")
-    (folder / "text.txt").write_text(patterned_text(200))
-    return folder
+    return save_model_and_text(tmp_path_factory.mktemp("resume"), lines=200)
 
 
 @pytest.fixture(scope="module")

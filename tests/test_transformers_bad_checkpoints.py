@@ -20,6 +20,7 @@ from tiny_models import (  # noqa: E402
     quantized_names,
     save_tiny,
     tiny_llama,
+    tiny_mixtral,
 )
 
 from hqqlora.transformers import HqqConfig  # noqa: E402
@@ -196,16 +197,7 @@ def test_a_configuration_with_unknown_values(
 def test_experts_that_were_quantized_one_by_one(tmp_path: Path) -> None:
     """Checkpoints of transformers 4. Version 5 has no place for them, and would start with
     random experts."""
-    config = transformers.MixtralConfig(
-        vocab_size=96,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_local_experts=2,
-    )
-    dense = save_tiny(transformers.MixtralForCausalLM(config), tmp_path / "dense")
+    dense = save_tiny(tiny_mixtral(), tmp_path / "dense")
     model = load(dense, quantization_config=HqqConfig(group_size=32))
     model.save_pretrained(tmp_path / "saved")
     name = "model.layers.0.mlp.experts.0.w1"

@@ -20,6 +20,7 @@ from tiny_models import (  # noqa: E402
     save_tiny,
     tiny_bert,
     tiny_llama,
+    tiny_mixtral,
     tiny_qwen2,
     tiny_t5,
 )
@@ -67,14 +68,6 @@ def tiny_dinov2() -> Any:
     return transformers.Dinov2Model(config)
 
 
-def tiny_mixtral() -> Any:
-    """Its checkpoints have one weight for each expert."""
-    torch.manual_seed(0)
-    return transformers.MixtralForCausalLM(
-        transformers.MixtralConfig(**TEXT, num_local_experts=2)
-    )
-
-
 @pytest.mark.parametrize(
     ("make", "dense_layers"),
     [
@@ -83,7 +76,7 @@ def tiny_mixtral() -> Any:
         (tiny_dinov2, []),
         (tiny_dinov2, ["gate_proj"]),
         (tiny_dinov2, ["up_proj"]),
-        (tiny_mixtral, ["lm_head"]),
+        (tiny_mixtral, ["lm_head"]),  # a weight for each expert
     ],
 )
 def test_save_and_load(tmp_path: Path, make: Any, dense_layers: list[str]) -> None:

@@ -26,6 +26,7 @@ from tiny_models import (  # noqa: E402
     save_tiny,
     tiny_bert,
     tiny_llama,
+    tiny_mixtral,
     tiny_model,
     tiny_t5,
 )
@@ -236,17 +237,7 @@ class TestWhichLayers:
     def test_experts_in_one_tensor_are_quantized_and_their_router_is_not(
         self, tmp_path: Path
     ) -> None:
-        torch.manual_seed(0)
-        config = transformers.MixtralConfig(
-            vocab_size=96,
-            hidden_size=64,
-            intermediate_size=64,
-            num_hidden_layers=1,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            num_local_experts=2,
-        )
-        folder = save_tiny(transformers.MixtralForCausalLM(config), tmp_path)
+        folder = save_tiny(tiny_mixtral(), tmp_path)
         model = load(folder)
         assert "model.layers.0.self_attn.q_proj" in quantized_names(model)
         assert isinstance(model.model.layers[0].mlp.experts.gate_up_proj, HQQExpertWeights)

@@ -38,5 +38,12 @@ def save_tiny_llama(folder: Path, **config) -> Path:
     return folder
 
 
+def save_model_and_text(folder: Path, lines: int) -> Path:
+    """What a run of training starts from, as folder/model and folder/text.txt."""
+    save_tiny_llama(folder / "model")
+    (folder / "text.txt").write_text(patterned_text(lines))
+    return folder
+
+
 def patterned_text(lines: int) -> str:
     return "".join(f"{i % 7} times {i % 5} is {(i % 7) * (i % 5)}.\n" for i in range(lines))

@@ -1,1 +1,1 @@
-"""What the commands share: errors in one line, options, the machine, finding a model."""
+"""What the commands share: errors in one line, options, units, the machine, finding a model."""

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hqqlora.command.units import in_units
 from hqqlora.files import naming, replacing_file
 from hqqlora.info_command.contents import Contents
 from hqqlora.info_command.table import totals
 from hqqlora.module_names import numbers_as_stars
-from hqqlora.quantize_command.sizes import in_units
 
 _SMALLEST = 0.004  # of the whole: kinds of tensors below that share one bar
 _BITS = {8: "#08306b", 4: "#2171b5", 3: "#4a98c9", 2: "#7fb9da", 1: "#b3d3e8"}

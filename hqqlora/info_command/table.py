@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from hqqlora.command.units import in_units
 from hqqlora.info_command.contents import Contents, DenseTensor, QuantizedLayer
 from hqqlora.module_names import numbers_as_stars
-from hqqlora.quantize_command.sizes import in_units
 
 _ERROR = "error"
 

@@ -15,13 +15,14 @@ from tqdm import tqdm
 import hqqlora
 from hqqlora.command.errors import RunError, UsageError, describe
 from hqqlora.command.machine import peak_memory
+from hqqlora.command.units import in_units
 from hqqlora.quantize_command.destination import Destination, open_destination
 from hqqlora.quantize_command.options import QuantizeOptions
 from hqqlora.quantize_command.plan import Plan
 from hqqlora.quantize_command.plan_apart import plan_apart, plan_here
 from hqqlora.quantize_command.report import describe_plan
 from hqqlora.quantize_command.shards import index_of, into_shards
-from hqqlora.quantize_command.sizes import in_units, model_bytes, size_table
+from hqqlora.quantize_command.sizes import model_bytes, size_table
 from hqqlora.quantize_command.source import DenseCheckpoint
 from hqqlora.quantize_command.step import Step
 from hqqlora.quantize_command.stream import Stream, layout_of

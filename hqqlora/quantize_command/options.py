@@ -12,6 +12,7 @@ from typing import Any
 
 from hqqlora.command.errors import UsageError
 from hqqlora.command.options import group_size_or_none, non_negative_integer
+from hqqlora.config import SOLVERS, SUPPORTED_BITS
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -62,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     format_.add_argument(
         "--bits",
         type=int,
-        choices=(8, 4, 3, 2, 1),
+        choices=SUPPORTED_BITS,
         default=4,
         help="bits a weight (default: %(default)s)",
     )
@@ -83,7 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     format_.add_argument(
         "--solver",
-        choices=("default", "reference", "minmax"),
+        choices=SOLVERS,
         default="default",
         help="how scale and zero are found: 'reference' computes what hqq does, 'minmax' takes "
         "each group's range (default: %(default)s)",

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from hqqlora.command.units import in_units
+from hqqlora.config import SUPPORTED_BITS
 from hqqlora.quantize_command.plan import Plan
 from hqqlora.quantize_command.safetensors_file import total_bytes
 from hqqlora.quantize_command.step import Step
 
-BITS = (8, 4, 3, 2, 1)
 GROUP_SIZES = (16, 32, 64, 128, 256, None)
 
 
@@ -51,7 +52,7 @@ def size_table(plan: Plan) -> str:
     """All choices, a row for bits, a column for group sizes."""
     head = ["bits", *(f"group {size or 'none'}" for size in GROUP_SIZES)]
     rows = [head]
-    for nbits in BITS:
+    for nbits in SUPPORTED_BITS:
         sizes = [model_bytes_with(plan, nbits, group_size) for group_size in GROUP_SIZES]
         rows.append([str(nbits), *("-" if size is None else in_units(size) for size in sizes)])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -61,8 +62,3 @@ def size_table(plan: Plan) -> str:
     ]
     lines.insert(1, "-" * len(lines[0]))
     return "\n".join(lines)
-
-
-def in_units(size: float) -> str:
-    """Bytes as people read them."""
-    return f"{size / 1e9:,.2f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"

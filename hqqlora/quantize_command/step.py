@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
+from hqqlora.ops.weight import word_dtype
 from hqqlora.quantize_command.matrices import Matrix
 from hqqlora.quantize_command.safetensors_file import StoredTensor, TensorShape
-from hqqlora.state_encoding import LayerMetadata, word_dtype
+from hqqlora.state_encoding import LayerMetadata
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from hqqlora.command.options import (
     number,
     positive_integer,
 )
+from hqqlora.config import SOLVERS, SUPPORTED_BITS
 
 _seed = number(int, 0, 2**63 - 1, "an integer from 0 to 2^63 - 1")
 _rate = number(float, 1e-12, 1e6, "a positive number")
@@ -71,7 +72,7 @@ class TrainOptions:
         metavar="TOKENS",
     )
 
-    bits: int = _option(_FORMAT, 4, "bits a weight", type=int, choices=(8, 4, 3, 2, 1))
+    bits: int = _option(_FORMAT, 4, "bits a weight", type=int, choices=SUPPORTED_BITS)
     group_size: int | None = _option(
         _FORMAT,
         64,
@@ -87,7 +88,7 @@ class TrainOptions:
         "default",
         "how scale and zero are found: 'reference' computes what hqq does, 'minmax' takes each "
         "group's range",
-        choices=("default", "reference", "minmax"),
+        choices=SOLVERS,
     )
 
     rank: int = _option(_ADAPTER, 16, "rank of the adapter", type=positive_integer, metavar="R")

@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from hqqlora.ops.weight import word_dtype
 from hqqlora.state_encoding import (
     METADATA_KEYS,
     OLD_KEYS,
@@ -19,7 +20,6 @@ from hqqlora.state_encoding import (
     LayerState,
     decode_layer,
     fit_tensors,
-    word_dtype,
 )
 from hqqlora.torch_files import read_torch
 

@@ -13,6 +13,7 @@ from hqqlora.expert_weights import HQQExpertWeights
 from hqqlora.experts import dequantize_experts, expert_parameters
 from hqqlora.linear import HQQLinear
 from hqqlora.module_names import linear_tag
+from hqqlora.ops.weight import SLOTS_PER_WORD, word_dtype
 from hqqlora.peft import install
 from hqqlora.state_encoding import META_DTYPES
 from hqqlora.transformers.checkpoint_names import keep_parts_apart
@@ -76,7 +77,7 @@ class HqqQuantizer(HfQuantizer):  # type: ignore[misc]
         settings = self._layers.plan[name]
         # (a transposed stack's group size is that of its rows or columns only if it is None)
         group_size = settings.group_size_for(param.size(-2), param.size(-1), name)
-        words = 0.4 if settings.nbits == 3 else settings.nbits / 8
+        words = word_dtype(settings.nbits).itemsize / SLOTS_PER_WORD[settings.nbits]
         return words + 2 * param.element_size() / group_size
 
     def adjust_max_memory(self, max_memory: dict[str, Any]) -> dict[str, Any]:

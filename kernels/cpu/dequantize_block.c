@@ -320,7 +320,9 @@ INLINE void of_meta(const block *b, hqq_dtype dtype, code_kind kind)
         switch (b->weight->nbits) {                    \
         case 8: name##_from_whole_bytes(b); break;     \
         case 3: name##_from_words(b); break;           \
-        default: name##_from_bytes(b); break;          \
+        case 4:                                        \
+        case 2:                                        \
+        case 1: name##_from_bytes(b); break;           \
         }                                              \
     }
 TO_DTYPE(to_f16, HQQ_F16)

@@ -14,7 +14,7 @@ void hqq_reference_forward(const hqq_forward *f)
 {
     int64_t N = f->weight->out_features, R = f->lora ? f->lora->rank : 0;
     for (int64_t m = 0; m < f->M; m++) {
-        double xa[HQQ_REFERENCE_MAX_RANK];
+        double xa[HQQ_MAX_RANK];
         for (int64_t r = 0; r < R; r++) {
             xa[r] = hqq_reference_forward_xa(f, m, r);
             if (f->xa) f->xa[m * R + r] = (float)xa[r];
@@ -28,7 +28,7 @@ static void reference_dx(const hqq_backward *b)
 {
     int64_t K = b->weight->in_features, R = b->lora ? b->lora->rank : 0;
     for (int64_t m = 0; m < b->M; m++) {
-        double dyb[HQQ_REFERENCE_MAX_RANK];
+        double dyb[HQQ_MAX_RANK];
         for (int64_t r = 0; r < R; r++) dyb[r] = hqq_reference_dyb(b, m, r);
         for (int64_t k = 0; k < K; k++)
             hqq_store(b->dx, b->dtype, m * K + k, (float)hqq_reference_dx(b, dyb, m, k));

@@ -1,5 +1,5 @@
-/* Every product in plain loops with sums in double: the yardstick of the tests, and the
- * fallback where no faster kernel applies. One thread, no workspace. */
+/* Every product in plain loops with sums in double: the yardstick of the tests, and what serves
+ * empty weights. One thread, no workspace. */
 #ifndef HQQ_KERNELS_CPU_REFERENCE_H
 #define HQQ_KERNELS_CPU_REFERENCE_H
 

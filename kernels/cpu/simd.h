@@ -246,15 +246,6 @@ static inline hqq_vec hqq_vec_select(hqq_ivec mask, hqq_vec a, hqq_vec b)
     return (hqq_vec)(((hqq_ivec)a & mask) | ((hqq_ivec)b & ~mask));
 }
 
-static inline hqq_vec hqq_vec_min(hqq_vec a, hqq_vec b)
-{
-    return hqq_vec_select(a < b, a, b);
-}
-static inline hqq_vec hqq_vec_max(hqq_vec a, hqq_vec b)
-{
-    return hqq_vec_select(a > b, a, b);
-}
-
 /* Sum of the lanes: the upper half onto the lower, until one is left. */
 static inline float hqq_vec_sum(hqq_vec v)
 {

@@ -45,7 +45,7 @@ HQQ_DEVICE_INLINE int64_t tokens_from(int64_t m0, int64_t M)
 static __global__ void __launch_bounds__(THREADS)
     reference_forward(const reference_forward_job job)
 {
-    HQQ_SHARED(double[HQQ_REFERENCE_MAX_RANK], xa);
+    HQQ_SHARED(double[HQQ_MAX_RANK], xa);
     hqq_forward f = on_device(job.f, job);
     int64_t R = f.lora ? f.lora->rank : 0, N = f.weight->out_features, m = blockIdx.x;
     for (int64_t r = threadIdx.x; r < R; r += THREADS) {
@@ -59,7 +59,7 @@ static __global__ void __launch_bounds__(THREADS)
 
 static __global__ void __launch_bounds__(THREADS) reference_dx(const reference_backward_job job)
 {
-    HQQ_SHARED(double[HQQ_REFERENCE_MAX_RANK], dyb);
+    HQQ_SHARED(double[HQQ_MAX_RANK], dyb);
     hqq_backward b = on_device(job.b, job);
     int64_t R = b.lora ? b.lora->rank : 0, K = b.weight->in_features, m = blockIdx.x;
     for (int64_t r = threadIdx.x; r < R; r += THREADS) dyb[r] = hqq_reference_dyb(&b, m, r);

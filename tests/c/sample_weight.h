@@ -9,6 +9,7 @@
 #include <string.h>
 
 #include "dtype.h"
+#include "format.h"
 #include "hqqlora.h"
 
 /* 1 where a test is linked with the CUDA library, whose kernels the tests run on the CPU. */
@@ -16,10 +17,12 @@
 #define HQQ_TEST_CUDA 0
 #endif
 
-/* The last kernel that can be forced and is not another one's name. */
-#define LAST_KERNEL (HQQ_TEST_CUDA ? HQQ_KERNEL_BLOCKED : HQQ_KERNEL_TILED)
+/* The last kernel of hqqlora.h, and the last that is a kernel of its own on this backend. */
+#define LAST_NAMED_KERNEL HQQ_KERNEL_TILED
+#define LAST_KERNEL       (HQQ_TEST_CUDA ? HQQ_KERNEL_BLOCKED : LAST_NAMED_KERNEL)
 
 static const int all_bits[] = {8, 4, 3, 2, 1};
+enum { BIT_WIDTHS = sizeof all_bits / sizeof *all_bits };
 static const hqq_dtype all_dtypes[] = {HQQ_F32, HQQ_F16, HQQ_BF16};
 
 /* xorshift64*: the same numbers on every machine. */

@@ -127,8 +127,9 @@ static int check_choice(void)
     CHOOSES(DIRECT, 192, HQQ_BF16, (void)0);
     CHOOSES(BLOCKED, 193, HQQ_BF16, (void)0);
     CHOOSES(BLOCKED, 9, HQQ_F32, changed.meta_dtype = HQQ_F32);
-    for (int b = 0; b < 5; b++)
-        if (all_bits[b] != 3) CHOOSES(DIRECT, 16, HQQ_BF16, changed.nbits = all_bits[b]);
+    for (int b = 0; b < BIT_WIDTHS; b++)
+        if (hqq_word_bytes(all_bits[b]) == 1)
+            CHOOSES(DIRECT, 16, HQQ_BF16, changed.nbits = all_bits[b]);
     CHOOSES(DIRECT, 16, HQQ_BF16, changed.axis = 0);
     CHOOSES(DIRECT, 16, HQQ_F16, changed.meta_dtype = HQQ_F16);
     CHOOSES(BLOCKED, 16, HQQ_BF16, changed.nbits = 3);

@@ -91,7 +91,7 @@ static int check_formats(hqq_isa isa)
     int failures = 0;
     for (size_t s = 0; s < sizeof shapes / sizeof *shapes; s++)
         for (size_t g = 0; g < sizeof group_sizes / sizeof *group_sizes + 2; g++)
-            for (int b = 0; b < 5; b++)
+            for (int b = 0; b < BIT_WIDTHS; b++)
                 for (int axis = 0; axis < 2; axis++) {
                     int64_t N = shapes[s].N, K = shapes[s].K;
                     int64_t G = g == 0 ? K : g == 1 ? N : group_sizes[g - 2];
@@ -114,7 +114,7 @@ static int check_extremes(hqq_isa isa)
     int failures = 0;
     for (int m = 0; m < 3; m++)
         for (size_t s = 0; s < sizeof scales / sizeof *scales; s++)
-            for (int b = 0; b < 5; b++)
+            for (int b = 0; b < BIT_WIDTHS; b++)
                 for (int axis = 0; axis < 2; axis++) {
                     hqq_weight w = sample_weight(&state, 24, 64, 8, all_bits[b], axis,
                                                  all_dtypes[m], scales[s]);
@@ -129,7 +129,7 @@ static int check_codes(hqq_isa isa)
 {
     hqq_context context = {.isa = isa};
     int failures = 0;
-    for (int b = 0; b < 5; b++)
+    for (int b = 0; b < BIT_WIDTHS; b++)
         for (int axis = 0; axis < 2; axis++) {
             enum { N = 40, K = 96, G = 32 };
             uint64_t state = 521288629u;

@@ -144,7 +144,7 @@ static int check_formats(hqq_isa isa)
     uint64_t state = 2463534242u;
     int failures = 0;
     for (size_t s = 0; s < sizeof shapes / sizeof *shapes; s++)
-        for (int b = 0; b < 5; b++)
+        for (int b = 0; b < BIT_WIDTHS; b++)
             for (int axis = 0; axis < 2; axis++) {
                 const shape *f = &shapes[s];
                 hqq_dtype meta = all_dtypes[random_bits(&state) % 3];
@@ -217,7 +217,7 @@ static int check_identities(hqq_isa isa)
     uint64_t state = 19;
     int failures = 0;
     for (size_t s = 0; s < sizeof few / sizeof *few; s++)
-        for (int b = 0; b < 5; b++)
+        for (int b = 0; b < BIT_WIDTHS; b++)
             for (int axis = 0; axis < 2; axis++) {
                 hqq_weight w = sample_weight(&state, few[s].N, few[s].K, few[s].G, all_bits[b],
                                              axis, HQQ_F32, 1.0f);

@@ -257,7 +257,7 @@ int main(void)
 {
     uint64_t state = 19;
     int failures = check_bad_routing();
-    for (int b = 0; b < 5; b++)
+    for (int b = 0; b < BIT_WIDTHS; b++)
         for (int axis = 0; axis < 2; axis++)
             for (int d = 0; d < 3; d++)
                 for (int r = 0; r < 4; r++) {

@@ -249,7 +249,7 @@ int main(void)
     int failures = 0;
     for (int i = 0; i < CALLS; i++) {
         long most = 0;
-        for (int kernel = HQQ_KERNEL_AUTO; kernel <= HQQ_KERNEL_TILED; kernel++)
+        for (int kernel = HQQ_KERNEL_AUTO; kernel <= LAST_NAMED_KERNEL; kernel++)
             for (int parts = 0; parts <= 1; parts++) {
                 hqq_context context = {.parallel_for = parts ? backwards_for : NULL,
                                        .kernel = (hqq_kernel)kernel};

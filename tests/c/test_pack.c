@@ -53,7 +53,7 @@ int main(void)
 {
     int failures = 0;
     for (size_t s = 0; s < sizeof shapes / sizeof *shapes; s++)
-        for (int b = 0; b < 5; b++)
+        for (int b = 0; b < BIT_WIDTHS; b++)
             for (int axis = 0; axis < 2; axis++)
                 failures += check_pack(&shapes[s], all_bits[b], axis);
     return failures != 0;

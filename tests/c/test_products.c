@@ -266,7 +266,7 @@ static int check_shapes(hqq_isa isa)
     uint64_t state = 4711;
     int failures = 0;
     for (int w = 0; w < 8; w++)
-        for (int bits = 0; bits < 5; bits++)
+        for (int bits = 0; bits < BIT_WIDTHS; bits++)
             for (int axis = 0; axis < 2 && !failures; axis++) {
                 int64_t M = rows[random_bits(&state) % 5], R = ranks[random_bits(&state) % 5];
                 problem p =
@@ -292,9 +292,9 @@ static int check_aligned_shapes(hqq_isa isa)
     uint64_t state = 815;
     int failures = 0, turn = 0;
     for (int w = 0; w < 4; w++)
-        for (int bits = 0; bits < 5; bits++)
+        for (int bits = 0; bits < BIT_WIDTHS; bits++)
             for (int axis = 0; axis < 2 && !failures; axis++) {
-                if (all_bits[bits] == 3 || axis + weights[w].axes < 2) continue;
+                if (hqq_word_bytes(all_bits[bits]) > 1 || axis + weights[w].axes < 2) continue;
                 hqq_dtype dtype = turn % 2 ? HQQ_F16 : HQQ_BF16;
                 problem p = make_problem(&state, rows[turn % 5], weights[w].N, weights[w].K,
                                          weights[w].G, all_bits[bits], axis, ranks[turn % 4],

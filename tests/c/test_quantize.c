@@ -62,7 +62,7 @@ static int check_formats(hqq_isa isa)
     uint64_t state = 88172645463325252u;
     int failures = 0;
     for (size_t s = is_quick(); s < sizeof shapes / sizeof *shapes; s += is_quick() ? 3 : 1)
-        for (int b = 0; b < 5; b++)
+        for (int b = 0; b < BIT_WIDTHS; b++)
             for (int axis = 0; axis < 2; axis++)
                 failures += check_format(&shapes[s], all_bits[b], axis, isa, &state);
     return failures;
@@ -166,7 +166,7 @@ static int check_reference(hqq_isa isa)
     static const shape some[] = {{64, 64, 64}, {32, 96, 24}, {40, 50, 10}, {8, 1024, 1024}};
     int failures = 0;
     for (size_t s = is_quick() ? 2 : 0; s < (is_quick() ? 3 : sizeof some / sizeof *some); s++)
-        for (int b = 0; b < 5; b++)
+        for (int b = 0; b < BIT_WIDTHS; b++)
             for (int axis = 0; axis < 2; axis++)
                 for (int variant = 0; variant < 6; variant++) {
                     hqq_quantize_options o = hqq_quantize_defaults();

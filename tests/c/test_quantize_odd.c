@@ -106,7 +106,7 @@ static int check_odd(hqq_isa isa)
         float W[ODD_GROUPS * ODD_G];
         for (int g = 0; g < ODD_GROUPS; g++)
             for (int i = 0; i < ODD_G; i++) W[element_of(&l, g, i)] = odd_groups[g][i];
-        for (int b = 0; b < 5; b++)
+        for (int b = 0; b < BIT_WIDTHS; b++)
             for (int m = 0; m < 3; m++)
                 for (int solver = 0; solver < 3; solver++) {
                     hqq_quantize_options options = hqq_quantize_defaults();
@@ -139,7 +139,7 @@ static int check_single_elements(hqq_isa isa)
     hqq_quantize_options options = hqq_quantize_defaults();
     enum { N = 9, K = 14 };
     float *W = random_array(&state, N * K, HQQ_F32, -2.0f, 2.0f);
-    for (int b = 0; b < 5; b++)
+    for (int b = 0; b < BIT_WIDTHS; b++)
         for (int m = 0; m < 3; m++)
             for (int axis = 0; axis < 2; axis++) {
                 hqq_weight w = {.out_features = N,

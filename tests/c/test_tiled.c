@@ -191,7 +191,7 @@ static int check_formats(hqq_isa isa)
     uint64_t state = 43;
     int failures = 0;
     for (int s = 0; s < 3; s++)
-        for (int b = 0; b < 5; b++)
+        for (int b = 0; b < BIT_WIDTHS; b++)
             for (int axis = 0; axis < 2; axis++) {
                 int64_t M = 1 + random_bits(&state) % 13, R = random_bits(&state) % 4;
                 problem p = make_problem(&state, M, shapes[s][0], shapes[s][1], shapes[s][2],
@@ -208,7 +208,7 @@ static int check_identity(hqq_isa isa)
 {
     uint64_t state = 47;
     int failures = 0;
-    for (int b = 0; b < 5; b++)
+    for (int b = 0; b < BIT_WIDTHS; b++)
         for (int d = 0; d < 3; d++) {
             problem p =
                 make_problem(&state, 66, 66, 66, 11, all_bits[b], b % 2, 0, all_dtypes[d], isa);
