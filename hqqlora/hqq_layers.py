@@ -12,6 +12,7 @@ from torch import nn
 
 from hqqlora.ops import PackedWeight, meta_shape, packed_shape
 from hqqlora.ops.weight import word_dtype
+from hqqlora.optional_packages import needing
 from hqqlora.state_encoding import META_DTYPES, PACKING, scale_and_zero
 
 if TYPE_CHECKING:
@@ -126,10 +127,8 @@ def raw_state(layer: HQQLinear) -> dict[str, Any]:
 def to_hqq(layer: HQQLinear) -> nn.Module:
     """hqq's layer with the weight of `layer`; see `HQQLinear.to_hqq`."""
     state = raw_state(layer)
-    try:
+    with needing("to_hqq"):
         from hqq.core.quantize import HQQLinear as HqqPackageLinear
-    except ImportError as error:
-        raise ImportError("to_hqq needs the hqq package: pip install hqq") from error
     theirs: nn.Module = HqqPackageLinear(
         None,
         None,

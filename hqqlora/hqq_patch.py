@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from hqqlora.autograd import linear
 from hqqlora.hqq_layers import packed_weight
+from hqqlora.optional_packages import needing
 from hqqlora.state_encoding import META_DTYPES
 
 Forward = Callable[[nn.Module, Tensor], Tensor]
@@ -36,10 +37,8 @@ def patch_hqq() -> None:
     Raises:
         ImportError: hqq is not installed.
     """
-    try:
+    with needing("patch_hqq"):
         from hqq.core.quantize import HQQLinear
-    except ImportError as error:
-        raise ImportError("patch_hqq needs the hqq package: pip install hqq") from error
     if _replaced_set_backend:
         return
     _replaced_set_backend.append(HQQLinear.__dict__["set_backend"])
@@ -52,7 +51,8 @@ def unpatch_hqq() -> None:
     `set_backend` has chosen in the meantime. Without a patch this does nothing."""
     if not _replaced_set_backend:
         return
-    from hqq.core.quantize import HQQLinear
+    with needing("unpatch_hqq"):
+        from hqq.core.quantize import HQQLinear
 
     HQQLinear.set_backend = _replaced_set_backend.pop()
     while _replaced_forward:

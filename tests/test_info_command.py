@@ -264,7 +264,9 @@ def test_without_matplotlib_the_command_that_installs_it_is_named(
         importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name)
     )
     assert main(["info", str(folders / "four"), "--plot", "x.png"]) == 2
-    expected = "hqqlora info: --plot needs matplotlib: pip install 'hqqlora[plot]'\n"
+    expected = (
+        "hqqlora info: the package matplotlib is not installed: pip install 'hqqlora[plot]'\n"
+    )
     assert capsys.readouterr().err == expected
 
 

@@ -261,8 +261,3 @@ class TestPatching:
             for name, parameter in model.named_parameters()
             if "lora_" in name
         )
-
-    def test_without_hqq_it_says_what_to_install(self, monkeypatch: Any) -> None:
-        monkeypatch.setitem(__import__("sys").modules, "hqq.core.quantize", None)
-        with pytest.raises(ImportError, match="pip install hqq"):
-            patch_hqq()

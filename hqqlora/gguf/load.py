@@ -26,6 +26,7 @@ from hqqlora.gguf.configuration import read_config
 from hqqlora.gguf.container import FileTensor, GGUFFile, import_gguf
 from hqqlora.gguf.rope import FREQUENCY_FACTORS
 from hqqlora.linear import HQQLinear
+from hqqlora.optional_packages import needing
 from hqqlora.packed_codes import pack_codes
 from hqqlora.state_encoding import META_DTYPES
 
@@ -75,6 +76,7 @@ def load_gguf(
         TypeError: dtype is not one of the three.
         ImportError: transformers, accelerate or gguf is missing.
     """
+    import_gguf()
     if dtype not in META_DTYPES:
         raise TypeError(f"dtype must be float32, float16 or bfloat16, not {dtype}")
     settings = None if quant_config is None else QuantSettings.parse(quant_config)
@@ -100,8 +102,9 @@ def load_gguf(
 
 def _empty_model(config: Any, file: GGUFFile) -> Any:
     """The model with all its parameters on the meta device, and real buffers."""
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
+    with needing("load_gguf"):
+        from accelerate import init_empty_weights
+        from transformers import AutoModelForCausalLM
 
     try:
         with init_empty_weights(include_buffers=False):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 
 from hqqlora.command.errors import UsageError
+from hqqlora.command.packages import require
 from hqqlora.info_command.contents import read_contents
 from hqqlora.info_command.errors_of_layers import relative_errors
 from hqqlora.info_command.options import InfoOptions
@@ -19,8 +19,8 @@ def run(options: InfoOptions) -> None:
         UsageError: a folder or an option is at fault.
         OSError: the picture cannot be written; names it.
     """
-    if options.plot is not None and importlib.util.find_spec("matplotlib") is None:
-        raise UsageError("--plot needs matplotlib: pip install 'hqqlora[plot]'")
+    if options.plot is not None:
+        require("matplotlib")
     contents = read_contents(options.folder)
     errors = None
     if options.against is not None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from hqqlora.optional_packages import needing
 from hqqlora.peft.import_hook import install
 
 if TYPE_CHECKING:
@@ -41,7 +42,8 @@ def enable() -> None:
     Raises:
         ImportError: PEFT is not installed.
     """
-    from hqqlora.peft.connecting import connect
+    with needing("hqqlora.peft"):
+        from hqqlora.peft.connecting import connect
 
     connect()
 
@@ -49,6 +51,7 @@ def enable() -> None:
 def __getattr__(name: str) -> Any:
     if name in _WITH_PEFT:
         # First, as its import connects it, for which these modules must not be half imported.
-        importlib.import_module("peft")
+        with needing(f"hqqlora.peft.{name}"):
+            importlib.import_module("peft")
         return getattr(importlib.import_module(_WITH_PEFT[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -15,6 +15,7 @@ from tqdm import tqdm
 import hqqlora
 from hqqlora.command.errors import RunError, UsageError, describe
 from hqqlora.command.machine import peak_memory
+from hqqlora.command.packages import require
 from hqqlora.command.units import in_units
 from hqqlora.quantize_command.destination import Destination, open_destination
 from hqqlora.quantize_command.options import QuantizeOptions
@@ -37,6 +38,7 @@ def run(options: QuantizeOptions) -> None:
         RunError: the disk is full, or another process is writing there. The same command goes
             on from there.
     """
+    require("transformers")
     checkpoint, plan = (plan_here if options.dry_run else plan_apart)(options)
     for warning in plan.warnings:
         print(f"hqqlora quantize: {warning}", file=sys.stderr)

@@ -20,6 +20,7 @@ from hqqlora.command.errors import UsageError, explaining
 from hqqlora.config import QuantSettings
 from hqqlora.experts import as_experts, is_experts, is_projection
 from hqqlora.module_names import linear_tag
+from hqqlora.optional_packages import command_for
 from hqqlora.quantize_command.matrices import Matrix
 from hqqlora.quantize_command.options import QuantizeOptions
 from hqqlora.quantize_command.safetensors_file import StoredTensor
@@ -61,7 +62,7 @@ def make_plan(checkpoint: DenseCheckpoint, options: QuantizeOptions) -> Plan:
         UsageError: transformers cannot build the model; the options mean no layer, or do not
             fit one; or the checkpoint lacks a weight or has one of another shape.
     """
-    with explaining("transformers cannot be used: pip install 'hqqlora[hf]'"):
+    with explaining(f"transformers cannot be used: {command_for('transformers')}"):
         import hqqlora.transformers  # which teaches it what to do
         from hqqlora.quantize_command.expert_plan import expert_stacks
         from hqqlora.transformers import HqqConfig

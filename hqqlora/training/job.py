@@ -33,6 +33,7 @@ from hqqlora.command.model_source import (
     load_model,
     load_tokenizer,
 )
+from hqqlora.optional_packages import command_for
 from hqqlora.training.checkpoint import (
     Checkpoint,
     Progress,
@@ -274,7 +275,7 @@ class _Run:
         files = [folder.adapter, folder.log, *([folder.curve] if drawn else [])]
         _say("written: " + ", ".join(map(str, files)))
         if not drawn:
-            _note("no loss curve: pip install 'hqqlora[plot]'")
+            _note(f"no loss curve: {command_for('matplotlib')}")
 
     # ---- small things ---------------------------------------------------------------
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import transformers
-from transformers.quantizers import auto
+from hqqlora.optional_packages import command_for, needing
+
+with needing("hqqlora.transformers"):
+    import transformers
+    from transformers.quantizers import auto
 
 _METHOD = "hqq"
 
 if int(transformers.__version__.partition(".")[0]) < 5:
     raise ImportError(
-        f"hqqlora.transformers needs transformers 5 or newer, found {transformers.__version__}"
+        "hqqlora.transformers needs transformers 5 or newer, found "
+        f"{transformers.__version__}: {command_for('transformers')}"
     )
 
 
