@@ -1,26 +1,26 @@
 """What nvcc made of each CUDA kernel, what that predicts, and whether both are good enough.
 
-    python benchmarks/sass_report.py                  compile all kernels, report, check gates
+    python benchmarks/sass_report.py                  of the built library: report, check gates
     python benchmarks/sass_report.py --archs sm_90    one architecture
     python benchmarks/sass_report.py FILE.cubin ...   only describe these kernels
 
-Needs nvcc, cuobjdump and nvdisasm (pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm), no
-GPU. Times are predictions from instruction counts and bytes: sass/assumptions.py says what they
-take for granted. Writes report.json beside the compiled files, and exits with 1 where a gate of
-gates.json does not hold. Whatever did not change is not compiled again.
+Reads the kernels out of build/release, where pip built the CUDA library (make sass does both);
+what changed since is compiled first. Needs nvcc, cuobjdump and nvdisasm, which PyPI has as
+nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm; no GPU. Times are predictions from instruction
+counts and bytes: sass/assumptions.py says what they take for granted. Writes
+build/sass/report.json, and exits with 1 where a gate of gates.json does not hold.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sass import facts, gates, launches, predict, tables, toolchain
+from sass import built, facts, gates, launches, predict, tables, toolchain
 from sass.toolchain import Kernel, ToolError
 
 ROOT = toolchain.ROOT
@@ -33,22 +33,15 @@ def options() -> argparse.ArgumentParser:
     )
     parser.add_argument("cubins", nargs="*", type=Path)
     parser.add_argument("--archs", nargs="+", default=list(ARCHS))
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="at a time")
+    parser.add_argument(
+        "--build", type=Path, default=ROOT / "build/release", help="CMake's tree"
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "build/sass")
     parser.add_argument("--gates", type=Path, default=Path(__file__).with_name("gates.json"))
     parser.add_argument(
         "--all", action="store_true", help="tables of all kernels, devices and shapes"
     )
     return parser
-
-
-def compiled_kernels(archs: Sequence[str], folder: Path, jobs: int) -> list[Kernel]:
-    sources = sorted((ROOT / "kernels/cuda").glob("*.cu"))
-    return [
-        kernel
-        for cubin, _, source in toolchain.compile_all(sources, archs, folder, jobs)
-        for kernel in toolchain.read_kernels(cubin, source, keep=True)
-    ]
 
 
 def report(kernels: Sequence[Kernel], folder: Path) -> dict[str, Any]:
@@ -89,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(tables.kernels([facts.facts_of(k) for k in kernels], everything=True))
             return 0
         toolchain.need_all()
-        kernels = compiled_kernels(a.archs, a.out, a.jobs)
+        kernels = built.kernels(a.build, a.archs, a.out)
         found = report(kernels, a.out)
     except ToolError as error:
         sys.exit(f"sass_report: {error}")

@@ -6,6 +6,7 @@ import pytest
 from benchmarks_on_path import BENCHMARKS
 from sass import (
     assumptions,
+    built,
     gates,
     hot_loop,
     instructions,
@@ -148,6 +149,52 @@ def test_names_lose_what_only_a_compiler_wants_to_know():
 def test_dependencies_of_a_make_rule():
     rule = "a.o : /x/a.cu \\\n    /x/b.h \\\n    /y/c.h\n"
     assert toolchain.parse_dependencies(rule) == ["/x/a.cu", "/x/b.h", "/y/c.h"]
+
+
+# ---- the built library ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def cuobjdump(tmp_path, monkeypatch):
+    """A stand-in that finds in an object file what its text names; how often it was run."""
+    tool, runs = tmp_path / "bin/cuobjdump", tmp_path / "runs"
+    tool.parent.mkdir()
+    tool.write_text(f"""#!/bin/sh
+echo >>{runs}
+for arch in $(cat "$3"); do : >a.cu.1.$arch.cubin; done
+""")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tool.parent), prepend=":")
+    return lambda: len(runs.read_text().splitlines())
+
+
+def test_an_objects_cubins_are_extracted_again_only_when_it_has_changed(tmp_path, cuobjdump):
+    compiled, folder = tmp_path / "a.cu.o", tmp_path / "kept"
+    compiled.write_text("sm_80 sm_90")
+    first = built.extract(compiled, folder)
+    assert list(first) == ["sm_80", "sm_90"]
+    assert built.extract(compiled, folder) == first
+    assert cuobjdump() == 1
+    compiled.write_text("sm_90")
+    (second,) = built.extract(compiled, folder).values()
+    assert cuobjdump() == 2
+    assert second.exists()
+    assert not first["sm_90"].exists()
+
+
+def test_a_library_for_other_architectures_is_told(tmp_path, cuobjdump, monkeypatch):
+    monkeypatch.setattr(built, "bring_up_to_date", lambda build: None)
+    objects = tmp_path / built.OBJECTS
+    objects.mkdir(parents=True)
+    for source in built.SOURCES.glob("*.cu"):
+        (objects / f"{source.name}.o").write_text("sm_80 sm_86")
+    with pytest.raises(toolchain.ToolError, match="built for sm_80, sm_86, not for sm_90"):
+        built.kernels(tmp_path, ["sm_90"], tmp_path / "kept")
+
+
+def test_a_tree_without_the_cuda_library_is_told(tmp_path):
+    with pytest.raises(toolchain.ToolError, match="no CUDA library was built in"):
+        built.kernels(tmp_path, ["sm_90"], tmp_path / "kept")
 
 
 # ---- loops --------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
-"""nvcc, cuobjdump and c++filt: from a source file to its kernels.
+"""The tools that are run, and what they print of a cubin's kernels.
 
-Results are kept under a folder by content: a source file is compiled again when it, a header
-that it includes, the flags or nvcc itself have changed.
+A program that nvcc builds here is kept: it is built again when a source, a header that it
+includes, the flags or nvcc itself have changed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import site
 import subprocess
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -46,12 +45,6 @@ class ToolError(RuntimeError):
     """A tool is missing, or failed: with what it said."""
 
 
-def flags_of(source: Path) -> list[str]:
-    """As the build compiles it: the quantizer without fused multiply-add, as hqq computes."""
-    flags = ["-std=c++17", "-O3", *(f"-I{ROOT / folder}" for folder in INCLUDES)]
-    return flags + ["-fmad=false"] * source.name.startswith("quantize")
-
-
 def _python_package_bins() -> list[str]:
     """Where PyPI's nvidia-cuda-* packages put their programs."""
     sites = [sys.prefix, *site.getsitepackages(), site.getusersitepackages()]
@@ -75,6 +68,7 @@ PACKAGE = {
     "nvdisasm": "the CUDA toolkit, or: pip install nvidia-cuda-nvdisasm",
     "nvcc": "the CUDA toolkit",
     "c++filt": "binutils",
+    "cmake": "pip install cmake",
 }
 
 
@@ -91,14 +85,15 @@ def need_all() -> None:
         program(tool)
 
 
-def run(tool: str, *arguments: str, given: str | None = None) -> str:
-    """What the tool prints, errors after output."""
+def run(tool: str, *arguments: str, given: str | None = None, where: Path | None = None) -> str:
+    """What the tool prints, errors after output; `where` is its current folder."""
     done = subprocess.run(
         [program(tool), *arguments],
         env=environment(),
         text=True,
         capture_output=True,
         input=given,
+        cwd=where,
     )
     if done.returncode:
         said = (done.stderr or done.stdout).strip()
@@ -106,16 +101,16 @@ def run(tool: str, *arguments: str, given: str | None = None) -> str:
     return done.stdout + done.stderr
 
 
-# ---- compiling, with what was compiled before ------------------------------------------------
+# ---- programs of the host, kept while nothing changes ----------------------------------------
 
 
-def _digest(data: bytes) -> str:
+def digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:24]
 
 
 @cache
 def _digest_file(path: str) -> str:
-    return _digest(Path(path).read_bytes()) if Path(path).exists() else "missing"
+    return digest(Path(path).read_bytes()) if Path(path).exists() else "missing"
 
 
 def parse_dependencies(text: str) -> list[str]:
@@ -129,7 +124,7 @@ def _is_current(record: Path) -> bool:
     if not record.exists():
         return False
     known: dict[str, str] = json.loads(record.read_text())
-    return all(_digest_file(path) == digest for path, digest in known.items())
+    return all(_digest_file(path) == content for path, content in known.items())
 
 
 @cache
@@ -138,7 +133,7 @@ def _compiler() -> str:
 
 
 def _key(*parts: object) -> str:
-    return _digest(json.dumps([*map(str, parts), _compiler()]).encode())
+    return digest(json.dumps([*map(str, parts), _compiler()]).encode())
 
 
 def _record(record: Path, rules: Sequence[str]) -> None:
@@ -146,22 +141,6 @@ def _record(record: Path, rules: Sequence[str]) -> None:
     files = {path for rule in rules for path in parse_dependencies(rule)}
     ours = sorted(path for path in files if "/targets/" not in path)
     record.write_text(json.dumps({path: _digest_file(path) for path in ours}))
-
-
-def compile_source(source: Path, arch: str, folder: Path) -> Path:
-    """The cubin, with what cuobjdump says of it beside it. Warnings are errors."""
-    flags = [*flags_of(source), f"-arch={arch}", "-Werror", "all-warnings"]
-    cubin = folder / f"{source.stem}.{arch}.{_key(source, flags)}.cubin"
-    if cubin.exists() and _is_current(cubin.with_suffix(".json")):
-        return cubin
-    folder.mkdir(parents=True, exist_ok=True)
-    for outdated in folder.glob(f"{source.stem}.{arch}.*"):
-        outdated.unlink()
-    rule, unfinished = cubin.with_suffix(".d"), cubin.with_suffix(".tmp")
-    run("nvcc", "-cubin", *flags, "-MMD", "-MF", str(rule), "-o", str(unfinished), str(source))
-    _record(cubin.with_suffix(".json"), [rule.read_text()])
-    unfinished.rename(cubin)
-    return cubin
 
 
 def build_program(sources: Sequence[Path], flags: Sequence[str], target: Path) -> Path:
@@ -176,18 +155,6 @@ def build_program(sources: Sequence[Path], flags: Sequence[str], target: Path) -
         outdated.unlink()
     _record(record, rules)
     return target
-
-
-def compile_all(
-    sources: Sequence[Path], archs: Sequence[str], folder: Path, jobs: int
-) -> list[tuple[Path, str, str]]:
-    """(cubin, architecture, source's name) of each pair."""
-    pairs = [(source, arch) for source in sources for arch in archs]
-    with ThreadPoolExecutor(jobs) as pool:
-        cubins = list(pool.map(lambda pair: compile_source(pair[0], pair[1], folder), pairs))
-    return [
-        (cubin, arch, source.name) for cubin, (source, arch) in zip(cubins, pairs, strict=True)
-    ]
 
 
 # ---- reading a cubin ------------------------------------------------------------------------
