@@ -26,7 +26,7 @@ SOURCES := CMakeLists.txt pyproject.toml $(wildcard kernels/CMakeLists.txt kerne
   kernels/cpu/*.[ch] kernels/cuda/* c_api/* ops/CMakeLists.txt ops/*.cpp ops/*.h)
 C_SOURCES = $$(git ls-files '*.c' '*.h' '*.cpp' '*.cu' '*.cuh')
 
-.PHONY: all train test test-c test-torch-versions bench bench-check tune sass lint format asan tsan valgrind fuzz \
+.PHONY: all train test test-c test-torch-versions bench bench-check tune sass lint format asan integer tsan valgrind fuzz \
   fuzz-readers kills avx512 clean FORCE
 all: $(VENV)/built
 
@@ -51,6 +51,20 @@ asan: $(VENV)/built
 	  -DCMAKE_BUILD_TYPE=Debug -DHQQLORA_SANITIZE=address,undefined >build/asan-configure.log
 	$(BIN)/cmake --build build/asan
 	$(BIN)/ctest --test-dir build/asan --output-on-failure --parallel $(TEST_PROCESSES)
+
+# the CPU library where a size wraps, or loses bits on the way to another type: C allows both
+# (needs clang). Of clang's `integer` group only unsigned-shift-base is off: that a left shift
+# drops bits is what the packing of codes is made of.
+INTEGER_CLANG  ?= clang-14
+INTEGER_CHECKS := unsigned-integer-overflow,implicit-conversion,signed-integer-overflow,shift-exponent,integer-divide-by-zero
+INTEGER_TESTS  := bad_input dequantize dropout gemm grouped lora pack products quantize shared_input threads
+integer: $(VENV)/built
+	CC=$(INTEGER_CLANG) CXX=$(subst clang,clang++,$(INTEGER_CLANG)) $(BIN)/cmake -S . \
+	  -B build/integer -G Ninja -DHQQLORA_TORCH=OFF -DHQQLORA_CUDA=OFF -DHQQLORA_AVX512=OFF \
+	  -DCMAKE_BUILD_TYPE=Debug -DHQQLORA_SANITIZE=$(INTEGER_CHECKS) >build/integer-configure.log
+	$(BIN)/cmake --build build/integer --target $(INTEGER_TESTS:%=test_%)
+	$(BIN)/ctest --test-dir build/integer --output-on-failure --parallel $(TEST_PROCESSES) \
+	  -R '^($(subst $() ,|,$(INTEGER_TESTS)))$$'
 
 # threads over one context and over their own, under ThreadSanitizer
 tsan: $(VENV)/built
