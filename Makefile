@@ -28,7 +28,7 @@ SOURCES := CMakeLists.txt pyproject.toml $(wildcard kernels/CMakeLists.txt kerne
 C_SOURCES = $$(git ls-files '*.c' '*.h' '*.cpp' '*.cu' '*.cuh')
 
 .PHONY: all train test test-c test-torch-versions test-versions wheel bench bench-check tune sass lint \
-  format asan tsan valgrind fuzz fuzz-readers kills avx512 aarch64 clean FORCE
+  format asan integer tsan valgrind fuzz fuzz-readers kills avx512 aarch64 clean FORCE
 all: $(VENV)/built
 
 train: $(VENV)/model
@@ -52,6 +52,21 @@ asan: $(VENV)/built
 	  -DCMAKE_BUILD_TYPE=Debug -DHQQLORA_SANITIZE=address,undefined >build/asan-configure.log
 	$(BIN)/cmake --build build/asan
 	$(BIN)/ctest --test-dir build/asan --output-on-failure --parallel $(TEST_PROCESSES)
+
+# the CPU library where a size wraps, or loses bits on the way to another type: C allows both
+# (needs clang). Of clang's `integer` group only unsigned-shift-base is off: that a left shift
+# drops bits is what the packing of codes is made of.
+INTEGER_CLANG  ?= clang-14
+INTEGER_CHECKS := unsigned-integer-overflow,implicit-conversion,signed-integer-overflow,shift-exponent,integer-divide-by-zero
+INTEGER_TESTS := bad_descriptor bad_product bad_quantize dequantize dropout gemm grouped lora pack products \
+  quantize shared_input threads
+integer: $(VENV)/built
+	CC=$(INTEGER_CLANG) CXX=$(subst clang,clang++,$(INTEGER_CLANG)) $(BIN)/cmake -S . \
+	  -B build/integer -G Ninja -DHQQLORA_TORCH=OFF -DHQQLORA_CUDA=OFF -DHQQLORA_AVX512=OFF \
+	  -DCMAKE_BUILD_TYPE=Debug -DHQQLORA_SANITIZE=$(INTEGER_CHECKS) >build/integer-configure.log
+	$(BIN)/cmake --build build/integer --target $(INTEGER_TESTS:%=test_%)
+	$(BIN)/ctest --test-dir build/integer --output-on-failure --parallel $(TEST_PROCESSES) \
+	  -R '^($(subst $() ,|,$(INTEGER_TESTS)))$$'
 
 # threads over one context and over their own, under ThreadSanitizer
 tsan: $(VENV)/built

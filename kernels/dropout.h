@@ -22,7 +22,7 @@ enum { HQQ_PHILOX_ROUNDS = 10 };
 #define HQQ_PHILOX_KEY_1    0xbb67ae85u
 
 /* words [4] = the random words of the counter in words [4]. */
-HQQ_INLINE void hqq_philox(uint32_t *words, uint64_t key)
+HQQ_WRAPS HQQ_INLINE void hqq_philox(uint32_t *words, uint64_t key)
 {
     uint32_t key0 = (uint32_t)key, key1 = (uint32_t)(key >> 32);
     for (int round = 0; round < HQQ_PHILOX_ROUNDS; round++) {
@@ -74,7 +74,7 @@ HQQ_INLINE hqq_dropout_source hqq_dropout_source_of(const hqq_lora *lora)
 }
 
 /* Reads the seed, so: where x is, and where something is dropped. */
-HQQ_INLINE hqq_dropout hqq_dropout_read(const hqq_dropout_source *source)
+HQQ_WRAPS HQQ_INLINE hqq_dropout hqq_dropout_read(const hqq_dropout_source *source)
 {
     hqq_dropout d;
     d.last = source->last;
@@ -84,7 +84,7 @@ HQQ_INLINE hqq_dropout hqq_dropout_read(const hqq_dropout_source *source)
 }
 
 /* An adapter's dropout, where x is: keeps all, and reads nothing, if it drops nothing. */
-HQQ_INLINE hqq_dropout hqq_dropout_of(const hqq_lora *lora)
+HQQ_WRAPS HQQ_INLINE hqq_dropout hqq_dropout_of(const hqq_lora *lora)
 {
     if (lora->dropout == 0.0f) return hqq_dropout_make(0.0f, 0);
     return hqq_dropout_make(lora->dropout, *lora->seed + lora->seed_offset);

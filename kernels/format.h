@@ -27,6 +27,14 @@
 #define HQQ_INLINE static inline
 #endif
 
+/* Of a function whose unsigned sums or products are meant to wrap, as a random generator's are:
+ * elsewhere they are sizes, and `make integer` stops where one wraps. */
+#if defined(__clang__) && !defined(__CUDACC__)
+#define HQQ_WRAPS __attribute__((no_sanitize("unsigned-integer-overflow")))
+#else
+#define HQQ_WRAPS
+#endif
+
 /* Codes in a word: 8/nbits in a byte, ten 3-bit codes in an int32; 0 for other nbits. */
 HQQ_INLINE int hqq_slots_per_word(int nbits)
 {

@@ -319,7 +319,7 @@ HQQ_INLINE hqq_lane hqq_shrink(hqq_lane e, hqq_lane power, float inverse_beta)
 /* x^y for positive normal x, correct to the last bit but for rare halves: log2 by its series in
  * (m - 1) / (m + 1), exp2 by Taylor's, each to 1e-11, in double, free of tables and branches.
  */
-HQQ_INLINE float hqq_power(float x, float y)
+HQQ_WRAPS HQQ_INLINE float hqq_power(float x, float y)
 {
     uint32_t bits = hqq_float_to_bits(x);
     int32_t exponent =

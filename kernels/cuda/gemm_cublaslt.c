@@ -16,6 +16,7 @@
 #include <string.h>
 
 #include "cublaslt.h"
+#include "format.h"
 #include "status.h"
 
 /* All that the choice of an algorithm depends on. Compared as bytes: made with memset. */
@@ -117,7 +118,7 @@ static struct {
 } cache[CACHE_SLOTS];
 static pthread_mutex_t cache_lock = PTHREAD_MUTEX_INITIALIZER;
 
-static size_t slot_of(const gemm_key *key)
+HQQ_WRAPS static size_t slot_of(const gemm_key *key)
 {
     uint32_t hash = 2166136261u; /* FNV-1a */
     for (size_t i = 0; i < sizeof *key; i++)

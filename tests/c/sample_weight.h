@@ -26,7 +26,7 @@ enum { BIT_WIDTHS = sizeof all_bits / sizeof *all_bits };
 static const hqq_dtype all_dtypes[] = {HQQ_F32, HQQ_F16, HQQ_BF16};
 
 /* xorshift64*: the same numbers on every machine. */
-static inline uint32_t random_bits(uint64_t *state)
+HQQ_WRAPS static inline uint32_t random_bits(uint64_t *state)
 {
     *state ^= *state >> 12;
     *state ^= *state << 25;

@@ -160,6 +160,12 @@ static int compute_grouped(const problem *p, results *r)
     return ok;
 }
 
+/* Of an expert's mask, by the header; the sum wraps where the seed is large. */
+HQQ_WRAPS static uint64_t seed_of_expert(int64_t e)
+{
+    return seed + 4 + (uint64_t)e;
+}
+
 static int compute_one_by_one(const problem *p, results *r)
 {
     int ok = 1;
@@ -169,7 +175,7 @@ static int compute_one_by_one(const problem *p, results *r)
         hqq_lora lora = p->lora;
         lora.A = hqq_at(p->A, p->lora_dtype, e * R * p->K);
         lora.B = hqq_at(p->B, p->lora_dtype, e * p->N * R);
-        uint64_t own_seed = seed + 4 + (uint64_t)e;
+        uint64_t own_seed = seed_of_expert(e);
         lora.seed = &own_seed;
         lora.seed_offset = 0;
         const void *x = hqq_at(p->x, p->dtype, row * p->K);

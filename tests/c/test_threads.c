@@ -118,7 +118,7 @@ static void fill(float *values, int count, float size)
 {
     static uint32_t state = 1;
     for (int i = 0; i < count; i++) {
-        state = state * 1664525u + 1013904223u;
+        state = (uint32_t)(state * UINT64_C(1664525) + 1013904223u);
         values[i] = size * ((float)(state >> 8) / (float)(1 << 24) - 0.5f);
     }
 }
