@@ -40,7 +40,7 @@ static hqq_lane mean_of(const mean_sums *s, const hqq_mean_order *o, int64_t n)
     hqq_lane sum = s->rest;
     for (int first = 0; first < o->unit; first++) {
         hqq_lane part = s->level[0][first];
-        for (int c = first + o->unit; c < o->width; c += o->unit) part += s->level[0][c];
+        for (int c = first + o->unit; c < o->used; c += o->unit) part += s->level[0][c];
         sum = o->unit == 1 ? part : sum + part;
     }
     return sum / (float)n;
@@ -92,7 +92,7 @@ static hqq_lane next_zero(hqq_tile *t, hqq_step *s, const hqq_mean_order *o)
     mean_sums sums;
     sums.rest = hqq_lane_set(0.0f);
     for (int j = 0; j < o->levels; j++)
-        for (int c = 0; c < o->width; c++) sums.level[j][c] = hqq_lane_set(0.0f);
+        for (int c = 0; c < o->used; c++) sums.level[j][c] = hqq_lane_set(0.0f);
     int64_t G = t->job->layout.G, length;
     for (int64_t run = 0; run < G; run += HQQ_TILE_RUN) {
         const float *values = hqq_tile_at(t, run);
@@ -120,12 +120,22 @@ static hqq_lane next_zero(hqq_tile *t, hqq_step *s, const hqq_mean_order *o)
 typedef struct hqq_steps {
     const hqq_quantize_options *options;
     int iters;
-    double *errors; /* [iters] or NULL */
+    float threshold; /* hqq_shrink_threshold of the first step */
+    double *errors;  /* [iters] or NULL */
 } hqq_steps;
 
-static void add_errors(double *sum, hqq_lane error, int live)
+static float shrink_threshold(const hqq_quantize_options *options, double beta)
 {
-    for (int lane = 0; lane < live; lane++) *sum += (double)error[lane];
+    return hqq_shrink_threshold(options->lp_norm, (float)(1.0 / beta));
+}
+
+/* sums[0..steps) += the error of each lane, one after another. */
+static void add_errors(double *restrict sums, int steps, hqq_lane error, int live)
+{
+    float lanes[HQQ_LANES];
+    hqq_vec_store(lanes, error);
+    for (int lane = 0; lane < live; lane++)
+        for (int step = 0; step < steps; step++) sums[step] += (double)lanes[lane];
 }
 
 /* steps->iters steps on one tile; *h becomes their result. */
@@ -135,6 +145,7 @@ static void run_steps(hqq_tile *t, hqq_half_quadratic *h, hqq_lane smallest, hqq
     const hqq_quantize_options *options = steps->options;
     hqq_mean_order order = hqq_mean_order_of(&t->job->layout, t->first);
     double beta = (double)options->beta;
+    float threshold = steps->threshold;
     for (int i = 0; i < steps->iters; i++, beta *= (double)options->kappa) {
         hqq_step step = {.multiplier = h->multiplier,
                          .zero = h->zero,
@@ -142,15 +153,13 @@ static void run_steps(hqq_tile *t, hqq_half_quadratic *h, hqq_lane smallest, hqq
                          .lp_norm = options->lp_norm,
                          .inverse_beta = (float)(1.0 / beta),
                          .want_error = steps->errors != NULL};
-        float threshold = hqq_shrink_threshold(options->lp_norm, step.inverse_beta);
+        if (i && options->kappa != 1.0f) threshold = shrink_threshold(options, beta);
         step.threshold = step.want_error ? hqq_lane_set(threshold)
                                          : hqq_quick_threshold(threshold, smallest, largest);
         h->zero = next_zero(t, &step, &order);
         int fixed = options->kappa == 1.0f && !hqq_lane_any(~(h->zero == step.zero));
-        if (steps->errors) { /* all steps from a fixed point on are this one */
-            for (int same = i; same < (fixed ? steps->iters : i + 1); same++)
-                add_errors(steps->errors + same, step.error, t->live);
-        }
+        if (steps->errors) /* all steps from a fixed point on are this one */
+            add_errors(steps->errors + i, fixed ? steps->iters - i : 1, step.error, t->live);
         if (fixed) return;
     }
 }
@@ -173,6 +182,9 @@ static void solve_hqq(hqq_tile *t, void *data)
 void HQQ_ISA_NAME(hqq_quantize_hqq)(const hqq_quantize_job *job, int64_t begin, int64_t end,
                                     int iters, double *errors, void *scratch)
 {
-    hqq_steps steps = {job->options, iters, errors};
+    hqq_steps steps = {.options = job->options,
+                       .iters = iters,
+                       .threshold = shrink_threshold(job->options, (double)job->options->beta),
+                       .errors = errors};
     hqq_for_each_tile(job, begin, end, scratch, solve_hqq, &steps);
 }
