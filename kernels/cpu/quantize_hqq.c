@@ -138,9 +138,10 @@ static void add_errors(double *restrict sums, int steps, hqq_lane error, int liv
         for (int step = 0; step < steps; step++) sums[step] += (double)lanes[lane];
 }
 
-/* steps->iters steps on one tile; *h becomes their result. */
-static void run_steps(hqq_tile *t, hqq_half_quadratic *h, hqq_lane smallest, hqq_lane largest,
-                      const hqq_steps *steps)
+/* steps->iters steps on one tile; *h becomes their result. Returns the number of steps from
+ * which on it stays what it is, or HQQ_UNSETTLED. */
+static int run_steps(hqq_tile *t, hqq_half_quadratic *h, hqq_lane smallest, hqq_lane largest,
+                     const hqq_steps *steps)
 {
     const hqq_quantize_options *options = steps->options;
     hqq_mean_order order = hqq_mean_order_of(&t->job->layout, t->first);
@@ -160,19 +161,31 @@ static void run_steps(hqq_tile *t, hqq_half_quadratic *h, hqq_lane smallest, hqq
         int fixed = options->kappa == 1.0f && !hqq_lane_any(~(h->zero == step.zero));
         if (steps->errors) /* all steps from a fixed point on are this one */
             add_errors(steps->errors + i, fixed ? steps->iters - i : 1, step.error, t->live);
-        if (fixed) return;
+        if (fixed) return i < HQQ_UNSETTLED ? i : HQQ_UNSETTLED;
     }
+    return HQQ_UNSETTLED;
+}
+
+/* Where the tile's entry of job->settled is; NULL: there are none. */
+static uint8_t *settled_at(const hqq_tile *t)
+{
+    const hqq_quantize_job *job = t->job;
+    return job->settled ? job->settled + t->band / HQQ_FEWEST_LANES : NULL;
 }
 
 static void solve_hqq(hqq_tile *t, void *data)
 {
     const hqq_steps *steps = data;
+    uint8_t *settled = settled_at(t);
+    if (settled && !steps->errors && *settled != HQQ_UNSETTLED && *settled <= steps->iters)
+        return; /* an earlier run with more steps has stored it */
     float levels = (float)hqq_max_code(t->job->layout.nbits);
     hqq_lane smallest, largest;
     hqq_tile_range(t, &smallest, &largest);
     hqq_half_quadratic h =
         hqq_half_quadratic_start(smallest, largest, levels, steps->options->round_zero);
-    run_steps(t, &h, smallest, largest, steps);
+    int settles = run_steps(t, &h, smallest, largest, steps);
+    if (settled && steps->errors && settles > *settled) *settled = (uint8_t)settles;
     hqq_stored stored = hqq_store_half_quadratic(&h, smallest * 0.5f + largest * 0.5f, levels,
                                                  t->job->meta_dtype);
     hqq_tile_store_meta(t, &stored);
