@@ -19,6 +19,7 @@ enum { HQQ_MEAN_LEVELS = 4, HQQ_MEAN_WIDEST = 32, HQQ_MEAN_EIGHT = 8 };
 typedef struct hqq_mean_order {
     int width;
     int unit;           /* what is left over is added to the first `unit` sums */
+    int used;           /* the first sums, which anything is added to; the others stay 0 */
     int chunk;          /* elements between checks for a full level */
     int levels;         /* that can fill up: 1 or all */
     int64_t rows_end;   /* elements in full rows */
@@ -41,6 +42,7 @@ HQQ_INLINE hqq_mean_order hqq_mean_order_of(const hqq_layout *l, int64_t first_g
     o.level_mask = (INT64_C(1) << o.level_power) - 1;
     o.chunk = single ? 1 << o.level_power : o.width;
     o.levels = rows > o.level_mask ? HQQ_MEAN_LEVELS : 1;
+    o.used = rows > 0 ? o.width : o.unit;
     o.rows_end = rows * o.width;
     o.units_end = l->G / o.unit * o.unit;
     return o;

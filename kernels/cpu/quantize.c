@@ -72,8 +72,9 @@ static hqq_status check_finite(const void *W, hqq_dtype dtype, const hqq_layout 
 
 enum {
     CHUNK_ELEMENTS = 1 << 16,
-    BAND_MULTIPLE = 64,       /* bands in a chunk: whole tiles, whole cache lines at axis 0 */
-    ERROR_SUMS_MOST = 1 << 19 /* doubles: 4 MB */
+    BAND_MULTIPLE = 64,        /* bands in a chunk: whole tiles, whole cache lines at axis 0 */
+    ERROR_SUMS_MOST = 1 << 18, /* doubles: 2 MB */
+    SETTLED_MOST = 1 << 21     /* bytes */
 };
 
 typedef struct quantize_run {
@@ -132,9 +133,21 @@ static int last_step(const quantize_run *run)
     return run->iters;
 }
 
+/* All steps, and then those that hqq would have done. */
+static hqq_status run_twice(quantize_run *run, const hqq_context *context)
+{
+    HQQ_TRY(run_chunks(run, context));
+    int steps = last_step(run);
+    if (steps == run->iters) return HQQ_OK;
+    run->iters = steps;
+    run->errors = NULL;
+    return run_chunks(run, context);
+}
+
 /* Groups do not know of each other, and where to stop shows only when all have run. So all
  * steps are run first; where hqq would have stopped before the last, they are run again up to
- * there. */
+ * there, but for the tiles that had settled by then. Matrices with too many tiles to remember
+ * which do without (run->job.settled is NULL). */
 static hqq_status run_early_stop(quantize_run *run, const hqq_context *context)
 {
     if (chunks_of(run) * run->iters > ERROR_SUMS_MOST) {
@@ -142,16 +155,16 @@ static hqq_status run_early_stop(quantize_run *run, const hqq_context *context)
         int64_t bands = (run->job.bands + most - 1) / most;
         run->chunk_bands = (bands + BAND_MULTIPLE - 1) / BAND_MULTIPLE * BAND_MULTIPLE;
     }
-    size_t bytes = (size_t)(chunks_of(run) * run->iters) * sizeof(double);
-    run->errors = calloc(1, bytes);
-    if (!run->errors) return hqq_fail(HQQ_NO_MEMORY, "could not allocate %zu bytes", bytes);
-    hqq_status status = run_chunks(run, context);
-    int steps = last_step(run);
-    free(run->errors);
-    run->errors = NULL;
-    if (status != HQQ_OK || steps == run->iters) return status;
-    run->iters = steps;
-    return run_chunks(run, context);
+    size_t error_bytes = (size_t)(chunks_of(run) * run->iters) * sizeof(double);
+    int64_t tiles = hqq_quantize_tiles_most(&run->job);
+    size_t bytes = error_bytes + (tiles <= SETTLED_MOST ? (size_t)tiles : 0);
+    double *errors = calloc(1, bytes);
+    if (!errors) return hqq_fail(HQQ_NO_MEMORY, "could not allocate %zu bytes", bytes);
+    run->errors = errors;
+    if (tiles <= SETTLED_MOST) run->job.settled = (uint8_t *)errors + error_bytes;
+    hqq_status status = run_twice(run, context);
+    free(errors);
+    return status;
 }
 
 hqq_status hqq_backend_quantize(void *packed, void *scale, void *zero, const void *W,

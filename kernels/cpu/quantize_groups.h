@@ -17,11 +17,23 @@ typedef struct hqq_quantize_job {
     void *scale, *zero; /* [groups] in meta_dtype */
     hqq_dtype meta_dtype;
     const hqq_quantize_options *options;
+    uint8_t *settled; /* hqq's solver: [hqq_quantize_tiles_most] or NULL */
 } hqq_quantize_job;
 
 static inline int64_t hqq_quantize_bands(const hqq_layout *l)
 {
     return l->axis == 1 ? l->words / l->G : l->groups;
+}
+
+/* job->settled, where not NULL, holds of the tiles of the same bands, that is words, the number
+ * of steps from which on nothing changes; HQQ_UNSETTLED: not known. It starts at 0.
+ * hqq_quantize_hqq writes it where it is asked for errors; otherwise it leaves out the tiles
+ * that settle within its steps: they are stored. Slots of a word are stored together or not. */
+enum { HQQ_UNSETTLED = 255, HQQ_FEWEST_LANES = 4 };
+
+static inline int64_t hqq_quantize_tiles_most(const hqq_quantize_job *job)
+{
+    return (job->bands + HQQ_FEWEST_LANES - 1) / HQQ_FEWEST_LANES;
 }
 
 /* More steps of a group than these are not held in the scratch, but read again in each pass. */

@@ -40,7 +40,7 @@ static hqq_lane mean_of(const mean_sums *s, const hqq_mean_order *o, int64_t n)
     hqq_lane sum = s->rest;
     for (int first = 0; first < o->unit; first++) {
         hqq_lane part = s->level[0][first];
-        for (int c = first + o->unit; c < o->width; c += o->unit) part += s->level[0][c];
+        for (int c = first + o->unit; c < o->used; c += o->unit) part += s->level[0][c];
         sum = o->unit == 1 ? part : sum + part;
     }
     return sum / (float)n;
@@ -92,7 +92,7 @@ static hqq_lane next_zero(hqq_tile *t, hqq_step *s, const hqq_mean_order *o)
     mean_sums sums;
     sums.rest = hqq_lane_set(0.0f);
     for (int j = 0; j < o->levels; j++)
-        for (int c = 0; c < o->width; c++) sums.level[j][c] = hqq_lane_set(0.0f);
+        for (int c = 0; c < o->used; c++) sums.level[j][c] = hqq_lane_set(0.0f);
     int64_t G = t->job->layout.G, length;
     for (int64_t run = 0; run < G; run += HQQ_TILE_RUN) {
         const float *values = hqq_tile_at(t, run);
@@ -120,21 +120,33 @@ static hqq_lane next_zero(hqq_tile *t, hqq_step *s, const hqq_mean_order *o)
 typedef struct hqq_steps {
     const hqq_quantize_options *options;
     int iters;
-    double *errors; /* [iters] or NULL */
+    float threshold; /* hqq_shrink_threshold of the first step */
+    double *errors;  /* [iters] or NULL */
 } hqq_steps;
 
-static void add_errors(double *sum, hqq_lane error, int live)
+static float shrink_threshold(const hqq_quantize_options *options, double beta)
 {
-    for (int lane = 0; lane < live; lane++) *sum += (double)error[lane];
+    return hqq_shrink_threshold(options->lp_norm, (float)(1.0 / beta));
 }
 
-/* steps->iters steps on one tile; *h becomes their result. */
-static void run_steps(hqq_tile *t, hqq_half_quadratic *h, hqq_lane smallest, hqq_lane largest,
-                      const hqq_steps *steps)
+/* sums[0..steps) += the error of each lane, one after another. */
+static void add_errors(double *restrict sums, int steps, hqq_lane error, int live)
+{
+    float lanes[HQQ_LANES];
+    hqq_vec_store(lanes, error);
+    for (int lane = 0; lane < live; lane++)
+        for (int step = 0; step < steps; step++) sums[step] += (double)lanes[lane];
+}
+
+/* steps->iters steps on one tile; *h becomes their result. Returns the number of steps from
+ * which on it stays what it is, or HQQ_UNSETTLED. */
+static int run_steps(hqq_tile *t, hqq_half_quadratic *h, hqq_lane smallest, hqq_lane largest,
+                     const hqq_steps *steps)
 {
     const hqq_quantize_options *options = steps->options;
     hqq_mean_order order = hqq_mean_order_of(&t->job->layout, t->first);
     double beta = (double)options->beta;
+    float threshold = steps->threshold;
     for (int i = 0; i < steps->iters; i++, beta *= (double)options->kappa) {
         hqq_step step = {.multiplier = h->multiplier,
                          .zero = h->zero,
@@ -142,28 +154,38 @@ static void run_steps(hqq_tile *t, hqq_half_quadratic *h, hqq_lane smallest, hqq
                          .lp_norm = options->lp_norm,
                          .inverse_beta = (float)(1.0 / beta),
                          .want_error = steps->errors != NULL};
-        float threshold = hqq_shrink_threshold(options->lp_norm, step.inverse_beta);
+        if (i && options->kappa != 1.0f) threshold = shrink_threshold(options, beta);
         step.threshold = step.want_error ? hqq_lane_set(threshold)
                                          : hqq_quick_threshold(threshold, smallest, largest);
         h->zero = next_zero(t, &step, &order);
         int fixed = options->kappa == 1.0f && !hqq_lane_any(~(h->zero == step.zero));
-        if (steps->errors) { /* all steps from a fixed point on are this one */
-            for (int same = i; same < (fixed ? steps->iters : i + 1); same++)
-                add_errors(steps->errors + same, step.error, t->live);
-        }
-        if (fixed) return;
+        if (steps->errors) /* all steps from a fixed point on are this one */
+            add_errors(steps->errors + i, fixed ? steps->iters - i : 1, step.error, t->live);
+        if (fixed) return i < HQQ_UNSETTLED ? i : HQQ_UNSETTLED;
     }
+    return HQQ_UNSETTLED;
+}
+
+/* Where the tile's entry of job->settled is; NULL: there are none. */
+static uint8_t *settled_at(const hqq_tile *t)
+{
+    const hqq_quantize_job *job = t->job;
+    return job->settled ? job->settled + t->band / HQQ_FEWEST_LANES : NULL;
 }
 
 static void solve_hqq(hqq_tile *t, void *data)
 {
     const hqq_steps *steps = data;
+    uint8_t *settled = settled_at(t);
+    if (settled && !steps->errors && *settled != HQQ_UNSETTLED && *settled <= steps->iters)
+        return; /* an earlier run with more steps has stored it */
     float levels = (float)hqq_max_code(t->job->layout.nbits);
     hqq_lane smallest, largest;
     hqq_tile_range(t, &smallest, &largest);
     hqq_half_quadratic h =
         hqq_half_quadratic_start(smallest, largest, levels, steps->options->round_zero);
-    run_steps(t, &h, smallest, largest, steps);
+    int settles = run_steps(t, &h, smallest, largest, steps);
+    if (settled && steps->errors && settles > *settled) *settled = (uint8_t)settles;
     hqq_stored stored = hqq_store_half_quadratic(&h, smallest * 0.5f + largest * 0.5f, levels,
                                                  t->job->meta_dtype);
     hqq_tile_store_meta(t, &stored);
@@ -173,6 +195,9 @@ static void solve_hqq(hqq_tile *t, void *data)
 void HQQ_ISA_NAME(hqq_quantize_hqq)(const hqq_quantize_job *job, int64_t begin, int64_t end,
                                     int iters, double *errors, void *scratch)
 {
-    hqq_steps steps = {job->options, iters, errors};
+    hqq_steps steps = {.options = job->options,
+                       .iters = iters,
+                       .threshold = shrink_threshold(job->options, (double)job->options->beta),
+                       .errors = errors};
     hqq_for_each_tile(job, begin, end, scratch, solve_hqq, &steps);
 }

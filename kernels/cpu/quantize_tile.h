@@ -63,7 +63,8 @@ static inline void hqq_tile_load_columns(const hqq_tile *t)
 static inline void hqq_tile_convert(const hqq_tile *t)
 {
     hqq_units u = *t->units;
-    for (float *v = t->values; v < t->values + (t->end - t->begin) * HQQ_LANES; v += HQQ_LANES)
+    const float *end = t->values + (t->end - t->begin) * HQQ_LANES;
+    for (float *v = t->values; v < end; v += HQQ_LANES)
         hqq_vec_store(v, hqq_to_units(&u, hqq_vec_load(v)));
 }
 
