@@ -1,7 +1,8 @@
 """The checks of the ops' arguments for tensors without data.
 
 They are those of the native side (arguments.h, adapter.h), with the same words, so that a
-mistake is reported while tracing as it is when running. Sizes may be symbolic. Each raises RuntimeError.
+mistake is reported while tracing as it is when running. Sizes may be symbolic. Each raises
+RuntimeError.
 """
 
 from __future__ import annotations
