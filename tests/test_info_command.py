@@ -14,8 +14,7 @@ from safetensors.torch import load_file
 transformers = pytest.importorskip("transformers")
 
 import tiny_models  # noqa: E402
-from test_transformers_names import tiny_mixtral  # noqa: E402
-from tiny_models import save_tiny, tiny_llama  # noqa: E402
+from tiny_models import save_tiny, tiny_llama, tiny_mixtral  # noqa: E402
 
 # In memory already, each run plans in this process rather than in one of its own.
 import hqqlora.transformers  # noqa: E402
@@ -164,7 +163,7 @@ def test_a_dense_model(folders: Path, capsys: pytest.CaptureFixture[str]) -> Non
 def test_experts_that_are_dense_are_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    save_tiny(tiny_mixtral(), tmp_path / "dense")
+    save_tiny(tiny_mixtral(num_hidden_layers=1, num_local_experts=2), tmp_path / "dense")
     skip = ("--skip-modules", "lm_head", "experts")
     assert quantize(tmp_path / "dense", tmp_path / "q", *skip) == 0
     text = info(capsys, tmp_path / "q")
@@ -201,7 +200,7 @@ def test_experts_are_compared_expert_by_expert(
 def test_quantized_experts_are_counted_all(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = tiny_mixtral()
+    model = tiny_mixtral(num_hidden_layers=1, num_local_experts=2)
     experts, out_features, in_features = model.model.layers[0].mlp.experts.down_proj.shape
     config = hqqlora.BaseQuantizeConfig(nbits=4, group_size=32)
     hqqlora.quantize_model(model, config, progress=False).save_pretrained(tmp_path)
