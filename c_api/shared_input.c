@@ -137,6 +137,7 @@ hqq_status hqq_lora_factor_gradients(float *dyb, void *dB, const void *dy, int64
     HQQ_TRY(hqq_check_context(context));
     HQQ_TRY(hqq_check_matrix("dy", dy, M, N, lddy, dtype));
     HQQ_TRY(hqq_check_factors(&plain, &none, dtype, 0, dyb != NULL));
+    if (dyb) HQQ_TRY(check_given("dyb", dyb, M, plain.rank));
     HQQ_TRY(hqq_check_aligned("dyb", dyb, sizeof(float)));
     HQQ_TRY(hqq_check_aligned("dB", dB, hqq_dtype_bytes(plain.dtype)));
     if (dB) HQQ_TRY(check_given("xa", xa, M, plain.rank));

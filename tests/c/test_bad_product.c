@@ -137,6 +137,9 @@ static void walk_products_of_nothing(void)
     INVALID("lora.rank is 255|0 x 72057594037927936",
             hqq_lora_linear_backward(NULL, outputs.dA, NULL, NULL, 0, NULL, 0, NULL, &huge,
                                      &wide, 0, HQQ_F32, NULL, 0, NULL));
+    INVALID("dyb is 9223372036854775807 x 2|2^56",
+            hqq_lora_factor_gradients(outputs.xa, NULL, NULL, 0, NULL, &lora, INT64_MAX, 0,
+                                      HQQ_F32, NULL, 0, NULL));
 }
 
 static void walk_misaligned(void)
