@@ -105,8 +105,8 @@ avx512: $(VENV)/built
 
 # the C library for AArch64, under qemu: its tests, and its results against x86's (needs
 # aarch64-linux-gnu-g++ and qemu-aarch64; Debian: apt install g++-aarch64-linux-gnu qemu-user)
-AARCH64_TESTS := bad_descriptor bad_product bad_quantize blocked dequantize direct dropout gemm grouped header header_cxx lora \
-  no_memory pack products quantize quantize_odd shared_input threads tiled
+AARCH64_TESTS := bad_descriptor bad_product bad_quantize blocked dequantize direct dropout gemm \
+  grouped header header_cxx lora no_memory pack products quantize quantize_odd shared_input threads tiled
 aarch64: $(VENV)/test
 	$(BIN)/cmake -S . -B build/aarch64 -G Ninja -DHQQLORA_TORCH=OFF -DHQQLORA_CUDA=OFF \
 	  -DCMAKE_TOOLCHAIN_FILE=tests/aarch64/toolchain.cmake >build/aarch64-configure.log

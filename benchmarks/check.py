@@ -10,6 +10,7 @@ where the work was not the same.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,9 +26,12 @@ from layers import DTYPE_NAMES, Layers
 from timing import Contender
 from torch import Tensor
 
+from hqqlora.ops.weight import SLOTS_PER_WORD
+from hqqlora.optional_packages import absence
+
 N, K, G, R = 192, 320, 64, 8
 ROWS = (1, 20, 150)  # few, medium and many tokens have kernels of their own
-FORMATS = [(nbits, axis) for nbits in (8, 4, 3, 2, 1) for axis in (1, 0)]
+FORMATS = [(nbits, axis) for nbits in SLOTS_PER_WORD for axis in (1, 0)]
 DTYPES = (torch.float32, torch.bfloat16)
 # Roundings to the dtype on the longest way of any contender: W read back (zero, difference,
 # product with the scale), a product, PEFT's product with the scaling, its sum.
@@ -68,7 +72,7 @@ class Exact:
         unit = ROUNDINGS * torch.finfo(dtype).eps + length * torch.finfo(torch.float32).eps
         allowed = unit / 2 * self.magnitude + torch.finfo(dtype).smallest_normal
         share = ((got.double() - self.value).abs() / allowed).max().item()
-        return share if share == share else float("inf")
+        return math.inf if math.isnan(share) else share
 
 
 class Line(NamedTuple):
@@ -196,7 +200,7 @@ def main() -> int:
     arguments = report.options(__doc__).parse_args()
     description = report.start(arguments)
     if description["hqq"] is None:
-        sys.exit("check.py compares with hqq, which is not installed: pip install hqq")
+        sys.exit(f"check.py compares with hqq: {absence('hqq')}")
     differs = check_products() + check_quantizers()
     if differs:
         print(f"\n### Different results ({len(differs)})\n")

@@ -1,4 +1,4 @@
-"""All benchmarks, with their defaults: what `make bench` runs. Some six minutes on two cores.
+"""All benchmarks, with their defaults: what `make bench` runs, in minutes.
 
 Prints Markdown, and leaves in a folder (build/bench) what it printed, bench.md; all figures,
 bench.json; and speed against the number of tokens as a picture, speed.png. Each benchmark is
@@ -25,7 +25,7 @@ import quantize
 import report
 import speed
 
-# Seconds for each line of a table: each table takes about a minute.
+# Seconds for each line of a table, so that a table takes about a minute.
 BENCHMARKS = {
     "linear": (linear.measure, 0.5),
     "speed": (speed.measure, 0.4),

@@ -239,7 +239,7 @@ INLINE void whole_groups(void *out, hqq_dtype dtype, int64_t at, const hqq_weigh
                    .group = place->turn,
                    .length = l->G,
                    .shift = hqq_slot_shift(l->nbits, (int)place->slot)};
-    int nbits = kind == WIDE_WORDS ? 3 : l->nbits;
+    int nbits = l->nbits;
     while (columns > 0) {
         int64_t groups = (columns + l->G - 1) / l->G;
         if (groups > META_AT_ONCE) groups = META_AT_ONCE;
