@@ -36,7 +36,7 @@ def instruction_set() -> str:
 
 def chosen(rows: int, dtype: str, name: str) -> str:
     """The kernel for so many rows, forward or dgrad, whatever the weight."""
-    isas = [library().hqq_isa_name(isa).decode() for isa in range(1, 5)]
+    isas = [library().hqq_isa_name(isa).decode() for isa in range(1, 6)]  # to HQQ_ISA_AMX
     isa = isas.index(instruction_set()) + 1
     kernel = library().hqq_choose_kernel(None, rows, COLUMNS.index(dtype), name == "dgrad", isa)
     return _KERNEL_NAMES[kernel]

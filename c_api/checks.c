@@ -140,9 +140,9 @@ hqq_status hqq_check_matrix(const char *name, const void *data, int64_t rows, in
 hqq_status hqq_check_context(const hqq_context *context)
 {
     if (!context) return HQQ_OK;
-    if ((int)context->isa < HQQ_ISA_AUTO || (int)context->isa > HQQ_ISA_AVX512_BF16)
+    if ((int)context->isa < HQQ_ISA_AUTO || (int)context->isa > HQQ_ISA_AMX)
         return hqq_fail(HQQ_INVALID, "context.isa is %d; expected 0 to %d", (int)context->isa,
-                        HQQ_ISA_AVX512_BF16);
+                        HQQ_ISA_AMX);
     if ((int)context->kernel < HQQ_KERNEL_AUTO || (int)context->kernel > HQQ_KERNEL_TILED)
         return hqq_fail(HQQ_INVALID, "context.kernel is %d; expected 0 to %d",
                         (int)context->kernel, HQQ_KERNEL_TILED);

@@ -15,10 +15,11 @@
  *                  dense product at 512, and in fp16 four times. Measured before direct
  *                  multiplied in pairs of bf16 and before groups were decoded together: to be
  *                  measured again
- *   with AMX       a Xeon: torch's bf16 GEMM is three to four times as fast as without it, and
- *                  direct was ahead up to 20 tokens. fp16 and fp32 do not profit from AMX
- *   AVX-512        no instructions for bf16, so as fp32
- *   AVX2           direct's are of the Xeon, restricted to AVX2; fp16's is a guess
+ *   AMX            a Xeon, two threads: in bf16 tiled passes direct at 6 tokens forward and 7
+ * in dgrad, is half of direct's time at 16, and takes 0.4 to 0.7 of the time of blocked, with
+ * torch's GEMM on the same tiles, up to 1024. In fp32 and fp16 few tokens are not for AMX
+ * (tiled.c), and direct ends as measured for AVX-512 AVX-512        no instructions for bf16,
+ * so as fp32 AVX2           direct's are of the Xeon, restricted to AVX2; fp16's is a guess
  *   portable       not measured
  */
 #include "hqqlora.h"
@@ -41,19 +42,16 @@ static const thresholds_by_dtype table[][2] = {
     [HQQ_ISA_AVX512] = {{{12, ANY}, {12, ANY}, {12, ANY}}, {{16, ANY}, {16, ANY}, {16, ANY}}},
     [HQQ_ISA_AVX512_BF16] = {{{12, ANY}, {12, ANY}, {6, 64}},
                              {{16, ANY}, {16, ANY}, {10, 512}}},
+    [HQQ_ISA_AMX] = {{{12, ANY}, {16, ANY}, {5, ANY}}, {{16, ANY}, {16, ANY}, {6, ANY}}},
 };
-static const thresholds bf16_with_amx = {20, 0};
 
 hqq_kernel hqq_choose_kernel(const hqq_weight *weight, int64_t M, hqq_dtype dtype,
                              int32_t transpose, hqq_isa isa)
 {
     (void)weight; /* 8 and 3 bits cross at a few tokens fewer or more: not worth a table */
-    int row =
-        isa >= HQQ_ISA_PORTABLE && isa <= HQQ_ISA_AVX512_BF16 ? (int)isa : HQQ_ISA_PORTABLE;
+    int row = isa >= HQQ_ISA_PORTABLE && isa <= HQQ_ISA_AMX ? (int)isa : HQQ_ISA_PORTABLE;
     int column = dtype == HQQ_F16 || dtype == HQQ_BF16 ? (int)dtype : HQQ_F32;
     thresholds up_to = table[row][transpose != 0][column];
-    if (row == HQQ_ISA_AVX512_BF16 && dtype == HQQ_BF16 && hqq_has_amx_bf16())
-        up_to = bf16_with_amx;
     if (M <= up_to.direct) return HQQ_KERNEL_DIRECT;
     return M <= up_to.tiled ? HQQ_KERNEL_TILED : HQQ_KERNEL_BLOCKED;
 }

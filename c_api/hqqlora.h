@@ -77,9 +77,10 @@ typedef enum hqq_dtype { HQQ_F32 = 0, HQQ_F16 = 1, HQQ_BF16 = 2 } hqq_dtype;
 typedef enum hqq_isa {
     HQQ_ISA_AUTO = 0,
     HQQ_ISA_PORTABLE = 1,
-    HQQ_ISA_AVX2 = 2,       /* AVX2, FMA, F16C */
-    HQQ_ISA_AVX512 = 3,     /* AVX-512 F, BW, DQ, VL */
-    HQQ_ISA_AVX512_BF16 = 4 /* and AVX512_BF16, AVX512_VBMI */
+    HQQ_ISA_AVX2 = 2,        /* AVX2, FMA, F16C */
+    HQQ_ISA_AVX512 = 3,      /* AVX-512 F, BW, DQ, VL */
+    HQQ_ISA_AVX512_BF16 = 4, /* and AVX512_BF16, AVX512_VBMI */
+    HQQ_ISA_AMX = 5          /* and AMX_TILE, AMX_BF16 */
 } hqq_isa;
 
 /* How a product with the frozen weight is computed. On a GPU a forced DIRECT gives way to

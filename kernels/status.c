@@ -46,6 +46,7 @@ const char *hqq_isa_name(hqq_isa isa)
     case HQQ_ISA_AVX2: return "avx2";
     case HQQ_ISA_AVX512: return "avx512";
     case HQQ_ISA_AVX512_BF16: return "avx512_bf16";
+    case HQQ_ISA_AMX: return "amx";
     }
     return "unknown";
 }

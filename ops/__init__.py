@@ -39,7 +39,7 @@ CUDA they are enqueued on torch's current stream and nothing waits, except in `q
 reads one byte back to tell whether the weight was finite. So CUDA graphs capture them, and a
 graph that draws the seed itself has another mask at each replay.
 
-The environment variables ``HQQLORA_ISA`` (portable, avx2, avx512, avx512_bf16) and
+The environment variables ``HQQLORA_ISA`` (portable, avx2, avx512, avx512_bf16, amx) and
 ``HQQLORA_KERNEL`` (reference, direct, blocked, tiled), read once as a library loads, cap the
 instruction set of the CPU kernels and force a kernel on either device.
 """

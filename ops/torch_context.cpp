@@ -55,7 +55,8 @@ Overrides read_overrides()
     static const Choice isas[] = {{"portable", HQQ_ISA_PORTABLE},
                                   {"avx2", HQQ_ISA_AVX2},
                                   {"avx512", HQQ_ISA_AVX512},
-                                  {"avx512_bf16", HQQ_ISA_AVX512_BF16}};
+                                  {"avx512_bf16", HQQ_ISA_AVX512_BF16},
+                                  {"amx", HQQ_ISA_AMX}};
     static const Choice kernels[] = {{"reference", HQQ_KERNEL_REFERENCE},
                                      {"direct", HQQ_KERNEL_DIRECT},
                                      {"blocked", HQQ_KERNEL_BLOCKED},

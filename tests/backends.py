@@ -22,7 +22,7 @@ from hqqlora.ops import PackedWeight, meta_shape, packed_shape
 ROOT = Path(__file__).parent.parent
 BUILD = Path(os.environ.get("HQQLORA_C_BUILD", ROOT / "build" / "release"))
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-ISAS = {"auto": 0, "portable": 1, "avx2": 2, "avx512": 3, "avx512_bf16": 4}
+ISAS = {"auto": 0, "portable": 1, "avx2": 2, "avx512": 3, "avx512_bf16": 4, "amx": 5}
 KERNELS = {"auto": 0, "reference": 1, "direct": 2, "blocked": 3, "tiled": 4}
 
 

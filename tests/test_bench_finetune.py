@@ -91,7 +91,7 @@ def test_time_and_ratio_are_medians_of_the_rounds(finished):
 
 def test_the_machine_and_the_work_are_named(finished):
     table, result = finished
-    assert result["machine"]["isa"] in ("portable", "avx2", "avx512", "avx512_bf16")
+    assert result["machine"]["isa"] in ("portable", "avx2", "avx512", "avx512_bf16", "amx")
     assert result["machine"]["threads"] == 1
     assert result["machine"]["versions"]["peft"] is not None
     assert result["model"]["linear_layers"] == 14

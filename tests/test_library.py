@@ -63,7 +63,7 @@ if {kernel == "reference"}:
 @pytest.mark.parametrize(
     ("variable", "names"),
     [
-        ("HQQLORA_ISA", "portable, avx2, avx512, avx512_bf16"),
+        ("HQQLORA_ISA", "portable, avx2, avx512, avx512_bf16, amx"),
         ("HQQLORA_KERNEL", "reference, direct, blocked, tiled"),
     ],
 )

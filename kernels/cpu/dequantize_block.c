@@ -15,128 +15,15 @@
 
 #include "code_runs.h"
 #include "decode.h"
+#include "look_up_16.h"
 
 #define INLINE HQQ_ALWAYS_INLINE
-
-/* What the inner loops are compiled for: constants wherever these are passed on. */
-typedef enum code_kind {
-    SMALL_BYTES, /* 1, 2 or 4 bits in bytes */
-    WHOLE_BYTES, /* 8 bits */
-    WIDE_WORDS   /* 3 bits in int32 */
-} code_kind;
-
-/* Words i to i + HQQ_LANES of a run, one a lane, its slot shifted down; bits of the slots
- * above are left in. */
-INLINE hqq_ivec load_words(const hqq_run *run, code_kind kind, int64_t i)
-{
-    hqq_ivec v = kind == WIDE_WORDS ? hqq_ivec_load_u32((const uint32_t *)run->words + i)
-                                    : hqq_ivec_load_u8((const uint8_t *)run->words + i);
-    return kind == WHOLE_BYTES ? v : v >> run->shift;
-}
-
-INLINE hqq_ivec load_words_part(const hqq_run *run, code_kind kind, int64_t i, int n)
-{
-    hqq_ivec v = kind == WIDE_WORDS
-                     ? hqq_ivec_load_u32_part((const uint32_t *)run->words + i, n)
-                     : hqq_ivec_load_u8_part((const uint8_t *)run->words + i, n);
-    return kind == WHOLE_BYTES ? v : v >> run->shift;
-}
 
 INLINE int is_by_table(code_kind kind)
 {
     int bits = kind == SMALL_BYTES ? 4 : kind == WIDE_WORDS ? 3 : 8; /* at most */
     return bits <= HQQ_TABLE_BITS;
 }
-
-#if defined(__AVX512F__)
-/* The table rounded to dtype, twice. normal: none of its values is subnormal. */
-INLINE __m512i table_16(hqq_dtype dtype, hqq_vec table, int normal)
-{
-#if defined(__AVX512BF16__)
-    /* the instruction takes subnormals for zero */
-    if (dtype == HQQ_BF16 && normal)
-        return (__m512i)_mm512_cvtne2ps_pbh((__m512)table, (__m512)table);
-#endif
-    (void)normal;
-    if (dtype == HQQ_F16)
-        return _mm512_broadcast_i64x4(
-            _mm512_cvtps_ph((__m512)table, _MM_FROUND_TO_NEAREST_INT));
-    uint16_t values[16];
-    hqq_vec_store_dtype(values, dtype, 0, table);
-    return _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *)values));
-}
-
-/* A run to 16-bit values, of which the table holds each code's twice. */
-INLINE void constant_run_16(uint16_t *out, hqq_dtype dtype, const hqq_run *run, code_kind kind,
-                            const hqq_decoder *d, int normal)
-{
-    __m512i table = table_16(dtype, d->table, normal);
-    int64_t i = 0, length = run->length;
-    if (kind == WIDE_WORDS) {
-        for (; i < length; i += 16) {
-            int n = length - i < 16 ? (int)(length - i) : 16;
-            __m512i words = (__m512i)load_words_part(run, kind, i, n);
-            _mm512_mask_cvtepi32_storeu_epi16(out + i,
-                                              (__mmask16)_bzhi_u32(0xffff, (unsigned)n),
-                                              _mm512_permutexvar_epi16(words, table));
-        }
-        return;
-    }
-    const uint8_t *bytes = run->words;
-    __m128i shift = _mm_cvtsi32_si128(run->shift);
-    for (; i + 32 <= length; i += 32) {
-        __m512i words = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(bytes + i)));
-        words = _mm512_srl_epi16(words, shift);
-        _mm512_storeu_si512(out + i, _mm512_permutexvar_epi16(words, table));
-    }
-    if (i < length) {
-        __mmask32 mask = _bzhi_u32(0xffffffff, (unsigned)(length - i));
-        __m512i words = _mm512_cvtepu8_epi16(_mm256_maskz_loadu_epi8(mask, bytes + i));
-        words = _mm512_srl_epi16(words, shift);
-        _mm512_mask_storeu_epi16(out + i, mask, _mm512_permutexvar_epi16(words, table));
-    }
-}
-#elif defined(__AVX2__)
-/* The values of 32 codes, from the low and the high bytes of all 16 values. */
-INLINE void look_up_32(uint16_t *out, __m256i codes, __m256i low, __m256i high)
-{
-    __m256i l = _mm256_shuffle_epi8(low, codes), h = _mm256_shuffle_epi8(high, codes);
-    __m256i even = _mm256_unpacklo_epi8(l, h), odd = _mm256_unpackhi_epi8(l, h);
-    _mm256_storeu_si256((__m256i *)out, _mm256_permute2x128_si256(even, odd, 0x20));
-    _mm256_storeu_si256((__m256i *)(out + 16), _mm256_permute2x128_si256(even, odd, 0x31));
-}
-
-/* A run of byte words to 16-bit values: made for each code once, looked up byte by byte. */
-INLINE void constant_run_16(uint16_t *out, hqq_dtype dtype, const hqq_run *run, int nbits,
-                            float zero, float scale)
-{
-    __m128i values[2]; /* of codes 0 to 7, and 8 to 15 */
-    for (int i = 0; i < 2; i++) {
-        hqq_vec code = hqq_code_of_lane(4) + hqq_vec_set1((float)(8 * i));
-        hqq_vec value = (code - hqq_vec_set1(zero)) * hqq_vec_set1(scale);
-        hqq_vec_store_dtype(&values[i], dtype, 0, value);
-    }
-    __m128i byte = _mm_set1_epi16(0xff);
-    __m128i low =
-        _mm_packus_epi16(_mm_and_si128(values[0], byte), _mm_and_si128(values[1], byte));
-    __m128i high = _mm_packus_epi16(_mm_srli_epi16(values[0], 8), _mm_srli_epi16(values[1], 8));
-    __m256i lows = _mm256_broadcastsi128_si256(low), highs = _mm256_broadcastsi128_si256(high);
-    __m256i mask = _mm256_set1_epi8((char)hqq_max_code(nbits));
-    __m128i shift = _mm_cvtsi32_si128(run->shift);
-    const uint8_t *bytes = run->words;
-    for (int64_t i = 0; i < run->length; i += 32) {
-        uint8_t last[32] = {0};
-        uint16_t values_32[32];
-        int64_t n = run->length - i;
-        const uint8_t *from = bytes + i;
-        if (n < 32) from = memcpy(last, from, (size_t)n);
-        __m256i codes = _mm256_srl_epi16(_mm256_loadu_si256((const __m256i *)from), shift);
-        codes = _mm256_and_si256(codes, mask);
-        look_up_32(n < 32 ? values_32 : out + i, codes, lows, highs);
-        if (n < 32) memcpy(out + i, values_32, (size_t)n * 2);
-    }
-}
-#endif
 
 /* A run under one zero and one scale (axis 1) to out[at], out[at + 1], ... normal: as
  * values_are_normal says. */
@@ -209,24 +96,70 @@ INLINE void prefetch_row(const block *b, const hqq_layout *l, const hqq_place *p
     const int64_t rows_ahead = 8, narrow = 1024;
     int64_t bytes = b->columns * l->word_bytes;
     if (bytes > narrow) return;
-    const char *words = (const char *)b->weight->packed +
-                        (place->word + rows_ahead * step->word) % l->words * l->word_bytes;
+    int64_t word = place->word + rows_ahead * step->word;
+    if (word >= l->words) return;
+    const char *words = (const char *)b->weight->packed + word * l->word_bytes;
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(words + i);
 }
 
 /* Zeros and scales are brought to fp32 that many at a time. */
 #define META_AT_ONCE 64
 
-/* Whether no weight of these groups is subnormal. A difference of zero and code is zero, or no
- * smaller than 2^-24 times the zero, or the code. */
+/* out [groups] = the elements from index i in fp32; whole vectors are written. */
+INLINE void load_meta(float *out, const void *meta, hqq_dtype dtype, int64_t i, int64_t groups)
+{
+    int64_t at = 0;
+    for (; at + HQQ_LANES <= groups; at += HQQ_LANES)
+        hqq_vec_store(out + at, hqq_vec_load_dtype(meta, dtype, i + at));
+    if (at < groups)
+        hqq_vec_store(out + at,
+                      hqq_vec_load_dtype_part(meta, dtype, i + at, (int)(groups - at)));
+}
+
+/* Whether no weight of these groups is subnormal, as far as it is asked. A difference of zero
+ * and code is zero, or no smaller than 2^-24 times the zero, or the code. */
 INLINE int values_are_normal(const float *zero, const float *scale, int64_t groups)
 {
-    int normal = 1;
-    for (int64_t g = 0; g < groups; g++) {
-        float z = __builtin_fabsf(zero[g]), s = __builtin_fabsf(scale[g]);
-        normal &= (s >= 0x1p-60f) & ((z >= 0x1p-30f) | (z == 0.0f));
+#if defined(__AVX512BF16__)
+    const hqq_ivec lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const hqq_ivec magnitude = (hqq_ivec){0} + 0x7fffffff;
+    hqq_ivec subnormal = {0};
+    for (int64_t g = 0; g < groups; g += HQQ_LANES) {
+        hqq_vec z = (hqq_vec)((hqq_ivec)hqq_vec_load(zero + g) & magnitude);
+        hqq_vec s = (hqq_vec)((hqq_ivec)hqq_vec_load(scale + g) & magnitude);
+        hqq_ivec large = (s >= 0x1p-60f) & ((z >= 0x1p-30f) | (z == 0.0f));
+        subnormal |= ~large & (lane < (int32_t)(groups - g));
     }
-    return normal;
+    return _mm512_test_epi32_mask((__m512i)subnormal, (__m512i)subnormal) == 0;
+#else
+    (void)zero, (void)scale, (void)groups;
+    return 0;
+#endif
+}
+
+/* Groups of the usual lengths, where there is code for them; how many were decoded. */
+INLINE int64_t usual_groups(void *out, hqq_dtype dtype, int64_t at, const hqq_run *run,
+                            code_kind kind, const hqq_layout *l, const float *zero,
+                            const float *scale, int64_t groups, int normal)
+{
+#if defined(__AVX512F__)
+    if (kind == SMALL_BYTES && dtype != HQQ_F32) {
+        uint16_t *to = (uint16_t *)out + at;
+        int n = l->nbits;
+        switch (l->G) {
+        case 32: constant_groups_16(to, dtype, run, n, zero, scale, groups, 32, normal); break;
+        case 64: constant_groups_16(to, dtype, run, n, zero, scale, groups, 64, normal); break;
+        case 128:
+            constant_groups_16(to, dtype, run, n, zero, scale, groups, 128, normal);
+            break;
+        default: return 0;
+        }
+        return groups;
+    }
+#endif
+    (void)out, (void)dtype, (void)at, (void)run, (void)kind, (void)l;
+    (void)zero, (void)scale, (void)groups, (void)normal;
+    return 0;
 }
 
 /* The columns of a row that begin with a group, all in one slot: groups follow one another. */
@@ -243,10 +176,14 @@ INLINE void whole_groups(void *out, hqq_dtype dtype, int64_t at, const hqq_weigh
     while (columns > 0) {
         int64_t groups = (columns + l->G - 1) / l->G;
         if (groups > META_AT_ONCE) groups = META_AT_ONCE;
-        hqq_load_floats(zero, w->zero, w->meta_dtype, run.group, groups);
-        hqq_load_floats(scale, w->scale, w->meta_dtype, run.group, groups);
+        load_meta(zero, w->zero, w->meta_dtype, run.group, groups);
+        load_meta(scale, w->scale, w->meta_dtype, run.group, groups);
         int normal = values_are_normal(zero, scale, groups);
-        for (int64_t g = 0; g < groups; g++, columns -= l->G, at += l->G) {
+        int64_t whole = columns / l->G < groups ? columns / l->G : groups;
+        whole = usual_groups(out, dtype, at, &run, kind, l, zero, scale, whole, normal);
+        columns -= whole * l->G, at += whole * l->G;
+        run.words = (const char *)run.words + whole * l->G * l->word_bytes;
+        for (int64_t g = whole; g < groups; g++, columns -= l->G, at += l->G) {
             if (columns < l->G) run.length = columns;
             constant_run(out, dtype, at, &run, kind, nbits, zero[g], scale[g], normal);
             run.words = (const char *)run.words + l->G * l->word_bytes;

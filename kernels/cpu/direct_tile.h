@@ -35,8 +35,8 @@ static inline int hqq_vectors_align(const hqq_layout *l)
  * decoded vector by vector it was no faster there. */
 static inline int hqq_direct_in_pairs(const hqq_layout *l, hqq_dtype dtype, hqq_isa isa)
 {
-    return dtype == HQQ_BF16 && isa == HQQ_ISA_AVX512_BF16 && !hqq_has_amx_bf16() &&
-           hqq_vectors_align(l) && l->K % 32 == 0 && (l->axis == 0 || l->G % 32 == 0);
+    return dtype == HQQ_BF16 && isa == HQQ_ISA_AVX512_BF16 && hqq_vectors_align(l) &&
+           l->K % 32 == 0 && (l->axis == 0 || l->G % 32 == 0);
 }
 
 /* The same for dgrad, which takes two rows and 64 columns at a time. */

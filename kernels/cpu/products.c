@@ -54,8 +54,10 @@ static product_plan make_plan(hqq_arena *arena, const hqq_weight *weight, const 
             take_floats(arena, M * (transpose ? weight->in_features : weight->out_features));
         inner = transpose ? hqq_direct_dgrad_workspace(weight, M, dtype)
                           : hqq_direct_linear_workspace(weight, M, dtype);
+    } else if (plan.kernel == HQQ_KERNEL_TILED) {
+        inner = hqq_tiled_workspace(weight, M, dtype, transpose, hqq_isa_in_use(context));
     } else {
-        inner = plan.kernel == HQQ_KERNEL_BLOCKED ? hqq_blocked_workspace(weight, dtype) : 0;
+        inner = hqq_blocked_workspace(weight, dtype);
     }
     plan.inner = hqq_arena_take(arena, inner);
     return plan;
@@ -98,7 +100,7 @@ hqq_status hqq_backend_forward(const hqq_forward *f, void *workspace,
     if (plan.kernel == HQQ_KERNEL_BLOCKED)
         return hqq_blocked_linear(f, f->lora ? xa : NULL, plan.inner, context);
     if (plan.kernel == HQQ_KERNEL_TILED)
-        return hqq_tiled_linear(f, f->lora ? xa : NULL, context);
+        return hqq_tiled_linear(f, f->lora ? xa : NULL, plan.inner, context);
     float *addend = f->lora || f->bias ? plan.addend : NULL;
     if (addend)
         HQQ_TRY(hqq_lora_addend(addend, N, HQQ_F32, xa, f->bias, f->bias_dtype, f->lora, M, 0,
@@ -114,7 +116,7 @@ static hqq_status backward_dx(const hqq_backward *b, const float *dyb, const pro
     int64_t M = b->M, K = b->weight->in_features;
     if (plan->kernel == HQQ_KERNEL_BLOCKED)
         return hqq_blocked_dgrad(b, dyb, plan->inner, context);
-    if (plan->kernel == HQQ_KERNEL_TILED) return hqq_tiled_dgrad(b, dyb, context);
+    if (plan->kernel == HQQ_KERNEL_TILED) return hqq_tiled_dgrad(b, dyb, plan->inner, context);
     float *addend = b->lora ? plan->addend : NULL;
     if (addend)
         HQQ_TRY(hqq_lora_dx_addend(addend, K, HQQ_F32, dyb, b->lora, M, K, 0, K, context));

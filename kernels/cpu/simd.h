@@ -197,16 +197,17 @@ static inline void hqq_vec_store_dtype(void *data, hqq_dtype dtype, int64_t i, h
 static inline hqq_vec hqq_vec_load_dtype_part(const void *data, hqq_dtype dtype, int64_t i,
                                               int n)
 {
-    _Alignas(64) char lanes[HQQ_LANES * 4] = {0};
 #if defined(__AVX512F__)
     __mmask16 mask = (__mmask16)_bzhi_u32(0xffff, (unsigned)n);
     if (dtype == HQQ_F32) return (hqq_vec)_mm512_maskz_loadu_ps(mask, (const float *)data + i);
-    _mm256_store_si256((__m256i *)lanes,
-                       _mm256_maskz_loadu_epi16(mask, (const uint16_t *)data + i));
+    __m256i halves = _mm256_maskz_loadu_epi16(mask, (const uint16_t *)data + i);
+    if (dtype == HQQ_F16) return (hqq_vec)_mm512_cvtph_ps(halves);
+    return (hqq_vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16);
 #else
+    _Alignas(64) char lanes[HQQ_LANES * 4] = {0};
     memcpy(lanes, hqq_at(data, dtype, i), (size_t)(n * hqq_dtype_bytes(dtype)));
-#endif
     return hqq_vec_load_dtype(lanes, dtype, 0);
+#endif
 }
 
 /* Writes the first n lanes, 0 <= n <= HQQ_LANES, from index i and nothing behind them. */

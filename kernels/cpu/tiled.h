@@ -23,7 +23,7 @@
  * In fp32, with W in fp32, for fp32 and fp16 inputs, and for bf16 ones without AVX-512 BF16.
  * With it, W is rounded to bf16, as for a GEMM in bf16, and two products are summed at a time.
  * The sums of a chunk begin with its part of the LoRA product, in fp32; y and dx are rounded
- * once.
+ * once. Where there is AMX its tiles take over, from some tokens on (amx.h).
  *
  * How fast: 2 M flops a weight; a core of a Zen 4 at 3.65 GHz does 117 GFLOP/s in fp32 and 234
  * in bf16 from registers alone, so 17 M and 8.5 M ps. Decoding takes about 80 ps a weight, as
@@ -47,11 +47,17 @@
 #include "isa.h"
 #include "row_sets.h"
 
+/* Bytes that either pass needs (transpose: dgrad). */
+size_t hqq_tiled_workspace(const hqq_weight *weight, int64_t M, hqq_dtype dtype, int transpose,
+                           hqq_isa isa);
+
 /* f->y. xa [M,R] = drop(x) A^T, NULL without LoRA; f->xa is not used. */
-hqq_status hqq_tiled_linear(const hqq_forward *f, const float *xa, const hqq_context *context);
+hqq_status hqq_tiled_linear(const hqq_forward *f, const float *xa, void *workspace,
+                            const hqq_context *context);
 
 /* b->dx alone. dyb [M,R] = dy B, NULL without LoRA. */
-hqq_status hqq_tiled_dgrad(const hqq_backward *b, const float *dyb, const hqq_context *context);
+hqq_status hqq_tiled_dgrad(const hqq_backward *b, const float *dyb, void *workspace,
+                           const hqq_context *context);
 
 /* ---- between the driver and the kernels --------------------------------------------- */
 

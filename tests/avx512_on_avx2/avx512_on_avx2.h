@@ -384,6 +384,7 @@ EMU __m512 emu_most(__m512 a, __m512 b)
 #define _mm512_castps512_ps256(v)            emu_half_512(v, 0)
 #define _mm512_extractf32x8_ps               emu_half_512
 #define _mm512_srl_epi16                     emu_srl_epi16
+#define _mm512_srlv_epi16(v, by)             ((__m512i)((emu_u16vec)(v) >> (emu_u16vec)(by)))
 #define _mm512_srli_epi16(v, by)             ((__m512i)((emu_u16vec)(v) >> (by)))
 #define _mm512_slli_epi32(v, by)             ((__m512i)((emu_uvec)(v) << (by)))
 #define _mm512_mul_epu32                     emu_mul_epu32

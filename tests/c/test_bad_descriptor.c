@@ -129,7 +129,7 @@ static void walk_context(void)
         const char *says;
         hqq_context context;
     } bad[] = {
-        {"isa is 5", {.isa = (hqq_isa)5}},
+        {"isa is 6", {.isa = (hqq_isa)6}},
         {"isa is -1", {.isa = (hqq_isa)-1}},
         {"kernel is 5", {.kernel = (hqq_kernel)5}},
         {"kernel is 2147483647", {.kernel = (hqq_kernel)INT_MAX}},

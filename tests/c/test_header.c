@@ -60,7 +60,7 @@ int main(void)
                 failures += failed("two statuses have one name");
 
     hqq_isa best = hqq_isa_in_use(NULL);
-    if (best < HQQ_ISA_PORTABLE || best > HQQ_ISA_AVX512_BF16)
+    if (best < HQQ_ISA_PORTABLE || best > HQQ_ISA_AMX)
         failures += failed("isa_in_use is not an instruction set");
     hqq_context portable;
     memset(&portable, 0, sizeof portable);
