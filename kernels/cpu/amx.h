@@ -35,10 +35,10 @@
  * follow when they are stored.
  *
  * How fast: 16 cycles a product of tiles are 5.9 ns or 2.75 TFLOP/s for a core of a Xeon of the
- * fifth generation; with a load for each, from the second cache, a loop of nothing else attained
- * 1.4 to 1.6. Decoding takes about 0.15 ns a weight, as much as the products of 100 tokens in
- * bf16. 4096 x 4096, 4 bits, G = 64, one thread, least ms of many calls (in brackets that of the
- * kernel which would serve without AMX):
+ * fifth generation; with a load for each, from the second cache, a loop of nothing else
+ * attained 1.4 to 1.6. Decoding takes about 0.15 ns a weight, as much as the products of 100
+ * tokens in bf16. 4096 x 4096, 4 bits, G = 64, one thread, least ms of many calls (in brackets
+ * that of the kernel which would serve without AMX):
  *
  *     M           1            16           64          128          512
  *     bf16   2.8 (1.0)    3.2 (6.0)       4.6          6.9         19.3          forward
