@@ -22,8 +22,9 @@
 #define BLOCK_OF_FEW  2048
 #define FEW_TOKENS    (2 * HQQ_AMX_TOKENS)
 #define PANEL_BYTES   (INT64_C(512) << 10)
+#define SUMS_BYTES    (INT64_C(512) << 10)
 #define CHUNK_ROWS    256
-#define CHUNK_COLUMNS 512
+#define CHUNK_COLUMNS 512 /* where there are few tokens; 256 at least */
 /* Chunks are made smaller until there are that many. */
 #define WANTED_CHUNKS 8
 
@@ -204,10 +205,10 @@ hqq_status hqq_amx_dgrad(const hqq_backward *b, const float *dyb, void *workspac
     job.out = b->dx, job.in = b->dy, job.ld_in = b->lddy;
     job.lora = b->lora, job.inner = dyb;
     job.input = workspace;
-    int64_t columns = CHUNK_COLUMNS;
+    int64_t tokens = panel_tokens(&job, b->M, 1);
+    int64_t columns = most(least(SUMS_BYTES / (4 * tokens), CHUNK_COLUMNS), 256) / 64 * 64;
     while (columns > 64 && job.layout.K / columns < WANTED_CHUNKS) columns -= 64;
     job.width = even_part(job.layout.K, columns, 64);
-    int64_t tokens = panel_tokens(&job, b->M, 1);
     for (int64_t m = 0; m < b->M; m += tokens) {
         job.m_begin = m, job.m_end = least(m + tokens, b->M);
         HQQ_TRY(
