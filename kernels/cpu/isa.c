@@ -15,7 +15,7 @@ static int has_amx(void)
 {
     return 1;
 }
-#elif defined(HQQ_WITHOUT_AVX512) || !defined(__linux__)
+#elif !HQQ_HAS_AMX || !defined(__linux__)
 static int has_amx(void)
 {
     return 0;

@@ -15,7 +15,7 @@
 #include "hqqlora.h"
 
 /* Whether the products made of AMX tiles are there. */
-#if defined(__x86_64__) && !defined(HQQ_WITHOUT_AVX512)
+#if defined(__x86_64__) && !defined(HQQ_WITHOUT_AMX)
 #define HQQ_HAS_AMX 1
 #else
 #define HQQ_HAS_AMX 0
