@@ -11,12 +11,12 @@
 #include "workspace.h"
 
 /*
- * What stays in cache. A pair of tiles of W over a forward block, 32 rows of 512 columns in
- * bf16, takes 32 KB of the first one and is multiplied with all tokens of the panel; dgrad has
- * a block of 512 rows in the second and takes pairs of its column tiles likewise. Three parts
- * take half as many. Where a panel is a pair of token tiles at most, a tile of W is read once,
- * and forward decodes longer rows for less. A panel's packed input of a block takes 512 KB of
- * the second cache at most, and the sums of a chunk as much.
+ * What stays in cache. Forward: a pair of tiles of W, 32 rows of 512 columns, takes 32 KB of
+ * the first one in bf16, and all tokens of the panel pass by it; dgrad: a pair of token tiles
+ * takes as much, and all columns of a decoded block pass by. Three parts have half as long
+ * blocks. Where a panel is a pair of token tiles at most, a tile of W is read once, and forward
+ * decodes longer rows for less. The second cache holds a panel's packed input of a block and
+ * the sums of a chunk, 512 KB each at most.
  */
 #define BLOCK         512
 #define BLOCK_OF_FEW  2048

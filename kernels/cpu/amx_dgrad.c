@@ -98,15 +98,16 @@ static const hqq_amx_multiply_fn multiply[3][3][4] = {
     [2] = {[1] = HQQ_AMX_ROW(2, 1), [2] = HQQ_AMX_ROW(2, 2)},
 };
 
+/* Each pair of token tiles stays in the first cache, all weights of the block pass by. */
 static void multiply_block(const hqq_amx_chunk *c, const set_block *b)
 {
     const hqq_amx_job *job = c->job;
     int64_t tokens = hqq_amx_token_tiles(job), column_tiles = (c->end - c->begin + 15) / 16;
     int64_t step_bytes = job->parts * HQQ_AMX_BYTES, tile_bytes = b->steps * step_bytes;
     int64_t before = hqq_amx_steps_of_sets(job, b->begin);
-    for (int64_t k = 0; k < column_tiles; k += 2)
-        for (int64_t t = 0; t < tokens; t += 2) {
-            int64_t ks = column_tiles - k < 2 ? 1 : 2, ts = tokens - t < 2 ? 1 : 2;
+    for (int64_t t = 0; t < tokens; t += 2)
+        for (int64_t k = 0; k < column_tiles; k += 2) {
+            int64_t ts = tokens - t < 2 ? 1 : 2, ks = column_tiles - k < 2 ? 1 : 2;
             const char *weights = c->weights + k * tile_bytes;
             hqq_amx_operand W = {weights, weights + tile_bytes, 64, step_bytes, HQQ_AMX_BYTES};
             hqq_amx_operand dy = {hqq_amx_input(job, before, b->steps, t),

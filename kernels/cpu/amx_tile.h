@@ -63,9 +63,9 @@ typedef struct hqq_amx_operand {
     int64_t stride, step, part;
 } hqq_amx_operand;
 
-/* b passes by, a is used again: loading b as a stream was worth 1.14 times at steps of 16. */
 /* Tiles 0 to 3 are sums, [a tile][b tile]; 4 and 5 are a, 6 and 7 are b. The numbers must be
- * constants of the language. */
+ * constants of the language. Callers keep a and let b pass by, so b is loaded as a stream,
+ * which a loop over 16 steps from the second cache was 1.14 times as fast with. */
 #define HQQ_AMX_LOAD_A(p)                                                   \
     do {                                                                    \
         _tile_loadd(4, a.first + (p) * a.part, a.stride);                   \
