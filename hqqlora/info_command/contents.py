@@ -15,11 +15,11 @@ from torch import Tensor
 from hqqlora.adapter_files import CONFIG_FILE as ADAPTER_CONFIG
 from hqqlora.adapter_files import read_config as read_adapter_config
 from hqqlora.adapter_files import read_factors
+from hqqlora.command.checkpoint_folder import find_folder, weight_files
 from hqqlora.command.errors import UsageError, explaining
+from hqqlora.command.safetensors_file import StoredTensor, read_header
 from hqqlora.hqq_checkpoint import WEIGHTS_FILE, read_module_states
 from hqqlora.linear import HQQLinear
-from hqqlora.quantize_command.safetensors_file import StoredTensor, read_header
-from hqqlora.quantize_command.source import find_folder, weight_files
 from hqqlora.state_encoding import (
     METADATA_KEYS,
     OLD_KEYS,
