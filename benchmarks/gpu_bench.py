@@ -24,6 +24,8 @@ from gpu.clock import Clock, DeviceClock, HostClock
 from gpu.contenders import GROUP, OPS, WITHOUT_ROWS, Contenders, Weights
 from timing import take_turns
 
+from hqqlora.config import SUPPORTED_BITS
+
 ROOT = Path(__file__).resolve().parents[1]
 # Llama 3: 8B, then 70B. In the order of interest: time may run out.
 SHAPES = (
@@ -163,7 +165,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--shapes", nargs="+", type=parse_shape, metavar="NxK")
     parser.add_argument("--rows", nargs="+", type=int, metavar="M")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
-    parser.add_argument("--nbits", type=int, choices=(8, 4, 3, 2, 1), default=4)
+    parser.add_argument("--nbits", type=int, choices=SUPPORTED_BITS, default=4)
     parser.add_argument("--peers", nargs="*", default=("hqq", "bitsandbytes"))
     parser.add_argument("--seconds", type=float, default=0.25, help="a case (default 0.25)")
     parser.add_argument("--limit", type=float, default=240.0, help="seconds in all (240)")

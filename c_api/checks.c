@@ -4,6 +4,7 @@
 
 #include "dtype.h"
 #include "format.h"
+#include "integers.h"
 #include "status.h"
 
 typedef long long ll;
@@ -12,11 +13,6 @@ int hqq_too_many(int64_t rows, int64_t columns)
 {
     int64_t elements;
     return __builtin_mul_overflow(rows, columns, &elements) || elements > (INT64_C(1) << 56);
-}
-
-static int64_t larger(int64_t a, int64_t b)
-{
-    return a > b ? a : b;
 }
 
 hqq_status hqq_check_dtype(const char *name, hqq_dtype dtype)
@@ -37,7 +33,7 @@ hqq_status hqq_check_shape(const hqq_weight *w)
         return hqq_fail(HQQ_INVALID, "weight is %lld x %lld; sizes must not be negative",
                         (ll)w->out_features, (ll)w->in_features);
     /* an empty weight has no more rows, or columns, than one that is not */
-    if (hqq_too_many(larger(w->out_features, 1), larger(w->in_features, 1)))
+    if (hqq_too_many(hqq_most(w->out_features, 1), hqq_most(w->in_features, 1)))
         return hqq_fail(HQQ_INVALID, "weight is %lld x %lld; that is more than 2^56 elements",
                         (ll)w->out_features, (ll)w->in_features);
     if (w->group_size <= 0)
@@ -89,7 +85,7 @@ hqq_status hqq_check_factors(const hqq_lora *lora, const hqq_weight *w, hqq_dtyp
     if (lora->rank < 0 || lora->rank > HQQ_MAX_RANK)
         return hqq_fail(HQQ_INVALID, "lora.rank is %lld; expected 0 to %d", (ll)lora->rank,
                         HQQ_MAX_RANK);
-    if (hqq_too_many(lora->rank, larger(w->out_features, w->in_features)))
+    if (hqq_too_many(lora->rank, hqq_most(w->out_features, w->in_features)))
         return hqq_fail(HQQ_INVALID,
                         "lora.rank is %lld on a weight of %lld x %lld; that is more than 2^56 "
                         "elements",

@@ -31,7 +31,7 @@ from hqqlora.hqq_checkpoint import (
 )
 from hqqlora.linear import HQQLinear
 from hqqlora.model import quantize_model
-from hqqlora.module_names import linear_tag
+from hqqlora.module_names import linear_tag, numbers_as_stars
 from hqqlora.optional_packages import needing
 
 CONFIG_FILE = "config.json"
@@ -238,8 +238,7 @@ def _patterns(model: nn.Module, quant_config: Mapping[str, Any]) -> Mapping[str,
         )
     patterns = {}
     for name in names:
-        pattern = ".".join("*" if part.isnumeric() else part for part in name.split("."))
-        patterns[pattern] = quant_config.get(linear_tag(name))
+        patterns[numbers_as_stars(name)] = quant_config.get(linear_tag(name))
     # "layers.*.q" would match "layers.0.cross.q", too: the longer name goes first.
     return dict(sorted(patterns.items(), key=lambda item: -item[0].count(".")))
 

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from hqqlora.autograd import grouped_lora_linear
 from hqqlora.config import QuantSettings
 from hqqlora.expert_weights import HQQExpertWeights
+from hqqlora.module_names import full_name
 
 # The weights of an experts module that transformers' `use_experts_implementation` describes.
 PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
@@ -173,7 +174,7 @@ def expert_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Par
         for key in PROJECTIONS:
             parameter = module._parameters.get(key)
             if parameter is not None:
-                yield (f"{prefix}.{key}" if prefix else key), module, parameter
+                yield full_name(prefix, key), module, parameter
 
 
 def matrix_shape(module: nn.Module, parameter: Tensor) -> tuple[int, int]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from hqqlora.files import write_torch
 from hqqlora.hqq_layers import raw_state
 from hqqlora.linear import HQQLinear
+from hqqlora.module_names import full_name
 from hqqlora.torch_files import read_torch
 
 WEIGHTS_FILE = "qmodel.pt"
@@ -81,7 +82,7 @@ def fill_model(
             layer = _quantized_layer(modules.get(name), name, state, path)
             quantized[name] = layer.to(device, compute_dtype)
         else:
-            dense.update({_join(name, key): value for key, value in state.items()})
+            dense.update({full_name(name, key): value for key, value in state.items()})
     # A module may go under several names, and be stored under one.
     of_module = {id(modules[name]): layer for name, layer in quantized.items()}
     quantized = {n: of_module[id(m)] for n, m in modules.items() if id(m) in of_module}
@@ -91,16 +92,11 @@ def fill_model(
     converted = {key: _converted(value, device, compute_dtype) for key, value in dense.items()}
     model.load_state_dict(converted, strict=False, assign=True)
     for name, layer in quantized.items():
-        parent, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(parent), attribute, layer.train(model.training))
+        model.set_submodule(name, layer.train(model.training))
     _tie(model, tied, path)
     for module in model.modules():
         for key, buffer in list(module.named_buffers(recurse=False)):
             setattr(module, key, buffer.to(device))
-
-
-def _join(module: str, key: str) -> str:
-    return f"{module}.{key}" if module else key
 
 
 def _quantized_layer(

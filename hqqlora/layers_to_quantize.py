@@ -13,7 +13,7 @@ from hqqlora.config import QuantSettings
 from hqqlora.expert_weights import HQQExpertWeights
 from hqqlora.experts import expert_parameters, matrix_shape, settings_for_experts
 from hqqlora.linear import HQQLinear
-from hqqlora.module_names import first_match, matches
+from hqqlora.module_names import first_match, full_name, matches
 
 # Parts of a name that say a linear layer is somebody's adapter.
 _ADAPTER_PARTS = frozenset({"lora_A", "lora_B"})
@@ -100,7 +100,7 @@ def tied_weights(model: nn.Module) -> dict[int, set[str]]:
     for prefix, module in model.named_modules():
         for key, parameter in module.named_parameters(recurse=False):
             address = _address(parameter)
-            names.setdefault(address, set()).add(f"{prefix}.{key}" if prefix else key)
+            names.setdefault(address, set()).add(full_name(prefix, key))
             modules.setdefault(address, set()).add(id(module))
     return {address: names[address] for address in names if len(modules[address]) > 1}
 
@@ -130,7 +130,7 @@ def unquantized_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     embeddings, routers, convolutions and what was left out or is not known here. Adapters are
     not among them."""
     return [
-        (f"{prefix}.{key}" if prefix else key, parameter)
+        (full_name(prefix, key), parameter)
         for prefix, module in model.named_modules()
         if not isinstance(module, (HQQLinear, HQQExpertWeights))
         for key, parameter in module.named_parameters(recurse=False)

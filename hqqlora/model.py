@@ -103,7 +103,7 @@ def quantize_model(
         except (TypeError, ValueError) as error:
             raise type(error)(f"{name}: {error}") from error
         for place in places:
-            _replace(model, place, quantized)
+            model.set_submodule(place, quantized)
     _tell_transformers(model)
     return model
 
@@ -190,7 +190,7 @@ def insert_adapters(model: nn.Module, adapters: Iterable[Adapted]) -> None:
     of_base = {id(adapter.base_layer): adapter for adapter in adapters}
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if id(module) in of_base:
-            _replace(model, name, of_base[id(module)])
+            model.set_submodule(name, of_base[id(module)])
     for parameter in lora_parameters(model):
         parameter.requires_grad_(True)
 
@@ -218,11 +218,6 @@ def _tell_transformers(model: nn.Module) -> None:
         from hqqlora.transformers import mark_quantized
 
         mark_quantized(model)
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, attribute = name.rpartition(".")
-    setattr(model.get_submodule(parent), attribute, module)
 
 
 # ---- which layers get an adapter ---------------------------------------------------------

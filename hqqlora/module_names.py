@@ -19,6 +19,11 @@ def unwrapped(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
+def full_name(module: str, key: str) -> str:
+    """The name of what a module has as `key`; "" is the model itself."""
+    return f"{module}.{key}" if module else key
+
+
 def linear_tag(name: str) -> str:
     """What layers of the same kind have in common, and hqq's configurations go by:
     "model.layers.3.self_attn.q_proj" -> "self_attn.q_proj"."""

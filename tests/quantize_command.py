@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hqqlora.cli import main
+from hqqlora.command.safetensors_file import FileWriter
 from hqqlora.quantize_command import job
-from hqqlora.quantize_command.safetensors_file import FileWriter
 
 
 def quantize(source: Path, destination: Path, *options: str) -> int:

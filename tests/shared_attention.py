@@ -1,4 +1,5 @@
-"""A little attention whose q, k and v share their input, and how far its results may be off."""
+"""A little attention whose q, k and v share their input, what runs in it, and how far its
+results may be off."""
 
 from __future__ import annotations
 
@@ -7,11 +8,14 @@ from typing import Any
 
 import torch
 from oracle import smallest, summation, unit_roundoff
+from peft_models import operations
 from torch import Tensor, nn
 
 import hqqlora
 
 NAMES = ("q_proj", "k_proj", "v_proj")
+# what runs in a forward pass of all three
+SHARED = {"lora_project": 1, "lora_linear_from_xa": 3}
 WIDTHS = (64, 32, 48)
 RANKS = (4, 3, 8)
 K = 64
@@ -64,6 +68,17 @@ def run(
     found |= {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     assert x.grad is not None
     return {**found, "dx": x.grad, **{f"dy of {n}": d for n, d in zip(ys, dys, strict=True)}}
+
+
+def forward_operations(call: Callable[[], Any]) -> dict[str, int]:
+    """How often each of our operations ran in `call`."""
+    with operations() as seen:
+        call()
+    return dict(seen.counts)
+
+
+def is_shared(model: nn.Module, x: Tensor) -> bool:
+    return forward_operations(lambda: model(x)) == SHARED
 
 
 def bounds(model: Attention, x: Tensor, found: dict[str, Tensor]) -> dict[str, Tensor]:

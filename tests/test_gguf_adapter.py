@@ -7,24 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from test_gguf_export import dense, quantized
 from torch import Tensor
 
-from hqqlora import add_lora, lora_parameters, save_adapter
+from hqqlora import add_lora, save_adapter
 from hqqlora.gguf import export_gguf_adapter
 
 gguf = pytest.importorskip("gguf")
 pytest.importorskip("transformers")
+from gguf_models import dense, quantized, trained  # noqa: E402
 
 HEADS, KV_HEADS = 4, 2
-
-
-def trained(model: Any) -> Any:
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in lora_parameters(model):
-            parameter.normal_(std=0.3)
-    return model
 
 
 def adapted(model_type: str = "llama", **options: Any) -> Any:

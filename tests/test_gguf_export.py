@@ -8,10 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_gguf_load import load, quantized_layers
-from torch import nn
 
-from hqqlora import BaseQuantizeConfig, HQQLinear, add_lora, quantize_model
+from hqqlora import add_lora
 from hqqlora.gguf import export_gguf, load_gguf
 from hqqlora.model import lora_layers
 
@@ -27,49 +25,21 @@ from gguf_files import (  # noqa: E402
     tokens,
     write_model,
 )
-
-SHAPE = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.2,
-}
+from gguf_models import (  # noqa: E402
+    LLAMA3_ROPE,
+    assert_near_q8,
+    dense,
+    load,
+    quantized,
+    quantized_layers,
+)
 
 LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 500000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
     return byte_tokenizer()
-
-
-def dense(model_type: str = "llama", **config: Any) -> Any:
-    torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(model_type, **{**SHAPE, **config})
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            nn.init.normal_(parameter, std=0.2)
-    return model
-
-
-def quantized(
-    model: Any = None, dtype: torch.dtype | None = torch.float32, **config: Any
-) -> Any:
-    model = dense() if model is None else model
-    return quantize_model(model, BaseQuantizeConfig(**config), meta_dtype=dtype, progress=False)
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -183,14 +153,6 @@ def test_8_bit_layers_are_rounded_anew_and_that_is_said(tokenizer: Any, tmp_path
     again = quantized_layers(load(tmp_path / "model.gguf"))
     for name, layer in quantized_layers(model).items():
         assert_near_q8(layer, again[name])
-
-
-def assert_near_q8(layer: HQQLinear, again: HQQLinear) -> None:
-    """Half a step of each block's 255, and what d loses as an fp16."""
-    blocks = layer.dequantize().reshape(-1, 32)
-    bound = 1.01 * blocks.abs().amax(dim=1, keepdim=True) * (0.5 / 127 + 2.0**-11)
-    assert ((again.dequantize().reshape(-1, 32) - blocks).abs() <= bound).all()
-    assert again.nbits == 8
 
 
 # ---- dense tensors -----------------------------------------------------------------------

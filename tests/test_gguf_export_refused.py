@@ -7,8 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_gguf_export import assert_near_q8, dense, quantized
-from test_gguf_load import load, quantized_layers
 
 from hqqlora.gguf import export_gguf
 
@@ -16,6 +14,13 @@ gguf = pytest.importorskip("gguf")
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 from gguf_files import byte_tokenizer, write_model  # noqa: E402
+from gguf_models import (  # noqa: E402
+    assert_near_q8,
+    dense,
+    load,
+    quantized,
+    quantized_layers,
+)
 
 
 @pytest.fixture(scope="module")

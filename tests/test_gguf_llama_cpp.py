@@ -23,9 +23,6 @@ from typing import Any
 import pytest
 import torch
 from model_weights import package_folder
-from test_gguf_adapter import trained
-from test_gguf_export import LLAMA3_ROPE, dense, quantized
-from test_gguf_load import load
 from torch import Tensor
 
 from hqqlora import add_lora, lora_parameters
@@ -35,6 +32,7 @@ from hqqlora.model import lora_layers
 pytest.importorskip("transformers")
 pytest.importorskip("gguf")
 from gguf_files import byte_tokenizer
+from gguf_models import LLAMA3_ROPE, dense, load, quantized, trained
 
 INTERPRETER = os.environ.get("HQQLORA_LLAMA_PYTHON")
 if INTERPRETER is None:

@@ -8,16 +8,13 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hqq_layers import assert_same_layer
-from torch import nn
 
 from hqqlora import BaseQuantizeConfig, HQQLinear, add_lora, lora_parameters
-from hqqlora.gguf import load_gguf
 
 gguf = pytest.importorskip("gguf")
 pytest.importorskip("transformers")
@@ -29,14 +26,7 @@ from gguf_files import (  # noqa: E402
     tokens,
     write_model,
 )
-
-
-def quantized_layers(model: nn.Module) -> dict[str, HQQLinear]:
-    return {name: m for name, m in model.named_modules() if isinstance(m, HQQLinear)}
-
-
-def load(path: Path, **arguments: Any) -> Any:
-    return load_gguf(path, progress=False, **arguments)
+from gguf_models import load, quantized_layers  # noqa: E402
 
 
 @pytest.mark.parametrize(

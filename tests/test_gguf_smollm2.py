@@ -9,7 +9,6 @@ import pytest
 import torch
 from model_weights import package_folder
 from peft_models import dense_twin
-from test_gguf_load import load, quantized_layers
 
 from hqqlora.gguf import export_gguf
 
@@ -17,6 +16,7 @@ gguf = pytest.importorskip("gguf")
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 from gguf_files import file_tensors  # noqa: E402
+from gguf_models import load, quantized_layers  # noqa: E402
 
 TOKENS = torch.tensor(
     [[504, 3575, 282, 4649, 314, 7042, 30]]

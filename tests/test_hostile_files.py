@@ -48,9 +48,9 @@ OUTSIDE = ["../secret.safetensors", "{}/secret.safetensors", "x/../../secret.saf
 def test_an_index_leads_to_no_file_outside_its_folder(
     name: str, folder: Path, secret: Path
 ) -> None:
+    from hqqlora.command.checkpoint_folder import open_checkpoint, weight_files
     from hqqlora.command.errors import UsageError
     from hqqlora.distributed.dense_checkpoint import DenseCheckpoint
-    from hqqlora.quantize_command.source import open_checkpoint, weight_files
 
     name = name.format(secret.parent)
     (folder / "x").mkdir()
@@ -66,8 +66,8 @@ def test_an_index_leads_to_no_file_outside_its_folder(
 
 
 def test_a_name_longer_than_the_system_allows_is_a_file_that_is_missing(folder: Path) -> None:
+    from hqqlora.command.checkpoint_folder import weight_files
     from hqqlora.command.errors import UsageError
-    from hqqlora.quantize_command.source import weight_files
 
     put_index(folder, "x" * 10_000)
     with pytest.raises(UsageError, match=r"lacks x+, which its index names"):
@@ -94,8 +94,8 @@ def test_transformers_is_led_to_no_quantized_layer_outside_the_folder(tmp_path: 
 
 
 def test_links_to_files_outside_the_folder_are_not_copied(folder: Path, tmp_path: Path) -> None:
+    from hqqlora.command.checkpoint_folder import open_checkpoint
     from hqqlora.command.errors import UsageError
-    from hqqlora.quantize_command.source import open_checkpoint
 
     (folder / "one.safetensors").rename(folder / "model.safetensors")
     (tmp_path / "id_rsa").write_text("private")
@@ -110,7 +110,7 @@ def test_links_to_files_outside_the_folder_are_not_copied(folder: Path, tmp_path
 
 def test_links_within_a_cache_of_downloads_are_copied(folder: Path, tmp_path: Path) -> None:
     """Whose snapshots are links to blobs beside them."""
-    from hqqlora.quantize_command.source import open_checkpoint
+    from hqqlora.command.checkpoint_folder import open_checkpoint
 
     cache = tmp_path / "models--a--b"
     (cache / "blobs").mkdir(parents=True)
@@ -292,7 +292,7 @@ class TestSizes:
             GGUFFile(path)
 
     def test_a_safetensors_header_of_many_numbers(self, tmp_path: Path) -> None:
-        from hqqlora.quantize_command.safetensors_file import read_header
+        from hqqlora.command.safetensors_file import read_header
 
         for entry in (
             {"dtype": "F32", "shape": [2**62] * 300_000, "data_offsets": [0, 4]},

@@ -20,10 +20,10 @@ from tiny_models import assert_same_model, save_tiny  # noqa: E402
 import hqqlora  # noqa: E402
 from hqqlora import BaseQuantizeConfig, HqqConfig, HQQExpertWeights  # noqa: E402
 from hqqlora.cli import main  # noqa: E402
+from hqqlora.command.safetensors_file import FileWriter  # noqa: E402
 from hqqlora.quantize_command import stream  # noqa: E402
 from hqqlora.quantize_command.options import QuantizeOptions  # noqa: E402
 from hqqlora.quantize_command.plan_apart import plan_here  # noqa: E402
-from hqqlora.quantize_command.safetensors_file import FileWriter  # noqa: E402
 from hqqlora.quantize_command.sizes import model_bytes, model_bytes_with  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -20,7 +20,7 @@ from safetensors import safe_open
 
 transformers = pytest.importorskip("transformers")
 
-from hqqlora.quantize_command.safetensors_file import FileLayout, TensorShape  # noqa: E402
+from hqqlora.command.safetensors_file import FileLayout, TensorShape  # noqa: E402
 from hqqlora.quantizing import quantize_weight  # noqa: E402
 
 MB = 10**6

@@ -1,5 +1,5 @@
-"""Layers that share an input compute x A^T in one product: the same results as without, and
-their own wherever something stands against it."""
+"""Layers that share an input compute x A^T in one product: the same results as without, nothing
+kept, and the model around them as it was."""
 
 import copy
 import gc
@@ -9,8 +9,17 @@ import weakref
 
 import pytest
 import torch
-from peft_models import operations
-from shared_attention import NAMES, Attention, assert_as_unshared, bounds, rows, run
+from shared_attention import (
+    NAMES,
+    SHARED,
+    Attention,
+    assert_as_unshared,
+    bounds,
+    forward_operations,
+    is_shared,
+    rows,
+    run,
+)
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -19,7 +28,6 @@ from hqqlora import shared_projections
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SHARED = {"lora_project": 1, "lora_linear_from_xa": 3}
 DTYPES = {
     "fp32": (torch.float32, torch.float32),
     "bf16": (torch.bfloat16, torch.float32),
@@ -29,32 +37,16 @@ DTYPES = {
 }
 
 
-def forward_operations(call):
-    with operations() as seen:
-        call()
-    return dict(seen.counts)
-
-
-def is_shared(model, x):
-    return forward_operations(lambda: model(x)) == SHARED
-
-
-def both(x, **options):
-    """What a model gives without and with sharing, the model, and what may lie between."""
-    model = Attention(**options)
-    expected = run(model, x)
-    hqqlora.share_projections(model)
-    return run(model, x), expected, model, bounds(model, x, expected)
-
-
 @pytest.mark.parametrize("M", [2, 10, 200])
 @pytest.mark.parametrize("dtypes", DTYPES)
 def test_results_are_those_of_separate_layers(dtypes, M):
     """Few rows, some and many; each layer has a rank and a scaling of its own."""
     dtype, factors = DTYPES[dtypes]
     x = rows(dtype, M)
-    found, expected, model, limits = both(x, dtype=dtype, factors=factors)
-    assert_as_unshared(found, expected, limits)
+    model = Attention(dtype, factors)
+    expected = run(model, x)
+    hqqlora.share_projections(model)
+    assert_as_unshared(run(model, x), expected, bounds(model, x, expected))
     assert is_shared(model, x)
 
 
@@ -149,132 +141,6 @@ def test_with_recomputation(use_reentrant):
         return dict(zip(NAMES, ys, strict=True))
 
     assert_as_unshared(run(model, x, recomputed), expected, bounds(model, x, expected))
-
-
-# ---- each for itself -------------------------------------------------------------------
-
-
-def disable(model):
-    model.k_proj.disable()
-
-
-def merge(model):
-    model.k_proj.merge()
-
-
-@pytest.mark.parametrize("change", [disable, merge])
-def test_a_layer_whose_adapter_is_off_leaves_the_others_to_share(change):
-    x, model = rows(), Attention()
-    change(model)
-    expected = run(model, x)
-    hqqlora.share_projections(model)
-    found = run(model, x)
-    limits = bounds(model, x, expected)
-    assert_as_unshared(found, expected, limits)
-    assert forward_operations(lambda: model(x)) == {
-        "lora_project": 1,
-        "lora_linear_from_xa": 2,
-        "linear": 1,
-    }
-
-
-def test_dropout_in_training_keeps_layers_apart():
-    x, model = rows(), Attention(lora_dropout=0.5)
-    torch.manual_seed(1)
-    expected = run(model, x)
-    hqqlora.share_projections(model)
-    torch.manual_seed(1)
-    assert_as_unshared(run(model, x), expected, {})
-    assert forward_operations(lambda: model(x)) == {"lora_linear": 3}
-    assert is_shared(model.eval(), x)
-
-
-def test_ranks_that_add_up_to_more_than_256_are_shared_as_far_as_they_go():
-    x, model = rows(), Attention(ranks=(200, 100, 50))
-    expected = run(model, x)
-    hqqlora.share_projections(model)
-    found = run(model, x)
-    assert_as_unshared(found, expected, bounds(model, x, expected))
-    assert forward_operations(lambda: model(x)) == {
-        "lora_project": 1,
-        "lora_linear_from_xa": 2,
-        "lora_linear": 1,
-    }
-
-
-def test_an_input_changed_in_place_is_projected_again():
-    model, x = Attention(), rows().detach()
-    with torch.no_grad():
-        expected = model.q_proj(x), model.k_proj(2 * x)
-        hqqlora.share_projections(model)
-        found = [model.q_proj(x)]
-        x.mul_(2)
-        found.append(model.k_proj(x))
-    assert torch.equal(found[0], expected[0])
-    assert torch.equal(found[1], expected[1])
-
-
-def test_a_factor_changed_between_the_calls_is_seen():
-    model, x = Attention(), rows()
-    hqqlora.share_projections(model)
-    model.q_proj(x)
-    with torch.no_grad():
-        model.k_proj.lora_A.mul_(2)
-    found = model.k_proj(x)
-    hqqlora.unshare_projections(model)
-    assert torch.equal(found, model.k_proj(x))
-
-
-def test_a_layer_with_another_input_leaves_the_others_to_share():
-    """As the q of a cross attention."""
-    model, x, other = Attention(), rows(), rows(seed=6)
-
-    def cross():
-        return model.q_proj(x), model.k_proj(other), model.v_proj(other)
-
-    expected = cross()
-    hqqlora.share_projections(model)
-    assert all(map(torch.equal, cross(), expected))
-    apart = {"lora_linear": 1, "lora_project": 1, "lora_linear_from_xa": 2}
-    assert forward_operations(cross) == apart
-    assert all(map(torch.equal, cross(), expected))
-
-
-def test_two_layers_with_different_inputs_are_given_up():
-    model, x = hqqlora.share_projections(Attention()), rows()
-    model.v_proj.disable()
-    for _ in range(2):
-        model.q_proj(x)
-        model.k_proj(x.clone())  # the same numbers, but who knows that
-    assert forward_operations(lambda: (model.q_proj(x), model.k_proj(x.clone()))) == {
-        "lora_linear": 2
-    }
-
-
-def test_in_inference_mode_layers_compute_for_themselves():
-    """A tensor of which torch does not know whether it was changed."""
-    model = hqqlora.share_projections(Attention())
-    with torch.inference_mode():
-        x = rows().detach().clone()
-        assert forward_operations(lambda: model(x)) == {"lora_linear": 3}
-
-
-def test_torch_func_goes_its_own_way():
-    model, x = Attention(), rows().detach()
-    expected = torch.func.vmap(model)(x)
-    hqqlora.share_projections(model)
-    found = torch.func.vmap(model)(x)
-    for name in NAMES:
-        assert torch.equal(found[name], expected[name])
-
-
-def test_double_backward_is_refused():
-    model, x = hqqlora.share_projections(Attention()), rows()
-    (dx,) = torch.autograd.grad(
-        sum(y.sin().sum() for y in model(x).values()), x, create_graph=True
-    )
-    with pytest.raises(RuntimeError, match="double backward is not supported"):
-        dx.sum().backward()
 
 
 # ---- what is kept ----------------------------------------------------------------------

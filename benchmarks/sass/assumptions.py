@@ -103,7 +103,6 @@ PIPES = {
     "double": ("double",),
     "uniform": ("uniform",),
 }
-SHARED_BYTES_A_CYCLE = 128  # of a multiprocessor
 
 LAUNCH = 1.25e-6
 """Seconds from the end of one kernel's work to the start of the next one's in a stream that the

@@ -174,8 +174,7 @@ def quantize_with_hqq(model: nn.Module, layers: Sequence[str]) -> None:
         quantized = HQQLinear(
             dense, config, compute_dtype=dense.weight.dtype, device=str(dense.weight.device)
         )
-        parent, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(parent), attribute, quantized)
+        model.set_submodule(name, quantized)
 
 
 # ---- who adapts them ---------------------------------------------------------------------

@@ -23,6 +23,7 @@ from hqqlora.bench.table import aligned
 from hqqlora.command.errors import RunError
 from hqqlora.command.model_source import find_model, load_model, load_tokenizer
 from hqqlora.command.options import positive_integer
+from hqqlora.config import SUPPORTED_BITS
 from hqqlora.ops import Solver
 
 LICENSE = Path("/usr/share/common-licenses/GPL-3")
@@ -154,7 +155,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--bits",
         type=int,
         nargs="+",
-        choices=(8, 4, 3, 2, 1),
+        choices=SUPPORTED_BITS,
         help="with groups of 64 (default: 4, 3, 2, and 2 with groups of 16)",
     )
     parser.add_argument("--solvers", nargs="+", choices=tuple(QUANTIZERS), metavar="NAME")

@@ -17,6 +17,7 @@ import torch
 from hqqlora.bench.table import aligned
 from hqqlora.command.errors import UsageError
 from hqqlora.command.options import non_negative_integer, number, positive_integer
+from hqqlora.config import SUPPORTED_BITS
 from hqqlora.ops import Solver
 
 
@@ -55,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="WEIGHTS",
         help="multiply out to so many (default: 70e9)",
     )
-    parser.add_argument("--bits", type=int, default=4, choices=(8, 4, 3, 2, 1))
+    parser.add_argument("--bits", type=int, default=4, choices=SUPPORTED_BITS)
     parser.add_argument("--group-size", type=positive_integer, default=64)
     parser.add_argument("--rounds", type=positive_integer, default=2)
     parser.add_argument(

@@ -52,6 +52,5 @@ def quantized_skeleton(
             initialize=False,
         )
         for place in places:
-            parent, _, attribute = place.rpartition(".")
-            setattr(model.get_submodule(parent), attribute, layer)
+            model.set_submodule(place, layer)
     return model

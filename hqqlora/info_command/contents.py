@@ -15,11 +15,12 @@ from torch import Tensor
 from hqqlora.adapter_files import CONFIG_FILE as ADAPTER_CONFIG
 from hqqlora.adapter_files import read_config as read_adapter_config
 from hqqlora.adapter_files import read_factors
+from hqqlora.command.checkpoint_folder import find_folder, weight_files
 from hqqlora.command.errors import UsageError, explaining
+from hqqlora.command.safetensors_file import StoredTensor, read_header
 from hqqlora.hqq_checkpoint import WEIGHTS_FILE, read_module_states
 from hqqlora.linear import HQQLinear
-from hqqlora.quantize_command.safetensors_file import StoredTensor, read_header
-from hqqlora.quantize_command.source import find_folder, weight_files
+from hqqlora.module_names import full_name
 from hqqlora.state_encoding import (
     METADATA_KEYS,
     OLD_KEYS,
@@ -148,7 +149,7 @@ def _of_modules(modules: Mapping[str, Mapping[str, Any]]) -> Contents:
             if ("W_q" not in state or key == "bias") and isinstance(
                 tensor, (Tensor, StoredTensor)
             ):
-                name = f"{module}.{key}" if module else key
+                name = full_name(module, key)
                 shape = tuple(tensor.shape)
                 note = _note(name, shape)
                 dense.append(DenseTensor(name, tensor.dtype, shape, tensor.nbytes, note))

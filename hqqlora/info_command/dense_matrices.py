@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from hqqlora.command.safetensors_file import StoredTensor
+from hqqlora.command.stored_matrix import Matrix
 from hqqlora.info_command.contents import QuantizedLayer
-from hqqlora.quantize_command.matrices import Matrix
-from hqqlora.quantize_command.safetensors_file import StoredTensor
 
 # What checkpoints with a tensor for each expert call the parts of a projection.
 _PARTS: dict[str, tuple[tuple[str, ...], ...]] = {

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from hqqlora.command.checkpoint_folder import open_checkpoint
 from hqqlora.command.errors import UsageError, explaining
+from hqqlora.command.stored_matrix import Matrix
 from hqqlora.info_command.contents import QuantizedLayer
 from hqqlora.info_command.dense_matrices import dense_matrices
-from hqqlora.quantize_command.matrices import Matrix
-from hqqlora.quantize_command.source import open_checkpoint
 
 
 def relative_errors(layers: Sequence[QuantizedLayer], source: str) -> dict[str, float]:

@@ -16,10 +16,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from hqqlora.command.checkpoint_folder import CONFIG, INDEX
 from hqqlora.command.errors import RunError, UsageError
+from hqqlora.command.safetensors_file import FileLayout
 from hqqlora.files import naming, replacing_file, write_json
-from hqqlora.quantize_command.safetensors_file import FileLayout
-from hqqlora.quantize_command.source import CONFIG, INDEX
 
 STATE = ".hqqlora-quantize.json"
 _LOCK = ".hqqlora-quantize.lock"

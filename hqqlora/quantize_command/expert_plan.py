@@ -13,9 +13,9 @@ from transformers import core_model_loading
 from transformers.core_model_loading import Concatenate, MergeModulelist
 
 from hqqlora.command.errors import UsageError
+from hqqlora.command.safetensors_file import StoredTensor
+from hqqlora.command.stored_matrix import Matrix
 from hqqlora.experts import expert_parameters
-from hqqlora.quantize_command.matrices import Matrix
-from hqqlora.quantize_command.safetensors_file import StoredTensor
 
 _Transpose = getattr(core_model_loading, "Transpose", None)
 _NUMBERED = re.compile(r"(.+)\.\d+\.[^\d].*")  # experts.3.w1.weight

@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 import hqqlora
+from hqqlora.command.checkpoint_folder import DenseCheckpoint
 from hqqlora.command.errors import RunError, UsageError, describe
 from hqqlora.command.machine import peak_memory
 from hqqlora.command.packages import require
@@ -24,7 +25,6 @@ from hqqlora.quantize_command.plan_apart import plan_apart, plan_here
 from hqqlora.quantize_command.report import describe_plan
 from hqqlora.quantize_command.shards import index_of, into_shards
 from hqqlora.quantize_command.sizes import model_bytes, size_table
-from hqqlora.quantize_command.source import DenseCheckpoint
 from hqqlora.quantize_command.step import Step
 from hqqlora.quantize_command.stream import Stream, layout_of
 

@@ -16,15 +16,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from hqqlora.command.checkpoint_folder import DenseCheckpoint
 from hqqlora.command.errors import UsageError, explaining
+from hqqlora.command.safetensors_file import StoredTensor
+from hqqlora.command.stored_matrix import Matrix
 from hqqlora.config import QuantSettings
 from hqqlora.experts import as_experts, is_experts, is_projection
 from hqqlora.module_names import linear_tag
 from hqqlora.optional_packages import command_for
-from hqqlora.quantize_command.matrices import Matrix
 from hqqlora.quantize_command.options import QuantizeOptions
-from hqqlora.quantize_command.safetensors_file import StoredTensor
-from hqqlora.quantize_command.source import DenseCheckpoint
 from hqqlora.quantize_command.step import Step
 from hqqlora.state_encoding import META_DTYPES, LayerMetadata
 

@@ -12,10 +12,10 @@ import subprocess
 import sys
 from typing import Any
 
+from hqqlora.command.checkpoint_folder import DenseCheckpoint, open_checkpoint
 from hqqlora.command.errors import RunError
 from hqqlora.quantize_command.options import QuantizeOptions
 from hqqlora.quantize_command.plan import Plan, make_plan
-from hqqlora.quantize_command.source import DenseCheckpoint, open_checkpoint
 
 
 def plan_here(options: QuantizeOptions) -> tuple[DenseCheckpoint, Plan]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from hqqlora.command.safetensors_file import total_bytes
 from hqqlora.command.units import in_units
 from hqqlora.module_names import numbers_as_stars
 from hqqlora.quantize_command.plan import Plan
-from hqqlora.quantize_command.safetensors_file import total_bytes
 from hqqlora.quantize_command.sizes import bits_per_weight
 from hqqlora.quantize_command.step import Step
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hqqlora.quantize_command.safetensors_file import total_bytes
-from hqqlora.quantize_command.source import SINGLE
+from hqqlora.command.checkpoint_folder import SINGLE
+from hqqlora.command.safetensors_file import total_bytes
 from hqqlora.quantize_command.step import Step
 
 

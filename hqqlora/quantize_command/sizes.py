@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from hqqlora.command.safetensors_file import total_bytes
 from hqqlora.command.units import in_units
 from hqqlora.config import SUPPORTED_BITS
 from hqqlora.quantize_command.plan import Plan
-from hqqlora.quantize_command.safetensors_file import total_bytes
 from hqqlora.quantize_command.step import Step
 
 GROUP_SIZES = (16, 32, 64, 128, 256, None)

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
+from hqqlora.command.safetensors_file import StoredTensor, TensorShape
+from hqqlora.command.stored_matrix import Matrix
 from hqqlora.ops.weight import word_dtype
-from hqqlora.quantize_command.matrices import Matrix
-from hqqlora.quantize_command.safetensors_file import StoredTensor, TensorShape
 from hqqlora.state_encoding import LayerMetadata
 
 

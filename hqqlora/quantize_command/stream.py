@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from hqqlora.command.errors import UsageError
+from hqqlora.command.safetensors_file import FileLayout, FileWriter, total_bytes
+from hqqlora.command.stored_matrix import PIECE, Matrix
 from hqqlora.files import naming, replacing_file
-from hqqlora.quantize_command.matrices import PIECE, Matrix
-from hqqlora.quantize_command.safetensors_file import FileLayout, FileWriter, total_bytes
 from hqqlora.quantize_command.step import Step
 from hqqlora.quantizing import quantize_weight
 

@@ -2,6 +2,7 @@
 
 #include "dtype.h"
 #include "gemm.h"
+#include "integers.h"
 #include "lora.h"
 #include "status.h"
 
@@ -22,31 +23,22 @@
 #define HQQ_BLOCK_ELEMENTS (INT64_C(2) << 20)
 #define HQQ_BLOCK_SIDE     256
 
-static int64_t least(int64_t a, int64_t b)
-{
-    return a < b ? a : b;
-}
-static int64_t most(int64_t a, int64_t b)
-{
-    return a > b ? a : b;
-}
-
 /* How many of `count` rows (columns) of `length` elements make a block: as many as the budget
  * holds, in multiples of 64, at least HQQ_BLOCK_SIDE, at most half of all; and the blocks of a
  * weight about equal. */
 static int64_t block_side(int64_t count, int64_t length)
 {
-    int64_t side = most(HQQ_BLOCK_ELEMENTS / length, HQQ_BLOCK_SIDE);
-    side = least(side, (count + 1) / 2);
-    int64_t blocks = (count + side - 1) / side;
-    int64_t even = (count + blocks - 1) / blocks;
-    return least((even + 63) / 64 * 64, side);
+    int64_t side = hqq_most(HQQ_BLOCK_ELEMENTS / length, HQQ_BLOCK_SIDE);
+    side = hqq_least(side, hqq_ceil_div(count, 2));
+    int64_t blocks = hqq_ceil_div(count, side);
+    int64_t even = hqq_ceil_div(count, blocks);
+    return hqq_least(hqq_ceil_div(even, 64) * 64, side);
 }
 
 size_t hqq_blocked_workspace(const hqq_weight *weight, hqq_dtype dtype)
 {
     int64_t N = weight->out_features, K = weight->in_features;
-    int64_t elements = most(block_side(N, K) * K, N * block_side(K, N));
+    int64_t elements = hqq_most(block_side(N, K) * K, N * block_side(K, N));
     return (size_t)elements * (size_t)hqq_dtype_bytes(dtype);
 }
 
@@ -57,7 +49,7 @@ hqq_status hqq_blocked_linear(const hqq_forward *f, const float *xa, void *works
     int64_t side = block_side(N, K);
     int add = f->lora || f->bias;
     for (int64_t n = 0; n < N; n += side) {
-        int64_t end = least(n + side, N);
+        int64_t end = hqq_least(n + side, N);
         void *y = hqq_at_mut(f->y, f->dtype, n);
         if (add)
             HQQ_TRY(hqq_lora_addend(y, N, f->dtype, xa, f->bias, f->bias_dtype, f->lora, M, n,
@@ -76,7 +68,7 @@ hqq_status hqq_blocked_dgrad(const hqq_backward *b, const float *dyb, void *work
     int64_t M = b->M, N = b->weight->out_features, K = b->weight->in_features;
     int64_t side = block_side(K, N);
     for (int64_t k = 0; k < K; k += side) {
-        int64_t end = least(k + side, K), columns = end - k;
+        int64_t end = hqq_least(k + side, K), columns = end - k;
         void *dx = hqq_at_mut(b->dx, b->dtype, k);
         if (b->lora)
             HQQ_TRY(hqq_lora_dx_addend(dx, K, b->dtype, dyb, b->lora, M, K, k, end, context));

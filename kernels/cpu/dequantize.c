@@ -2,6 +2,7 @@
 #include "code_runs.h"
 #include "dequantize_block.h"
 #include "dtype.h"
+#include "integers.h"
 #include "isa.h"
 #include "parallel.h"
 #include "backend.h"
@@ -94,6 +95,6 @@ hqq_status hqq_backend_dequantize(void *out, int64_t ld_out, hqq_dtype out_dtype
     int64_t weights = (row_end - row_begin) * (column_end - column_begin);
     job.sets_in_chunk = job.sets.sets * CHUNK_WEIGHTS / weights;
     if (job.sets_in_chunk < 1) job.sets_in_chunk = 1;
-    int64_t chunks = (job.sets.sets + job.sets_in_chunk - 1) / job.sets_in_chunk;
+    int64_t chunks = hqq_ceil_div(job.sets.sets, job.sets_in_chunk);
     return hqq_for_each_chunk(chunks, dequantize_chunk, &job, 0, context);
 }

@@ -26,6 +26,7 @@
 #include "code_runs.h"
 #include "direct_dgrad.h"
 #include "direct_tile.h"
+#include "integers.h"
 #include "multiply_tile.h"
 #if HQQ_HAS_PAIRS
 #include "add_pairs.h"
@@ -74,21 +75,17 @@ static void load_residue(dgrad_chunk *c, int64_t residue)
 #endif
 }
 
-static int64_t least(int64_t a, int64_t b)
-{
-    return a < b ? a : b;
-}
-
 /* Fills the batch from the sets `set` on; how many it took. */
 static int64_t gather_batch(dgrad_chunk *c, add_block *b, int64_t set, int64_t m0)
 {
     const hqq_direct_dgrad_job *job = c->job;
     const hqq_layout *l = &job->layout;
     const hqq_weight *w = job->weight;
-    int64_t end = least(c->set_end, set + least(BATCH_ROWS / l->per, BATCH_PACKED_ROWS));
+    int64_t end =
+        hqq_least(c->set_end, set + hqq_least(BATCH_ROWS / l->per, BATCH_PACKED_ROWS));
     if (l->axis == 0) { /* the rest of this residue at most */
         int64_t residue = set / job->sets.cycle;
-        end = least(end, (residue + 1) * job->sets.cycle);
+        end = hqq_least(end, (residue + 1) * job->sets.cycle);
         load_residue(c, residue);
     }
     for (b->rows = 0; set + b->rows < end; b->rows++) {

@@ -4,6 +4,7 @@
 #include "code_runs.h"
 #include "direct_tile.h"
 #include "dtype.h"
+#include "integers.h"
 #include "parallel.h"
 #include "workspace.h"
 
@@ -84,7 +85,7 @@ hqq_status hqq_direct_linear(void *y, const void *x, int64_t ldx, const hqq_weig
     job.x = padded;
     job.sets_in_chunk = CHUNK_WEIGHTS / (layout.K * layout.per) + 1;
     if (job.sets_in_chunk > MAX_CHUNK_SETS) job.sets_in_chunk = MAX_CHUNK_SETS;
-    int64_t chunks = (job.sets.sets + job.sets_in_chunk - 1) / job.sets_in_chunk;
+    int64_t chunks = hqq_ceil_div(job.sets.sets, job.sets_in_chunk);
     if (aligned)
         return hqq_for_each_chunk(chunks, aligned_chunk, &job,
                                   aligned_scratch(job.sets_in_chunk), context);

@@ -32,6 +32,7 @@
 #include "gemm_tile.h"
 
 #include "gemm_pack.h"
+#include "integers.h"
 #include "multiply_tile.h"
 
 #define HQQ_MAX_VECTORS 3
@@ -107,15 +108,6 @@ static const tile_variant *variant_for(int vectors, int64_t rows)
     return best;
 }
 
-static int64_t ceil_div(int64_t a, int64_t b)
-{
-    return (a + b - 1) / b;
-}
-static int64_t least(int64_t a, int64_t b)
-{
-    return a < b ? a : b;
-}
-
 /* ---- plan ------------------------------------------------------------------------- */
 
 /* Elements that are copied across the direction in which they lie. */
@@ -141,7 +133,7 @@ static void choose_tile(hqq_gemm_plan *plan)
         int64_t rows = variants[vectors - 1][0].rows, columns = vectors * HQQ_LANES;
         int64_t cost = m / rows * tile_cost(rows, vectors);
         if (m % rows) cost += tile_cost(variant_for(vectors, m % rows)->rows, vectors);
-        cost *= ceil_div(n, columns);
+        cost *= hqq_ceil_div(n, columns);
         if (cost >= best) continue;
         best = cost;
         plan->vectors = vectors;
@@ -157,22 +149,22 @@ static void choose_chunk(hqq_gemm_plan *plan)
     int64_t m = plan->g.m, n = plan->g.n, k = plan->g.k;
     double wanted = (double)m * (double)n * (double)k / 32;
     if (wanted < 0x1p20) wanted = 0x1p20;
-    int64_t rows = least(plan->row_tiles, 256 / plan->rows);
-    int64_t columns = least(plan->panels, 512 / plan->columns);
+    int64_t rows = hqq_least(plan->row_tiles, 256 / plan->rows);
+    int64_t columns = hqq_least(plan->panels, 512 / plan->columns);
     int share_A = m * k <= HQQ_SHARED_ELEMENTS, share_B = n * k <= HQQ_SHARED_ELEMENTS;
     /* A large B is read in stretches of its rows, each on a page of its own: not too short
      * (256 columns and more were slower again: 144 are about right). */
-    int64_t narrowest = share_B ? 1 : least(n / 8, 144) / plan->columns;
+    int64_t narrowest = share_B ? 1 : hqq_least(n / 8, 144) / plan->columns;
     /* An operand that all chunks share costs nothing more in smaller chunks: then cut across
      * it; else cut the longer side. */
     while ((double)(rows * plan->rows) * (double)(columns * plan->columns) * (double)k >
            2 * wanted) {
         int cut_rows = rows * plan->rows >= columns * plan->columns;
         if (share_A != share_B) cut_rows = share_B;
-        int64_t half = ceil_div(columns, 2);
+        int64_t half = hqq_ceil_div(columns, 2);
         int can_cut_columns = columns > 1 && half >= narrowest;
         if (rows > 1 && (cut_rows || !can_cut_columns))
-            rows = ceil_div(rows, 2);
+            rows = hqq_ceil_div(rows, 2);
         else if (can_cut_columns)
             columns = half;
         else
@@ -180,8 +172,8 @@ static void choose_chunk(hqq_gemm_plan *plan)
     }
     plan->mc = rows * plan->rows;
     plan->nc = columns * plan->columns;
-    plan->row_chunks = ceil_div(m, plan->mc);
-    plan->column_chunks = ceil_div(n, plan->nc);
+    plan->row_chunks = hqq_ceil_div(m, plan->mc);
+    plan->column_chunks = hqq_ceil_div(n, plan->nc);
     plan->share_A = share_A && plan->column_chunks > 1;
     plan->share_B = share_B && plan->row_chunks > 1;
 }
@@ -195,13 +187,13 @@ typedef struct scratch_layout {
 static scratch_layout scratch_of(const hqq_gemm_plan *plan)
 {
     scratch_layout s;
-    int64_t kc = least(plan->g.k, HQQ_GEMM_KC);
+    int64_t kc = hqq_least(plan->g.k, HQQ_GEMM_KC);
     s.A = 0;
     s.B = s.A + (plan->share_A ? 0 : plan->rows * HQQ_GEMM_LDA);
     s.sums = s.B + (plan->share_B ? 0 : kc * plan->nc);
     int64_t kept = plan->g.k > HQQ_GEMM_KC ? plan->mc : plan->rows; /* rows of sums */
     s.turned = s.sums + kept * plan->nc;
-    s.ld_turned = ceil_div(plan->rows, HQQ_LANES) * HQQ_LANES;
+    s.ld_turned = hqq_ceil_div(plan->rows, HQQ_LANES) * HQQ_LANES;
     s.floats = s.turned + (plan->transposed ? plan->columns * s.ld_turned : 0);
     return s;
 }
@@ -220,9 +212,9 @@ void HQQ_ISA_NAME(hqq_gemm_plan_for)(hqq_gemm_plan *plan, const hqq_gemm *g)
         plan->g.n = g->m;
     }
     choose_tile(plan);
-    plan->slabs = ceil_div(g->k, HQQ_GEMM_KC);
-    plan->row_tiles = ceil_div(plan->g.m, plan->rows);
-    plan->panels = ceil_div(plan->g.n, plan->columns);
+    plan->slabs = hqq_ceil_div(g->k, HQQ_GEMM_KC);
+    plan->row_tiles = hqq_ceil_div(plan->g.m, plan->rows);
+    plan->panels = hqq_ceil_div(plan->g.n, plan->columns);
     choose_chunk(plan);
     plan->scratch_bytes = (size_t)scratch_of(plan).floats * sizeof(float);
     int64_t A = plan->share_A ? plan->slabs * plan->row_tiles * plan->rows * HQQ_GEMM_LDA : 0;
@@ -239,9 +231,10 @@ static void pack_panels(float *out, const hqq_gemm_plan *plan, int64_t p, int64_
 {
     int64_t width = plan->columns, n = plan->g.n;
     block_target to = {out, width, width, kc * width};
-    copy_block(&to, &plan->g.B, p, begin * width, kc, least(end * width, n) - begin * width);
+    copy_block(&to, &plan->g.B, p, begin * width, kc,
+               hqq_least(end * width, n) - begin * width);
     /* the rest of the last panel; copy_block has filled the vector that n ends in */
-    int64_t filled = ceil_div(n - (end - 1) * width, HQQ_LANES) * HQQ_LANES;
+    int64_t filled = hqq_ceil_div(n - (end - 1) * width, HQQ_LANES) * HQQ_LANES;
     float *last = out + (end - 1 - begin) * kc * width;
     for (int64_t i = 0; i < kc && filled < width; i++)
         memset(last + i * width + filled, 0, (size_t)(width - filled) * sizeof(float));
@@ -250,7 +243,7 @@ static void pack_panels(float *out, const hqq_gemm_plan *plan, int64_t p, int64_
 /* `rows` rows of A from i on, filled up with zeros to the rows of their tile. */
 static void pack_rows(float *out, const hqq_gemm_plan *plan, int64_t i, int64_t p, int64_t kc)
 {
-    int64_t rows = least(plan->rows, plan->g.m - i);
+    int64_t rows = hqq_least(plan->rows, plan->g.m - i);
     block_target to = {out, HQQ_GEMM_LDA, HQQ_GEMM_LDA, 0};
     copy_block(&to, &plan->g.A, i, p, rows, kc);
     for (int64_t r = rows; r < variant_for(plan->vectors, rows)->rows; r++)
@@ -266,14 +259,14 @@ static float *shared_rows(const hqq_gemm_plan *plan, int64_t slab, int64_t row_t
 
 static float *shared_panel(const hqq_gemm_plan *plan, int64_t slab, int64_t panel)
 {
-    int64_t p = slab * HQQ_GEMM_KC, kc = least(HQQ_GEMM_KC, plan->g.k - p);
+    int64_t p = slab * HQQ_GEMM_KC, kc = hqq_least(HQQ_GEMM_KC, plan->g.k - p);
     return plan->packed + (p * plan->panels + panel * kc) * plan->columns;
 }
 
 void HQQ_ISA_NAME(hqq_gemm_pack_shared)(const hqq_gemm_plan *plan, int64_t slab, int64_t part,
                                         int64_t parts)
 {
-    int64_t p = slab * HQQ_GEMM_KC, kc = least(HQQ_GEMM_KC, plan->g.k - p);
+    int64_t p = slab * HQQ_GEMM_KC, kc = hqq_least(HQQ_GEMM_KC, plan->g.k - p);
     int64_t first = plan->panels * part / parts, last = plan->panels * (part + 1) / parts;
     if (plan->share_B && first < last)
         pack_panels(shared_panel(plan, slab, first), plan, p, kc, first, last);
@@ -320,7 +313,8 @@ static void store_tile(const hqq_gemm_plan *plan, int64_t i, int64_t j, const fl
                        float *turned, int64_t ld_turned)
 {
     const hqq_gemm *g = &plan->g;
-    int64_t rows = least(plan->rows, g->m - i), columns = least(plan->columns, g->n - j);
+    int64_t rows = hqq_least(plan->rows, g->m - i),
+            columns = hqq_least(plan->columns, g->n - j);
     int64_t ld = plan->columns;
     if (plan->transposed) {
         hqq_view view = hqq_view_transposed(hqq_view_rows(sums, HQQ_F32, ld));
@@ -342,12 +336,12 @@ void HQQ_ISA_NAME(hqq_gemm_chunk)(const hqq_gemm_plan *plan, int64_t chunk, void
     const hqq_gemm *g = &plan->g;
     scratch_layout s = scratch_of(plan);
     float *own_A = (float *)scratch + s.A, *own_B = (float *)scratch + s.B;
-    int64_t i0 = chunk / plan->column_chunks * plan->mc, i1 = least(i0 + plan->mc, g->m);
-    int64_t j0 = chunk % plan->column_chunks * plan->nc, j1 = least(j0 + plan->nc, g->n);
-    int64_t first = j0 / plan->columns, last = ceil_div(j1, plan->columns);
+    int64_t i0 = chunk / plan->column_chunks * plan->mc, i1 = hqq_least(i0 + plan->mc, g->m);
+    int64_t j0 = chunk % plan->column_chunks * plan->nc, j1 = hqq_least(j0 + plan->nc, g->n);
+    int64_t first = j0 / plan->columns, last = hqq_ceil_div(j1, plan->columns);
 
     for (int64_t slab = 0; slab < plan->slabs; slab++) {
-        int64_t p = slab * HQQ_GEMM_KC, kc = least(HQQ_GEMM_KC, g->k - p);
+        int64_t p = slab * HQQ_GEMM_KC, kc = hqq_least(HQQ_GEMM_KC, g->k - p);
         const float *A = own_A, *B = own_B;
         if (plan->share_B)
             B = shared_panel(plan, slab, first);

@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "format.h"
+#include "integers.h"
 #include "parallel.h"
 #include "backend.h"
 #include "status.h"
@@ -107,7 +108,7 @@ static hqq_status for_each_chunk_of_words(hqq_chunk_fn fn, void *words, uint8_t 
                                               w->nbits, w->axis),
                     .codes = codes,
                     .words = words};
-    int64_t chunks = (run.layout.words + CHUNK_WORDS - 1) / CHUNK_WORDS;
+    int64_t chunks = hqq_ceil_div(run.layout.words, CHUNK_WORDS);
     return hqq_for_each_chunk(chunks, fn, &run, 0, context);
 }
 

@@ -4,6 +4,7 @@
 #define HQQ_KERNELS_CPU_TILED_BLOCK_H
 
 #include "dequantize_block.h"
+#include "integers.h"
 #include "multiply_tile.h"
 #include "tiled.h"
 
@@ -47,8 +48,8 @@ typedef void (*hqq_tile_fn)(float *sums, int64_t ld_sums, const void *left, int6
 /* How many tokens to take next, so that the last tile is about as high as the others. */
 static inline int hqq_tiled_tokens(int64_t left)
 {
-    int64_t tiles = (left + HQQ_TILED_TOKENS - 1) / HQQ_TILED_TOKENS;
-    return (int)((left + tiles - 1) / tiles);
+    int64_t tiles = hqq_ceil_div(left, HQQ_TILED_TOKENS);
+    return (int)hqq_ceil_div(left, tiles);
 }
 
 /* out[0:n] = elements from index i of an input, as terms of a product: fp32, or with pairs the

@@ -1,6 +1,7 @@
 /* One chunk of the tiled input gradient (tiled.h): dx [tokens, some columns of W]. */
 #include "tiled.h"
 
+#include "integers.h"
 #include "tiled_block.h"
 
 HQQ_TILE_TABLE(hqq_multiply_outer);
@@ -145,8 +146,8 @@ static void multiply_block(const hqq_tiled_chunk *c, const row_block *b, strips 
     int64_t in_word = job->pairs ? 2 : 1, tokens = c->m_end - c->m_begin;
     int64_t ld = hqq_tiled_stride(job->block_columns);
     int64_t ld_dy = hqq_tiled_stride(job->block_rows / in_word);
-    int64_t tiles_down = (tokens + HQQ_TILED_TOKENS - 1) / HQQ_TILED_TOKENS;
-    int64_t done = 0, all = tiles_down * ((c->end - c->begin + width - 1) / width);
+    int64_t tiles_down = hqq_ceil_div(tokens, HQQ_TILED_TOKENS);
+    int64_t done = 0, all = tiles_down * hqq_ceil_div(c->end - c->begin, width);
     decode_block(c, b);
     for (int64_t m = 0; m < tokens;) {
         int rows = hqq_tiled_tokens(tokens - m);

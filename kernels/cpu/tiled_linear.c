@@ -1,14 +1,10 @@
 /* One chunk of the tiled forward product (tiled.h): y [tokens, rows of some sets of W]. */
 #include "tiled.h"
 
+#include "integers.h"
 #include "tiled_block.h"
 
 HQQ_TILE_TABLE(hqq_multiply_inner);
-
-static int64_t least(int64_t a, int64_t b)
-{
-    return a < b ? a : b;
-}
 
 /* Columns of a block, in elements of the terms. */
 typedef struct column_block {
@@ -21,9 +17,9 @@ static column_block block_at(const hqq_tiled_job *job, int64_t begin)
 {
     int64_t in_word = job->pairs ? 2 : 1, in_vector = in_word * HQQ_LANES;
     int64_t end = begin + job->block_columns * in_word;
-    column_block b = {.begin = begin, .end = end < job->layout.K ? end : job->layout.K};
+    column_block b = {.begin = begin, .end = hqq_least(end, job->layout.K)};
     b.ld = hqq_tiled_stride(job->block_columns) * in_word;
-    b.steps = (b.end - begin + in_vector - 1) / in_vector;
+    b.steps = hqq_ceil_div(b.end - begin, in_vector);
     b.width = b.steps * in_vector;
     return b;
 }
@@ -96,7 +92,8 @@ void HQQ_ISA_NAME(hqq_tiled_linear_chunk)(const hqq_tiled_chunk *c)
     for (int64_t begin = c->begin; begin < c->end; begin += each)
         for (b = block_at(job, 0); b.begin < K; b = block_at(job, b.end)) {
             if (!job->keeps_input) copy_input(c, &b);
-            for (int64_t set = begin; set < least(begin + each, c->end); set += HQQ_TILED_SETS)
+            for (int64_t set = begin; set < hqq_least(begin + each, c->end);
+                 set += HQQ_TILED_SETS)
                 multiply_sets(c, &b, set);
         }
     store_chunk(c);

@@ -26,6 +26,7 @@
 #include <stddef.h>
 
 #include "dtype.h"
+#include "integers.h"
 
 enum { STEP = 64 }; /* outputs; what dequantize's fast path and the tiles like */
 
@@ -47,21 +48,16 @@ typedef struct product_shape {
     int64_t multiprocessors;
 } product_shape;
 
-static int64_t divide_up(int64_t a, int64_t b)
-{
-    return (a + b - 1) / b;
-}
-
 /* Operations a multiprocessor does until all tiles of this size are done. */
 static double tile_cost(const product_shape *s, int64_t width, int64_t tile_width,
                         double factor)
 {
     enum { TILE_ROWS = 128, SPLITS_MOST = 16 };
-    int64_t tiles = divide_up(s->M, TILE_ROWS) * divide_up(width, tile_width);
+    int64_t tiles = hqq_ceil_div(s->M, TILE_ROWS) * hqq_ceil_div(width, tile_width);
     double tile = 2.0 * TILE_ROWS * (double)tile_width * (double)s->length * factor;
     int64_t splits = s->multiprocessors / tiles;
     if (splits >= 2) return 1.25 * tile / (double)(splits < SPLITS_MOST ? splits : SPLITS_MOST);
-    return tile * (double)divide_up(tiles, s->multiprocessors);
+    return tile * (double)hqq_ceil_div(tiles, s->multiprocessors);
 }
 
 static double block_cost(const product_shape *s, int64_t width)
@@ -96,7 +92,7 @@ static int64_t widest(const product_shape *s)
 {
     int64_t row = s->length * s->element_bytes;
     if (s->outputs <= STEP || s->outputs <= HQQ_CUDA_WHOLE_BYTES_MOST / row) return s->outputs;
-    int64_t half = divide_up(s->outputs, 2), memory = BLOCK_BYTES_MOST / row;
+    int64_t half = hqq_ceil_div(s->outputs, 2), memory = BLOCK_BYTES_MOST / row;
     int64_t width = (half < memory ? half : memory) / STEP * STEP;
     return width < STEP ? STEP : width;
 }

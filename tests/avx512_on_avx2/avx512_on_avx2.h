@@ -4,16 +4,18 @@
  * (-include) when CMake is told -DHQQLORA_EMULATE_AVX512=ON; for tests, not for use.
  *
  * The compiler lowers vectors of 64 bytes to what there is. Arithmetic of vectors is the
- * compiler's own, so sums round as they do on the real thing; the instructions for bf16 are
- * imitated to the bit, subnormals for zero included (Intel's manual, volume 2).
+ * compiler's own, so sums round as they do on the real thing; bf16.h has the instructions for
+ * bf16.
  */
 #ifndef HQQ_TESTS_AVX512_ON_AVX2_H
 #define HQQ_TESTS_AVX512_ON_AVX2_H
 
 #include <immintrin.h>
-#include <math.h>
 #include <stdint.h>
 #include <string.h>
+
+#include "bf16.h"
+#include "vectors.h"
 
 #define __AVX512F__  1
 #define __AVX512BW__ 1
@@ -25,12 +27,6 @@
 #endif
 
 #define HQQ_EMULATED_AVX512 1
-
-#define EMU static inline __attribute__((always_inline, unused))
-
-typedef int32_t emu_ivec __attribute__((vector_size(64)));
-typedef uint32_t emu_uvec __attribute__((vector_size(64)));
-typedef uint16_t emu_u16vec __attribute__((vector_size(64)));
 
 /* ---- loads and stores -------------------------------------------------------------------- */
 EMU __m512i emu_loadu_512(const void *p)
@@ -265,61 +261,7 @@ EMU __mmask16 emu_is_subnormal(__m512 v)
     return emu_mask_of((emu_ivec)(magnitude - 1 < 0x7fffff));
 }
 
-/* ---- floats and bf16 --------------------------------------------------------------------- */
-EMU float emu_without_subnormals(float x)
-{
-    uint32_t u;
-    memcpy(&u, &x, 4);
-    if ((u & 0x7f800000) == 0) u &= 0x80000000;
-    memcpy(&x, &u, 4);
-    return x;
-}
-EMU uint16_t emu_float_to_bf16(float x)
-{
-    uint32_t u;
-    x = emu_without_subnormals(x);
-    memcpy(&u, &x, 4);
-    if ((u & 0x7fffffff) > 0x7f800000) return (uint16_t)(u >> 16 | 0x40);
-    return (uint16_t)((u + 0x7fff + (u >> 16 & 1)) >> 16);
-}
-EMU float emu_bf16_to_float(uint16_t x)
-{
-    uint32_t u = (uint32_t)x << 16;
-    float f;
-    memcpy(&f, &u, 4);
-    return emu_without_subnormals(f);
-}
-EMU __m256bh emu_cvtneps_pbh(__m512 v)
-{
-    uint16_t out[16];
-    for (int i = 0; i < 16; i++) out[i] = emu_float_to_bf16(v[i]);
-    __m256bh packed;
-    memcpy(&packed, out, 32);
-    return packed;
-}
-/* b in the low half, a in the high one */
-EMU __m512bh emu_cvtne2ps_pbh(__m512 a, __m512 b)
-{
-    __m256bh half[2] = {emu_cvtneps_pbh(b), emu_cvtneps_pbh(a)};
-    __m512bh packed;
-    memcpy(&packed, half, 64);
-    return packed;
-}
-EMU __m512 emu_dpbf16_ps(__m512 sum, __m512bh a, __m512bh b)
-{
-    emu_u16vec x, y;
-    memcpy(&x, &a, 64);
-    memcpy(&y, &b, 64);
-    for (int i = 0; i < 16; i++) {
-        float s = emu_without_subnormals(sum[i]);
-        for (int half = 1; half >= 0; half--)
-            s = emu_without_subnormals(fmaf(emu_bf16_to_float(x[2 * i + half]),
-                                            emu_bf16_to_float(y[2 * i + half]), s));
-        sum[i] = s;
-    }
-    return sum;
-}
-
+/* ---- floats ------------------------------------------------------------------------------ */
 /* a where a < b (a > b), else b: NaN gives b, as the instructions do */
 EMU __m512 emu_select(emu_ivec mask, __m512 a, __m512 b)
 {
@@ -399,8 +341,5 @@ EMU __m512 emu_most(__m512 a, __m512 b)
 #define _mm512_add_ps(a, b)                  ((__m512)((a) + (b)))
 #define _mm512_min_ps(a, b)                  emu_least(a, b)
 #define _mm512_max_ps(a, b)                  emu_most(a, b)
-#define _mm512_cvtneps_pbh                   emu_cvtneps_pbh
-#define _mm512_cvtne2ps_pbh                  emu_cvtne2ps_pbh
-#define _mm512_dpbf16_ps                     emu_dpbf16_ps
 
 #endif

@@ -8,7 +8,7 @@ static hqq_status choose_kernel(fuzz_case *c)
     hqq_kernel chosen =
         hqq_choose_kernel(case_shape(c), c->M, c->dtype, (int32_t)c->R, c->context.isa);
     hqq_isa isa = hqq_isa_in_use(case_context(c));
-    if (chosen < HQQ_KERNEL_AUTO || chosen > HQQ_KERNEL_TILED) __builtin_trap();
+    if ((int)chosen < HQQ_KERNEL_AUTO || (int)chosen >= known_kernels()) __builtin_trap();
     if (!hqq_isa_name(isa) || !hqq_isa_name(c->context.isa) || !hqq_version() ||
         !hqq_status_name((hqq_status)c->R))
         __builtin_trap();

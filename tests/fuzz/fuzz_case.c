@@ -30,6 +30,36 @@ static void bound_work(fuzz_case *c)
         c->options.iters /= 2;
 }
 
+/* Whether the library takes a context with these. */
+static int is_taken(int isa, int kernel)
+{
+    const hqq_weight sound = {.out_features = 8, .in_features = 8, .group_size = 8, .nbits = 4};
+    const hqq_context context = {.isa = (hqq_isa)isa, .kernel = (hqq_kernel)kernel};
+    size_t bytes;
+    return hqq_workspace_size(&bytes, &sound, NULL, 1, HQQ_F32, &context) == HQQ_OK;
+}
+
+/* More than there will ever be: a library that takes so many checks none. */
+enum { ENUMERATORS_MOST = 0xf0 };
+
+int known_isas(void)
+{
+    static int known;
+    if (known) return known;
+    while (is_taken(known, HQQ_KERNEL_AUTO))
+        if (++known == ENUMERATORS_MOST) __builtin_trap();
+    return known;
+}
+
+int known_kernels(void)
+{
+    static int known;
+    if (known) return known;
+    while (is_taken(HQQ_ISA_AUTO, known))
+        if (++known == ENUMERATORS_MOST) __builtin_trap();
+    return known;
+}
+
 static hqq_quantize_options make_options(const fuzz_fields *f)
 {
     return (hqq_quantize_options){.solver = (hqq_solver)decode_enum(f->solver, 3),
@@ -56,8 +86,8 @@ void make_case(fuzz_case *c, const fuzz_fields *f, int grouped)
     c->W_dtype = c->dtype;
     c->bias_dtype = (hqq_dtype)decode_enum(f->bias_dtype >> 1, 3);
     c->options = make_options(f);
-    c->context.isa = (hqq_isa)decode_enum(f->isa, 5);
-    c->context.kernel = (hqq_kernel)decode_enum(f->kernel, 5);
+    c->context.isa = (hqq_isa)decode_enum(f->isa, known_isas());
+    c->context.kernel = (hqq_kernel)decode_enum(f->kernel, known_kernels());
     lend_callbacks(&c->context, f->callbacks);
     if (grouped) {
         c->experts = decode_size(f->experts);

@@ -25,6 +25,11 @@ typedef struct fuzz_case {
 /* All that has no array: then the functions below give what a call takes. */
 void make_case(fuzz_case *c, const fuzz_fields *fields, int grouped);
 
+/* How many instruction sets and kernels the library takes, HQQ_..._AUTO included: it is asked,
+ * so that a new one is tried without a word here. decode_enum gives what is beyond, too. */
+int known_isas(void);
+int known_kernels(void);
+
 const hqq_weight *case_shape(fuzz_case *c);  /* pointers all NULL */
 const hqq_weight *case_weight(fuzz_case *c); /* with its arrays */
 const hqq_lora *case_lora(fuzz_case *c);

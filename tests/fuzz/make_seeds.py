@@ -25,6 +25,8 @@ def names(file: str, pattern: str) -> list[tuple[str, str]]:
 FIELDS = {name: int(size) for name, size in names("fields.def", r"^FIELD\((\w+), (\d)\)")}
 ENTRIES = [name for name, _ in names("entries.c", r'^    \{"(\w+)", ')]
 POINTERS = [name for name, _ in names("buffers.h", r"^    ([A-Z_]+),$")]
+ISAS = range(1, len(names("../../c_api/hqqlora.h", r"^    (HQQ_ISA_\w+) =")))
+KERNELS = range(1, len(names("../../c_api/hqqlora.h", r"^    (HQQ_KERNEL_\w+) =")))
 
 NBITS = {8: 0, 4: 1, 3: 2, 2: 3, 1: 4}
 G_K, G_N, G_8, G_ALL = 1, 2, 0, 16  # of decode_group_size
@@ -58,7 +60,7 @@ SHAPES = {
 }  # fmt: skip
 CONTEXTS = {
     "context-null": {"callbacks": 0xF0},
-    **{f"isa-{i}": {"isa": i} for i in range(1, 5)},
+    **{f"isa-{i}": {"isa": i} for i in ISAS},
     "isa-none": {"isa": OFF_ENUM},
     "kernel-none": {"kernel": OFF_ENUM},
     "pointers-null": {"null": 0xFFFFFF},
@@ -68,7 +70,7 @@ CONTEXTS = {
 }
 PRODUCTS = {
     **{f"kernel-{k}-dtype-{d}": {"kernel": k, "dtype": d, "N": 64, "K": 96, "M": 9}
-       for k in range(1, 5) for d in range(3)},
+       for k in KERNELS for d in range(3)},
     "half-lora-odd": {"dtype": 1, "N": 33, "K": 50, "G": 14, "M": 17, "rank": 5},
     "many-rows": {"M": 200, "kernel": 4},
     "no-tokens": {"M": 0},

@@ -82,13 +82,13 @@ def adapted() -> nn.Module:
 
 def targets(folder: Path) -> list[Target]:
     """All readers. `folder` is for files that are made on the way."""
+    from hqqlora.command.checkpoint_folder import open_checkpoint
     from hqqlora.command.errors import RunError
+    from hqqlora.command.safetensors_file import read_header
     from hqqlora.config import QuantSettings
     from hqqlora.files import write_safetensors, write_torch
     from hqqlora.hqq_checkpoint import read_module_states
     from hqqlora.hqq_layers import raw_state
-    from hqqlora.quantize_command.safetensors_file import read_header
-    from hqqlora.quantize_command.source import open_checkpoint
     from hqqlora.training.checkpoint import (
         Progress,
         read_checkpoint,

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from hqqlora.quantize_command.safetensors_file import StoredTensor
+from hqqlora.command.safetensors_file import StoredTensor
 
 PIECE = 2**24  # bytes of a tensor in memory at a time, beside the matrix they become part of
 

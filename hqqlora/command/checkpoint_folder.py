@@ -1,4 +1,4 @@
-"""The dense checkpoint that is read: its files and the headers of its tensors."""
+"""A model in a folder of Hugging Face's layout: its files, and the headers of its tensors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hqqlora.command.errors import UsageError, explaining, first_line
-from hqqlora.quantize_command.safetensors_file import StoredTensor, read_header
+from hqqlora.command.safetensors_file import StoredTensor, read_header
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
