@@ -28,7 +28,7 @@ SOURCES := CMakeLists.txt pyproject.toml $(wildcard kernels/CMakeLists.txt kerne
 C_SOURCES = $$(git ls-files '*.c' '*.h' '*.cpp' '*.cu' '*.cuh')
 
 .PHONY: all train test test-c test-torch-versions test-versions wheel bench bench-check tune sass lint \
-  format asan integer tsan valgrind fuzz fuzz-readers kills avx512 aarch64 clean FORCE
+  format asan integer tsan valgrind fuzz fuzz-cuda fuzz-readers kills avx512 aarch64 clean FORCE
 all: $(VENV)/built
 
 train: $(VENV)/model
@@ -85,6 +85,10 @@ valgrind: $(VENV)/built
 FUZZ_SECONDS ?= 600
 fuzz: $(VENV)/build-tools
 	tests/fuzz/run.sh $(FUZZ_SECONDS)
+
+# the same of the CUDA library, whose kernels the CPU runs
+fuzz-cuda: $(VENV)/build-tools
+	tests/fuzz/run.sh $(FUZZ_SECONDS) fuzz_c_api_cuda
 
 # every reader of files under random changes of sound ones
 fuzz-readers: $(VENV)/test

@@ -19,7 +19,7 @@ enum { SMALL_ROWS_MOST = 192, SMALL_ROWS_MOST_F32 = 8 };
 static int is_sound(const hqq_weight *w)
 {
     int64_t elements;
-    return hqq_slots_per_word(w->nbits) > 0 && (w->axis == 0 || w->axis == 1) &&
+    return w && hqq_slots_per_word(w->nbits) > 0 && (w->axis == 0 || w->axis == 1) &&
            w->out_features > 0 && w->in_features > 0 && w->group_size > 0 &&
            !__builtin_mul_overflow(w->out_features, w->in_features, &elements) &&
            elements <= INT64_C(1) << 60 && elements % w->group_size == 0;

@@ -3,6 +3,7 @@
 # sanitized build it is sanitized too.
 #
 # libhqqlora_cuda_emulated_race: the same, with the race checker.
+find_package(Threads REQUIRED)
 file(READ "${PROJECT_SOURCE_DIR}/c_api/hqqlora_cuda.map" map)
 string(REPLACE "local: *;" "hqqlora_emulated_*;\n  local: *;" map "${map}")
 file(CONFIGURE OUTPUT emulated.map CONTENT "${map}" @ONLY)

@@ -181,6 +181,8 @@ static void walk_choices(void)
                     &bad_shapes[i].weight, few ? 2 : INT64_MAX, HQQ_F32, isa, (hqq_isa)isa);
                 if (chosen < HQQ_KERNEL_AUTO || chosen > LAST_NAMED_KERNEL) failures++;
             }
+    hqq_kernel of_none = hqq_choose_kernel(NULL, 2, HQQ_F16, 0, HQQ_ISA_AUTO);
+    if (of_none < HQQ_KERNEL_AUTO || of_none > LAST_NAMED_KERNEL) failures++;
 }
 
 int main(void)

@@ -5,6 +5,9 @@
 #include <stdlib.h>
 
 #include "entries.h"
+#ifdef FUZZ_CUDA
+#include "control.h"
+#endif
 
 static long counts[32][HQQ_DEVICE + 1];
 
@@ -38,6 +41,7 @@ static void check(const fuzz_entry *entry, const fuzz_case *c, hqq_status status
     if ((int)status < HQQ_OK || status > HQQ_DEVICE) fail(entry, "no status", status);
     if ((status == HQQ_OK) != (hqq_last_error()[0] == '\0'))
         fail(entry, "a message where nothing failed, or none where something did", status);
+    if (status == HQQ_DEVICE) fail(entry, "a launch has failed", status);
     if (status != HQQ_OK && status != HQQ_CALLBACK && !outputs_untouched(&c->buffers))
         fail(entry, "a refused call has written outputs", status);
     uint32_t lent = c->fields.callbacks;
@@ -45,11 +49,25 @@ static void check(const fuzz_entry *entry, const fuzz_case *c, hqq_status status
         fail(entry, "a callback that does not fail has failed", status);
 }
 
+/* A GPU has no instruction set to choose: there the field says in which order threads run. */
+static void choose_schedule(const fuzz_fields *fields)
+{
+#ifdef FUZZ_CUDA
+    static const char *const orders[] = {"FIFO", "LIFO", "RANDOM", "PRIORITY"};
+    static const char *const arrivals[] = {"LATE", "EARLY", "MIXED"};
+    hqqlora_emulated_set_schedule(orders[fields->isa % 4], arrivals[fields->isa / 4 % 3],
+                                  fields->seed);
+#else
+    (void)fields;
+#endif
+}
+
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
     fuzz_fields fields = decode_fields(data, size);
     int e = (int)(fields.entry % (uint32_t)fuzz_entry_count);
     fuzz_case c;
+    choose_schedule(&fields);
     make_case(&c, &fields, fuzz_entries[e].grouped);
     hqq_status status = fuzz_entries[e].call(&c);
     check(&fuzz_entries[e], &c, status);

@@ -29,7 +29,7 @@ ISAS = range(1, len(names("../../c_api/hqqlora.h", r"^    (HQQ_ISA_\w+) =")))
 KERNELS = range(1, len(names("../../c_api/hqqlora.h", r"^    (HQQ_KERNEL_\w+) =")))
 
 NBITS = {8: 0, 4: 1, 3: 2, 2: 3, 1: 4}
-G_K, G_N, G_8, G_ALL = 1, 2, 0, 16  # of decode_group_size
+G_K, G_N, G_8, G_64, G_ALL = 1, 2, 0, 3, 16  # of decode_group_size
 LIMITS = [0xE000 + 256 * i for i in range(16)]  # of decode_size
 OFF_ENUM, OFF_FLOAT = 0xF0, 0xE0
 SOUND = {"nbits": 1, "axis": 1, "N": 12, "K": 32, "G": G_8, "M": 3, "rank": 2, "lora_dtype": 3,
@@ -82,6 +82,14 @@ PRODUCTS = {
     "gemm-lent": {"callbacks": 5, "kernel": 3, "M": 20},
     **{f"stride-{i}": {"stride": 0x40 + i} for i in range(12)},
     **{f"workspace-{i}": {"workspace": i, "kernel": 2} for i in range(1, 7)},
+}  # fmt: skip
+# what the GPU's tensor cores serve: whole chunks of 64, and scales of x's dtype
+TENSOR_CORES = {
+    f"tensor-cores-{bits}-bits-axis-{axis}-{M}-tokens":
+        {"nbits": code, "axis": axis, "N": 64, "K": 64, "G": G_64, "M": M, "dtype": dtype,
+         "meta_dtype": dtype, "isa": axis}
+    for bits, code in NBITS.items() if bits != 3
+    for axis in (0, 1) for M, dtype in ((2, 1), (12, 2), (30, 1))
 }  # fmt: skip
 ADAPTERS = {
     "rank-0": {"rank": 0},
@@ -148,6 +156,8 @@ def seeds_of(entry: str) -> dict[str, dict[str, int]]:
         seeds |= ADAPTERS if thorough else {n: s for n, s in ADAPTERS.items() if "rank" in n}
     if "grouped" in entry:
         seeds |= ROUTINGS
+    if entry in ("linear", "linear_dgrad"):
+        seeds |= TENSOR_CORES
     if entry == "quantize":
         seeds |= SOLVERS
     if entry == "dequantize":
