@@ -14,6 +14,7 @@
  *     int      hqq_lane_any(mask)
  *     hqq_lane hqq_lane_round_to(a, hqq_dtype)           through a storage type and back
  *     HQQ_LANE_RINT(a)    where an instruction rounds, half to even (the sign of 0 is free)
+ *     HQQ_LANE_OFF_INTEGER(a)    where one gives a - HQQ_LANE_RINT(a), which is exact
  * and compiles without contraction (-ffp-contract=off, nvcc -fmad=false): hqq's arithmetic has
  * no fused multiply-add, and so every processor computes the same bits.
  */
@@ -36,6 +37,12 @@ HQQ_INLINE hqq_lane hqq_rint(hqq_lane t)
 
 #ifndef HQQ_LANE_RINT
 #define HQQ_LANE_RINT(t) hqq_rint_small(t)
+#endif
+#ifndef HQQ_LANE_ADD_EXACT
+#define HQQ_LANE_ADD_EXACT(sum, a, b) ((sum) + (a) * (b))
+#endif
+#ifndef HQQ_LANE_OFF_INTEGER
+#define HQQ_LANE_OFF_INTEGER(t) ((t) - HQQ_LANE_RINT(t))
 #endif
 
 /* Clipping before rounding gives the same as clipping last. */
@@ -202,7 +209,7 @@ HQQ_INLINE int hqq_search_clips(float levels)
 /* hqq_cubed_error, to the bit, where the search does not clip: a fifth less work. */
 HQQ_INLINE hqq_lane hqq_cubed_error_inside(hqq_lane t)
 {
-    hqq_lane e = t - HQQ_LANE_RINT(t);
+    hqq_lane e = HQQ_LANE_OFF_INTEGER(t);
     return e * e * hqq_lane_abs(e);
 }
 
@@ -225,7 +232,7 @@ HQQ_INLINE void hqq_moments_add(hqq_moments *m, hqq_lane t, float levels)
     hqq_lane v = q - levels * 0.5f, r = t - q;
     m->v = m->v + v;
     m->r = m->r + r;
-    m->vv = m->vv + v * v;
+    m->vv = HQQ_LANE_ADD_EXACT(m->vv, v, v);
     m->vr = m->vr + v * r;
 }
 

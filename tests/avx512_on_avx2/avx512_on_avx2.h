@@ -119,6 +119,16 @@ EMU __m512 emu_round_ps(__m512 v)
     memcpy(&v, half, 64);
     return v;
 }
+EMU __m512 emu_fmadd_ps(__m512 a, __m512 b, __m512 sum)
+{
+    __m256 ah[2], bh[2], sums[2];
+    memcpy(ah, &a, 64);
+    memcpy(bh, &b, 64);
+    memcpy(sums, &sum, 64);
+    for (int i = 0; i < 2; i++) sums[i] = _mm256_fmadd_ps(ah[i], bh[i], sums[i]);
+    memcpy(&sum, sums, 64);
+    return sum;
+}
 EMU __m512 emu_cvtph_ps(__m256i v)
 {
     __m256 half[2] = {_mm256_cvtph_ps(_mm256_castsi256_si128(v)),
@@ -355,7 +365,10 @@ EMU __m512 emu_most(__m512 a, __m512 b)
 #define _mm512_cvtepi32_epi8     emu_cvtepi32_epi8
 #define _mm512_cvtps_epi32       emu_cvtps_epi32
 #undef _mm512_roundscale_ps
+#undef _mm512_reduce_ps
 #define _mm512_roundscale_ps(v, nearest)  emu_round_ps(v)
+#define _mm512_reduce_ps(v, nearest)      ((v) - emu_round_ps(v))
+#define _mm512_fmadd_ps                   emu_fmadd_ps
 #define _mm512_mask_cvtepi32_storeu_epi16 emu_mask_cvtepi32_storeu_epi16
 #undef _mm512_cvtps_ph
 #define _mm512_cvtph_ps              emu_cvtph_ps
