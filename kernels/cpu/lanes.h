@@ -57,13 +57,12 @@ static inline hqq_lane hqq_lane_max(hqq_lane a, hqq_lane b)
     ((hqq_lane)_mm512_reduce_ps((__m512)(a), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC))
 #endif
 
-/* The fused operation, for products that need no rounding: the sum is that of two operations.
- */
+/* Rounded once. */
 #if defined(__AVX512F__)
-#define HQQ_LANE_ADD_EXACT(sum, a, b) \
+#define HQQ_LANE_ADD_PRODUCT(sum, a, b) \
     ((hqq_lane)_mm512_fmadd_ps((__m512)(a), (__m512)(b), (__m512)(sum)))
 #elif defined(__AVX2__)
-#define HQQ_LANE_ADD_EXACT(sum, a, b) \
+#define HQQ_LANE_ADD_PRODUCT(sum, a, b) \
     ((hqq_lane)_mm256_fmadd_ps((__m256)(a), (__m256)(b), (__m256)(sum)))
 #endif
 
