@@ -73,7 +73,8 @@ typedef struct quantize_run {
 size_t hqq_quantize_scratch(const hqq_layout *l)
 {
     int64_t steps = l->G < HQQ_TILE_STEPS ? l->G : HQQ_TILE_STEPS;
-    return (size_t)steps * 16 * sizeof(float); /* of the widest lanes */
+    return (size_t)(hqq_tiles_at_once(l) * steps) * 16 *
+           sizeof(float); /* of the widest lanes */
 }
 
 static hqq_status quantize_chunk(int64_t chunk, void *scratch, void *data)

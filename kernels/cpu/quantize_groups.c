@@ -105,27 +105,57 @@ static hqq_fit least_squares(hqq_tile *t, hqq_fit fit, float levels)
     return hqq_refit(fit, &total, (float)t->job->layout.G, levels);
 }
 
-static void solve_default(hqq_tile *t, void *data)
+/* least_squares on two tiles of one run each. */
+static void least_squares_beside(hqq_tile tiles[2], hqq_fit fits[2], float levels)
+{
+    const float *a = hqq_tile_at(&tiles[0], 0), *b = hqq_tile_at(&tiles[1], 0);
+    int64_t G = tiles[0].job->layout.G;
+    hqq_moments run[2] = {hqq_moments_zero(), hqq_moments_zero()}, total[2] = {run[0], run[1]};
+    hqq_fit fit[2] = {fits[0], fits[1]};
+    for (int64_t i = 0; i < G * HQQ_LANES; i += HQQ_LANES) {
+        hqq_moments_add(&run[0], hqq_vec_load(a + i) * fit[0].slope + fit[0].offset, levels);
+        hqq_moments_add(&run[1], hqq_vec_load(b + i) * fit[1].slope + fit[1].offset, levels);
+    }
+    for (int k = 0; k < 2; k++) {
+        hqq_moments_join(&total[k], &run[k]);
+        fits[k] = hqq_refit(fit[k], &total[k], (float)G, levels);
+    }
+}
+
+static void store_solution(hqq_tile *t, const hqq_fit *fit, hqq_units *units, float levels)
+{
+    hqq_stored stored = hqq_store_fit(fit, units, levels, t->job->meta_dtype);
+    hqq_tile_store_meta(t, &stored);
+    if (hqq_units_unsaturate(units, &stored, t->job->meta_dtype)) hqq_tile_forget(t);
+    hqq_tile_store_codes(t, hqq_fit_of(&stored, units), levels);
+}
+
+static void solve_default(hqq_tile *tiles, int count, void *data)
 {
     (void)data;
-    int nbits = t->job->layout.nbits;
+    int nbits = tiles->job->layout.nbits, any = 0;
     float levels = (float)hqq_max_code(nbits);
-    hqq_lane smallest, largest;
-    hqq_tile_range(t, &smallest, &largest);
-    hqq_units units = hqq_units_of(smallest, largest, levels);
-    hqq_tile_set_units(t, &units);
-    hqq_fit fit = {hqq_lane_set(1.0f), hqq_lane_set(0.0f)};
-    if (hqq_lane_any(units.flat == 0)) {
+    hqq_units units[HQQ_TILES_MOST];
+    hqq_fit fits[HQQ_TILES_MOST];
+    for (int k = 0; k < count; k++) {
+        hqq_lane smallest, largest;
+        hqq_tile_range(&tiles[k], &smallest, &largest);
+        units[k] = hqq_units_of(smallest, largest, levels);
+        hqq_tile_set_units(&tiles[k], &units[k]);
+        fits[k] = (hqq_fit){hqq_lane_set(1.0f), hqq_lane_set(0.0f)};
+        if (!hqq_lane_any(units[k].flat == 0)) continue;
+        any = 1;
         if (hqq_searches_range(nbits))
-            fit = hqq_search_clips(levels) ? search_range(t, units.flat, levels, 1)
-                                           : search_range(t, units.flat, levels, 0);
-        for (int round = 0; round < hqq_least_squares_rounds(nbits); round++)
-            fit = least_squares(t, fit, levels);
+            fits[k] = hqq_search_clips(levels)
+                          ? search_range(&tiles[k], units[k].flat, levels, 1)
+                          : search_range(&tiles[k], units[k].flat, levels, 0);
     }
-    hqq_stored stored = hqq_store_fit(&fit, &units, levels, t->job->meta_dtype);
-    hqq_tile_store_meta(t, &stored);
-    if (hqq_units_unsaturate(&units, &stored, t->job->meta_dtype)) hqq_tile_forget(t);
-    hqq_tile_store_codes(t, hqq_fit_of(&stored, &units), levels);
+    for (int round = 0; any && round < hqq_least_squares_rounds(nbits); round++)
+        if (count == 2)
+            least_squares_beside(tiles, fits, levels);
+        else
+            fits[0] = least_squares(&tiles[0], fits[0], levels);
+    for (int k = 0; k < count; k++) store_solution(&tiles[k], &fits[k], &units[k], levels);
 }
 
 void HQQ_ISA_NAME(hqq_quantize_default)(const hqq_quantize_job *job, int64_t begin, int64_t end,

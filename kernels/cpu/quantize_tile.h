@@ -172,27 +172,32 @@ static inline void hqq_tile_store_meta(const hqq_tile *t, const hqq_stored *s)
     hqq_vec_store_dtype_part(job->zero, job->meta_dtype, t->first, s->zero, t->live);
 }
 
-/* Calls solve(&tile, data) for the tiles of bands [begin, end). */
+/* Calls solve(tiles, count, data) for the tiles of bands [begin, end), hqq_tiles_at_once of
+ * them or fewer at a time. */
 static inline void hqq_for_each_tile(const hqq_quantize_job *job, int64_t begin, int64_t end,
-                                     void *scratch, void (*solve)(hqq_tile *, void *),
+                                     void *scratch, void (*solve)(hqq_tile *, int, void *),
                                      void *data)
 {
     const hqq_layout *l = &job->layout;
-    int slots = l->axis == 1 ? l->per : 1;
+    int slots = l->axis == 1 ? l->per : 1, most = hqq_tiles_at_once(l), count = 0;
+    hqq_tile tiles[HQQ_TILES_MOST];
     for (int64_t band = begin; band < end; band += HQQ_LANES)
         for (int slot = 0; slot < slots; slot++) {
             int64_t first = band + slot * job->bands;
             int64_t live = end - band < HQQ_LANES ? end - band : HQQ_LANES;
             if (live > l->groups - first) live = l->groups - first;
             if (live <= 0) break; /* the tail of the last slots stays zero */
-            hqq_tile tile = {.job = job,
-                             .first = first,
-                             .live = (int)live,
-                             .slot = slot,
-                             .band = band,
-                             .values = scratch};
-            solve(&tile, data);
+            tiles[count] = (hqq_tile){.job = job,
+                                      .first = first,
+                                      .live = (int)live,
+                                      .slot = slot,
+                                      .band = band,
+                                      .values = (float *)scratch + count * l->G * HQQ_LANES};
+            if (++count < most) continue;
+            solve(tiles, count, data);
+            count = 0;
         }
+    if (count) solve(tiles, count, data);
 }
 
 #endif
