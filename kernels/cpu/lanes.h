@@ -103,6 +103,16 @@ static inline int hqq_lane_any(hqq_lane_mask mask)
 #endif
 }
 
+/* hqq_lane_any(a > b), by a mask of bits where there are such. */
+static inline int hqq_lane_any_above(hqq_lane a, hqq_lane b)
+{
+#if defined(__AVX512F__)
+    return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ) != 0;
+#else
+    return hqq_lane_any(a > b);
+#endif
+}
+
 static inline hqq_lane hqq_lane_round_to(hqq_lane a, hqq_dtype dtype)
 {
     float stored[HQQ_LANES];

@@ -79,7 +79,7 @@ static inline void add_terms(hqq_step *s, const float *values, int64_t n, hqq_la
         hqq_lane e = want_error ? w - (q - zero) / multiplier : w - (q - zero) * inverse;
         hqq_lane size = hqq_lane_abs(e);
         if (want_error) error += size;
-        if (__builtin_expect(hqq_lane_any(size > threshold), 0))
+        if (__builtin_expect(hqq_lane_any_above(size, threshold), 0))
             scaled = (w - shrunk(s, w - (q - zero) / multiplier)) * multiplier;
         sums[i * stride] += q - scaled;
     }

@@ -265,9 +265,11 @@ EMU __mmask16 emu_mask_of(emu_ivec v)
     for (int i = 0; i < 16; i++) mask |= (unsigned)(v[i] != 0) << i;
     return (__mmask16)mask;
 }
-EMU __mmask16 emu_is_unordered(__m512 a, __m512 b)
+/* The two comparisons that are asked for: unordered, and above. */
+EMU __mmask16 emu_cmp_ps_mask(__m512 a, __m512 b, int predicate)
 {
-    return emu_mask_of((emu_ivec)(a != a) | (emu_ivec)(b != b));
+    return predicate == _CMP_UNORD_Q ? emu_mask_of((emu_ivec)(a != a) | (emu_ivec)(b != b))
+                                     : emu_mask_of((emu_ivec)(a > b));
 }
 EMU __mmask16 emu_is_subnormal(__m512 v)
 {
@@ -405,7 +407,7 @@ EMU __m512 emu_most(__m512 a, __m512 b)
 #define _mm512_add_epi16(a, b)               ((__m512i)((emu_u16vec)(a) + (emu_u16vec)(b)))
 #define _mm512_ternarylogic_epi32            emu_ternary
 #define _mm512_mask_or_epi32                 emu_mask_or_epi32
-#define _mm512_cmp_ps_mask(a, b, unordered)  emu_is_unordered(a, b)
+#define _mm512_cmp_ps_mask                   emu_cmp_ps_mask
 #define _mm512_test_epi32_mask(a, b)         emu_mask_of((emu_ivec)(a) & (emu_ivec)(b))
 #define _mm512_fpclass_ps_mask(v, subnormal) emu_is_subnormal(v)
 #define _mm512_add_ps(a, b)                  ((__m512)((a) + (b)))
