@@ -14,6 +14,8 @@
  *     int      hqq_lane_any(mask)
  *     hqq_lane hqq_lane_round_to(a, hqq_dtype)           through a storage type and back
  *     HQQ_LANE_RINT(a)    where an instruction rounds, half to even (the sign of 0 is free)
+ *     HQQ_LANE_OFF_INTEGER(a)    where one gives a - HQQ_LANE_RINT(a), which is exact
+ *     HQQ_LANE_ADD_PRODUCT(sum, a, b)    where a fused one adds: for exact products
  * and compiles without contraction (-ffp-contract=off, nvcc -fmad=false): hqq's arithmetic has
  * no fused multiply-add, and so every processor computes the same bits.
  */
@@ -36,6 +38,18 @@ HQQ_INLINE hqq_lane hqq_rint(hqq_lane t)
 
 #ifndef HQQ_LANE_RINT
 #define HQQ_LANE_RINT(t) hqq_rint_small(t)
+#endif
+#ifdef HQQ_LANE_ADD_PRODUCT
+#define HQQ_ADD_PRODUCT_IS_ONE 1
+#else
+#define HQQ_ADD_PRODUCT_IS_ONE          0
+#define HQQ_LANE_ADD_PRODUCT(sum, a, b) ((sum) + (a) * (b))
+#endif
+#ifdef HQQ_LANE_OFF_INTEGER
+#define HQQ_OFF_INTEGER_IS_ONE 1
+#else
+#define HQQ_OFF_INTEGER_IS_ONE  0
+#define HQQ_LANE_OFF_INTEGER(t) ((t) - HQQ_LANE_RINT(t))
 #endif
 
 /* Clipping before rounding gives the same as clipping last. */
@@ -185,25 +199,26 @@ HQQ_INLINE hqq_candidate hqq_candidate_at(int i, int j, float levels)
     return c;
 }
 
+/* t less its nearest code, but for the sign of 0. */
+HQQ_INLINE hqq_lane hqq_off_code(hqq_lane t, float levels)
+{
+    if (!HQQ_OFF_INTEGER_IS_ONE) return t - hqq_nearest_code(t, levels);
+    hqq_lane e = hqq_lane_max(HQQ_LANE_OFF_INTEGER(t), t - levels);
+    return hqq_lane_min(e, t);
+}
+
 HQQ_INLINE hqq_lane hqq_cubed_error(hqq_lane t, float levels)
 {
-    hqq_lane e = t - hqq_nearest_code(t, levels);
+    hqq_lane e = hqq_off_code(t, levels);
     return e * e * hqq_lane_abs(e);
 }
 
 /* Whether a candidate may leave the codes by half a step or more. Its ends are 0.45 * slope
- * outside at most, 0.479 for 15 levels and less for more: then rounding alone finds the code.
- */
+ * outside at most, 0.479 for 15 levels and less for more: then rounding alone finds the code,
+ * and t - code is HQQ_LANE_OFF_INTEGER(t). */
 HQQ_INLINE int hqq_search_clips(float levels)
 {
     return levels < 15.0f;
-}
-
-/* hqq_cubed_error, to the bit, where the search does not clip: a fifth less work. */
-HQQ_INLINE hqq_lane hqq_cubed_error_inside(hqq_lane t)
-{
-    hqq_lane e = t - HQQ_LANE_RINT(t);
-    return e * e * hqq_lane_abs(e);
 }
 
 /* What least squares needs of a group: with v = q - levels/2 and the residual r = t - q. Both
@@ -225,7 +240,7 @@ HQQ_INLINE void hqq_moments_add(hqq_moments *m, hqq_lane t, float levels)
     hqq_lane v = q - levels * 0.5f, r = t - q;
     m->v = m->v + v;
     m->r = m->r + r;
-    m->vv = m->vv + v * v;
+    m->vv = HQQ_LANE_ADD_PRODUCT(m->vv, v, v);
     m->vr = m->vr + v * r;
 }
 

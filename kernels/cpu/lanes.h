@@ -51,6 +51,20 @@ static inline hqq_lane hqq_lane_max(hqq_lane a, hqq_lane b)
 #define HQQ_LANE_RINT(a) \
     ((hqq_lane)_mm256_round_ps((__m256)(a), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC))
 #endif
+#if defined(__AVX512F__)
+/* One operation in place of three: rounding is two. */
+#define HQQ_LANE_OFF_INTEGER(a) \
+    ((hqq_lane)_mm512_reduce_ps((__m512)(a), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC))
+#endif
+
+/* Rounded once. */
+#if defined(__AVX512F__)
+#define HQQ_LANE_ADD_PRODUCT(sum, a, b) \
+    ((hqq_lane)_mm512_fmadd_ps((__m512)(a), (__m512)(b), (__m512)(sum)))
+#elif defined(__AVX2__)
+#define HQQ_LANE_ADD_PRODUCT(sum, a, b) \
+    ((hqq_lane)_mm256_fmadd_ps((__m256)(a), (__m256)(b), (__m256)(sum)))
+#endif
 
 /* Half to even, for 0 <= a <= 2^22. */
 static inline hqq_uvec hqq_lane_to_code(hqq_lane a)
@@ -86,6 +100,16 @@ static inline int hqq_lane_any(hqq_lane_mask mask)
     int32_t any = 0;
     for (int i = 0; i < HQQ_LANES; i++) any |= mask[i];
     return any != 0;
+#endif
+}
+
+/* hqq_lane_any(a > b), by a mask of bits where there are such. */
+static inline int hqq_lane_any_above(hqq_lane a, hqq_lane b)
+{
+#if defined(__AVX512F__)
+    return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ) != 0;
+#else
+    return hqq_lane_any(a > b);
 #endif
 }
 

@@ -8,6 +8,7 @@
 #include "parallel.h"
 #include "backend.h"
 #include "quantize_groups.h"
+#include "non_finite.h"
 #include "status.h"
 
 /* ---- non-finite weights ----------------------------------------------------------------- */
@@ -17,28 +18,10 @@ enum { CHECK_ELEMENTS = 1 << 18 };
 typedef struct finite_check {
     const void *W;
     hqq_dtype dtype;
+    hqq_isa isa;
     int64_t elements;
     atomic_int_least64_t first_bad; /* `elements`: none */
 } finite_check;
-
-/* Without a sign, the bits of numbers are in their order, and infinity and NaN above them all.
- * The largest is an instruction of its own for signed 16 bits on every processor. */
-static int any_non_finite(const void *W, hqq_dtype dtype, int64_t begin, int64_t end)
-{
-    if (dtype == HQQ_F32) {
-        const int32_t *w = W;
-        int32_t bad = 0;
-        for (int64_t e = begin; e < end; e++) bad |= (w[e] & 0x7fffffff) > 0x7f7fffff;
-        return bad;
-    }
-    const int16_t *w = W;
-    int16_t largest = 0;
-    for (int64_t e = begin; e < end; e++) {
-        int16_t size = w[e] & 0x7fff;
-        largest = size > largest ? size : largest;
-    }
-    return largest >= (dtype == HQQ_F16 ? 0x7c00 : 0x7f80);
-}
 
 static hqq_status check_chunk(int64_t chunk, void *scratch, void *data)
 {
@@ -46,7 +29,8 @@ static hqq_status check_chunk(int64_t chunk, void *scratch, void *data)
     finite_check *check = data;
     int64_t begin = chunk * CHECK_ELEMENTS, end = begin + CHECK_ELEMENTS;
     if (end > check->elements) end = check->elements;
-    if (!any_non_finite(check->W, check->dtype, begin, end)) return HQQ_OK;
+    if (!HQQ_ISA_SELECT(check->isa, hqq_any_non_finite)(check->W, check->dtype, begin, end))
+        return HQQ_OK;
     int64_t e = begin;
     while (isfinite(hqq_load(check->W, check->dtype, e))) e++;
     int_least64_t first = atomic_load(&check->first_bad);
@@ -57,7 +41,8 @@ static hqq_status check_chunk(int64_t chunk, void *scratch, void *data)
 static hqq_status check_finite(const void *W, hqq_dtype dtype, const hqq_layout *l,
                                const hqq_context *context)
 {
-    finite_check check = {.W = W, .dtype = dtype, .elements = l->elements};
+    finite_check check = {
+        .W = W, .dtype = dtype, .isa = hqq_isa_in_use(context), .elements = l->elements};
     atomic_init(&check.first_bad, l->elements);
     HQQ_TRY(hqq_for_each_chunk((l->elements + CHECK_ELEMENTS - 1) / CHECK_ELEMENTS, check_chunk,
                                &check, 0, context));
@@ -88,7 +73,8 @@ typedef struct quantize_run {
 size_t hqq_quantize_scratch(const hqq_layout *l)
 {
     int64_t steps = l->G < HQQ_TILE_STEPS ? l->G : HQQ_TILE_STEPS;
-    return (size_t)steps * 16 * sizeof(float); /* of the widest lanes */
+    return (size_t)(hqq_tiles_at_once(l) * steps) * 16 *
+           sizeof(float); /* of the widest lanes */
 }
 
 static hqq_status quantize_chunk(int64_t chunk, void *scratch, void *data)

@@ -79,7 +79,7 @@ static inline void add_terms(hqq_step *s, const float *values, int64_t n, hqq_la
         hqq_lane e = want_error ? w - (q - zero) / multiplier : w - (q - zero) * inverse;
         hqq_lane size = hqq_lane_abs(e);
         if (want_error) error += size;
-        if (__builtin_expect(hqq_lane_any(size > threshold), 0))
+        if (__builtin_expect(hqq_lane_any_above(size, threshold), 0))
             scaled = (w - shrunk(s, w - (q - zero) / multiplier)) * multiplier;
         sums[i * stride] += q - scaled;
     }
@@ -173,9 +173,8 @@ static uint8_t *settled_at(const hqq_tile *t)
     return job->settled ? job->settled + t->band / HQQ_FEWEST_LANES : NULL;
 }
 
-static void solve_hqq(hqq_tile *t, void *data)
+static void solve_tile(hqq_tile *t, const hqq_steps *steps)
 {
-    const hqq_steps *steps = data;
     uint8_t *settled = settled_at(t);
     if (settled && !steps->errors && *settled != HQQ_UNSETTLED && *settled <= steps->iters)
         return; /* an earlier run with more steps has stored it */
@@ -190,6 +189,11 @@ static void solve_hqq(hqq_tile *t, void *data)
                                                  t->job->meta_dtype);
     hqq_tile_store_meta(t, &stored);
     hqq_tile_store_codes(t, (hqq_fit){h.multiplier, h.zero}, levels);
+}
+
+static void solve_hqq(hqq_tile *tiles, int count, void *data)
+{
+    for (int i = 0; i < count; i++) solve_tile(&tiles[i], data);
 }
 
 void HQQ_ISA_NAME(hqq_quantize_hqq)(const hqq_quantize_job *job, int64_t begin, int64_t end,

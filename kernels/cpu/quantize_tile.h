@@ -23,25 +23,62 @@ typedef struct hqq_tile {
     float *values;          /* [HQQ_TILE_STEPS or G][HQQ_LANES] */
 } hqq_tile;
 
+/* Where the group of a lane begins in W; lanes behind the last one that lives read the first.
+ */
+static inline int64_t hqq_tile_row(const hqq_tile *t, int lane)
+{
+    return (t->first + (lane < t->live ? lane : 0)) * t->job->layout.G;
+}
+
+/* out[step] = step `step` of all lanes, for the steps in `rows`. */
+HQQ_ALWAYS_INLINE void hqq_put_steps(float *out, hqq_lane rows[HQQ_LANES], int steps)
+{
+    hqq_vec_transpose(rows);
+    for (int step = 0; step < steps; step++) hqq_vec_store(out + step * HQQ_LANES, rows[step]);
+}
+
+/* Blocks of 2 * HQQ_LANES bf16, as far as they are whole; returns the step behind them. Pairs
+ * are transposed, and taken apart afterwards: half the shuffles. */
+static inline int64_t hqq_tile_load_pairs(const hqq_tile *t)
+{
+    const uint16_t *W = t->job->W;
+    float *out = t->values;
+    int64_t i = t->begin;
+    for (; i + 2 * HQQ_LANES <= t->end; i += 2 * HQQ_LANES) {
+        hqq_lane rows[HQQ_LANES];
+        for (int lane = 0; lane < HQQ_LANES; lane++)
+            memcpy(&rows[lane], W + hqq_tile_row(t, lane) + i, sizeof rows[lane]);
+        hqq_vec_transpose(rows);
+        for (int pair = 0; pair < HQQ_LANES; pair++, out += 2 * HQQ_LANES) {
+            hqq_uvec bits = (hqq_uvec)rows[pair];
+            hqq_vec_store(out, (hqq_lane)(bits << 16));
+            hqq_vec_store(out + HQQ_LANES, (hqq_lane)(bits & 0xffff0000u));
+        }
+    }
+    return i;
+}
+
 static inline void hqq_tile_load_rows(const hqq_tile *t)
 {
-    const hqq_quantize_job *job = t->job;
-    int64_t G = job->layout.G, end = job->layout.elements;
+    const void *W = t->job->W;
+    hqq_dtype dtype = t->job->W_dtype;
     hqq_lane rows[HQQ_LANES];
-    for (int64_t i = t->begin; i < t->end; i += HQQ_LANES) {
-        int steps = (int)(t->end - i < HQQ_LANES ? t->end - i : HQQ_LANES);
-        for (int lane = 0; lane < HQQ_LANES; lane++) {
-            int64_t e = (t->first + (lane < t->live ? lane : 0)) * G + i;
-            /* what lies behind the group is not used, but must lie within W */
-            rows[lane] = e + HQQ_LANES <= end
-                             ? hqq_vec_load_dtype(job->W, job->W_dtype, e)
-                             : hqq_vec_load_dtype_part(job->W, job->W_dtype, e, steps);
-        }
-        hqq_vec_transpose(rows);
-        float *out = t->values + (i - t->begin) * HQQ_LANES;
-        for (int step = 0; step < steps; step++)
-            hqq_vec_store(out + step * HQQ_LANES, rows[step]);
+    int64_t i = dtype == HQQ_BF16 ? hqq_tile_load_pairs(t) : t->begin;
+    float *out = t->values + (i - t->begin) * HQQ_LANES;
+    for (; i + HQQ_LANES <= t->end; i += HQQ_LANES, out += HQQ_LANES * HQQ_LANES) {
+        for (int lane = 0; lane < HQQ_LANES; lane++)
+            rows[lane] = hqq_vec_load_dtype(W, dtype, hqq_tile_row(t, lane) + i);
+        hqq_put_steps(out, rows, HQQ_LANES);
     }
+    int steps = (int)(t->end - i);
+    for (int lane = 0; lane < HQQ_LANES && steps > 0; lane++) {
+        int64_t e = hqq_tile_row(t, lane) + i;
+        /* what lies behind the group is not used, but must lie within W */
+        rows[lane] = e + HQQ_LANES <= t->job->layout.elements
+                         ? hqq_vec_load_dtype(W, dtype, e)
+                         : hqq_vec_load_dtype_part(W, dtype, e, steps);
+    }
+    if (steps > 0) hqq_put_steps(out, rows, steps);
 }
 
 /* The weights of step i, at axis 0. */
@@ -135,27 +172,32 @@ static inline void hqq_tile_store_meta(const hqq_tile *t, const hqq_stored *s)
     hqq_vec_store_dtype_part(job->zero, job->meta_dtype, t->first, s->zero, t->live);
 }
 
-/* Calls solve(&tile, data) for the tiles of bands [begin, end). */
+/* Calls solve(tiles, count, data) for the tiles of bands [begin, end), hqq_tiles_at_once of
+ * them or fewer at a time. */
 static inline void hqq_for_each_tile(const hqq_quantize_job *job, int64_t begin, int64_t end,
-                                     void *scratch, void (*solve)(hqq_tile *, void *),
+                                     void *scratch, void (*solve)(hqq_tile *, int, void *),
                                      void *data)
 {
     const hqq_layout *l = &job->layout;
-    int slots = l->axis == 1 ? l->per : 1;
+    int slots = l->axis == 1 ? l->per : 1, most = hqq_tiles_at_once(l), count = 0;
+    hqq_tile tiles[HQQ_TILES_MOST];
     for (int64_t band = begin; band < end; band += HQQ_LANES)
         for (int slot = 0; slot < slots; slot++) {
             int64_t first = band + slot * job->bands;
             int64_t live = end - band < HQQ_LANES ? end - band : HQQ_LANES;
             if (live > l->groups - first) live = l->groups - first;
             if (live <= 0) break; /* the tail of the last slots stays zero */
-            hqq_tile tile = {.job = job,
-                             .first = first,
-                             .live = (int)live,
-                             .slot = slot,
-                             .band = band,
-                             .values = scratch};
-            solve(&tile, data);
+            tiles[count] = (hqq_tile){.job = job,
+                                      .first = first,
+                                      .live = (int)live,
+                                      .slot = slot,
+                                      .band = band,
+                                      .values = (float *)scratch + count * l->G * HQQ_LANES};
+            if (++count < most) continue;
+            solve(tiles, count, data);
+            count = 0;
         }
+    if (count) solve(tiles, count, data);
 }
 
 #endif

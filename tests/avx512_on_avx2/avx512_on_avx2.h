@@ -115,6 +115,16 @@ EMU __m512 emu_round_ps(__m512 v)
     memcpy(&v, half, 64);
     return v;
 }
+EMU __m512 emu_fmadd_ps(__m512 a, __m512 b, __m512 sum)
+{
+    __m256 ah[2], bh[2], sums[2];
+    memcpy(ah, &a, 64);
+    memcpy(bh, &b, 64);
+    memcpy(sums, &sum, 64);
+    for (int i = 0; i < 2; i++) sums[i] = _mm256_fmadd_ps(ah[i], bh[i], sums[i]);
+    memcpy(&sum, sums, 64);
+    return sum;
+}
 EMU __m512 emu_cvtph_ps(__m256i v)
 {
     __m256 half[2] = {_mm256_cvtph_ps(_mm256_castsi256_si128(v)),
@@ -251,9 +261,11 @@ EMU __mmask16 emu_mask_of(emu_ivec v)
     for (int i = 0; i < 16; i++) mask |= (unsigned)(v[i] != 0) << i;
     return (__mmask16)mask;
 }
-EMU __mmask16 emu_is_unordered(__m512 a, __m512 b)
+/* The two comparisons that are asked for: unordered, and above. */
+EMU __mmask16 emu_cmp_ps_mask(__m512 a, __m512 b, int predicate)
 {
-    return emu_mask_of((emu_ivec)(a != a) | (emu_ivec)(b != b));
+    return predicate == _CMP_UNORD_Q ? emu_mask_of((emu_ivec)(a != a) | (emu_ivec)(b != b))
+                                     : emu_mask_of((emu_ivec)(a > b));
 }
 EMU __mmask16 emu_is_subnormal(__m512 v)
 {
@@ -297,7 +309,10 @@ EMU __m512 emu_most(__m512 a, __m512 b)
 #define _mm512_cvtepi32_epi8     emu_cvtepi32_epi8
 #define _mm512_cvtps_epi32       emu_cvtps_epi32
 #undef _mm512_roundscale_ps
+#undef _mm512_reduce_ps
 #define _mm512_roundscale_ps(v, nearest)  emu_round_ps(v)
+#define _mm512_reduce_ps(v, nearest)      ((v) - emu_round_ps(v))
+#define _mm512_fmadd_ps                   emu_fmadd_ps
 #define _mm512_mask_cvtepi32_storeu_epi16 emu_mask_cvtepi32_storeu_epi16
 #undef _mm512_cvtps_ph
 #define _mm512_cvtph_ps              emu_cvtph_ps
@@ -335,7 +350,7 @@ EMU __m512 emu_most(__m512 a, __m512 b)
 #define _mm512_add_epi16(a, b)               ((__m512i)((emu_u16vec)(a) + (emu_u16vec)(b)))
 #define _mm512_ternarylogic_epi32            emu_ternary
 #define _mm512_mask_or_epi32                 emu_mask_or_epi32
-#define _mm512_cmp_ps_mask(a, b, unordered)  emu_is_unordered(a, b)
+#define _mm512_cmp_ps_mask                   emu_cmp_ps_mask
 #define _mm512_test_epi32_mask(a, b)         emu_mask_of((emu_ivec)(a) & (emu_ivec)(b))
 #define _mm512_fpclass_ps_mask(v, subnormal) emu_is_subnormal(v)
 #define _mm512_add_ps(a, b)                  ((__m512)((a) + (b)))
