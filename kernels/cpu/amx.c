@@ -5,6 +5,7 @@
 #include "amx_rows.h"
 #include "code_runs.h"
 #include "dtype.h"
+#include "integers.h"
 #include "lora.h"
 #include "parallel.h"
 #include "status.h"
@@ -28,25 +29,12 @@
 /* Chunks are made smaller until there are that many. */
 #define WANTED_CHUNKS 8
 
-static int64_t ceil_div(int64_t a, int64_t b)
-{
-    return (a + b - 1) / b;
-}
-static int64_t least(int64_t a, int64_t b)
-{
-    return a < b ? a : b;
-}
-static int64_t most(int64_t a, int64_t b)
-{
-    return a > b ? a : b;
-}
-
 /* The length of the parts, in multiples of `unit`, when `count` is cut into equal ones of at
  * most `limit`. */
 static int64_t even_part(int64_t count, int64_t limit, int64_t unit)
 {
-    int64_t parts = ceil_div(count, limit);
-    return ceil_div(ceil_div(count, parts), unit) * unit;
+    int64_t parts = hqq_ceil_div(count, limit);
+    return hqq_ceil_div(hqq_ceil_div(count, parts), unit) * unit;
 }
 
 /* Of the reduction at a time: columns, or rows of W, at most. */
@@ -65,7 +53,7 @@ static hqq_amx_job job_of(const hqq_weight *weight, int64_t M, hqq_dtype dtype, 
     job.group_rows = job.group_sets * job.sets.slots;
     job.parts = dtype == HQQ_BF16 ? 1 : dtype == HQQ_F16 ? 2 : HQQ_AMX_PARTS;
     int64_t limit = block_limit(&job, M, transpose);
-    job.block = transpose ? most(limit / job.group_rows, 1) * job.group_sets
+    job.block = transpose ? hqq_most(limit / job.group_rows, 1) * job.group_sets
                           : even_part(job.layout.K, limit, HQQ_AMX_STEP);
     return job;
 }
@@ -73,14 +61,14 @@ static hqq_amx_job job_of(const hqq_weight *weight, int64_t M, hqq_dtype dtype, 
 static int64_t panel_tokens(const hqq_amx_job *job, int64_t M, int transpose)
 {
     int64_t limit = PANEL_BYTES / (block_limit(job, M, transpose) * 2 * job->parts);
-    return even_part(M, most(limit, FEW_TOKENS), HQQ_AMX_TOKENS);
+    return even_part(M, hqq_most(limit, FEW_TOKENS), HQQ_AMX_TOKENS);
 }
 
 /* Steps of the whole reduction. */
 static int64_t all_steps(const hqq_amx_job *job, int transpose)
 {
     return transpose ? hqq_amx_steps_of_sets(job, job->sets.sets)
-                     : ceil_div(job->layout.K, HQQ_AMX_STEP);
+                     : hqq_ceil_div(job->layout.K, HQQ_AMX_STEP);
 }
 
 size_t hqq_amx_workspace(const hqq_weight *weight, int64_t M, hqq_dtype dtype, int transpose)
@@ -97,7 +85,8 @@ static size_t take_scratch(hqq_amx_chunk *c, void *scratch, int transpose)
     const hqq_amx_job *job = c->job;
     hqq_arena arena = {.base = scratch};
     int64_t tokens = hqq_amx_token_tiles(job) * HQQ_AMX_TOKENS, parts = job->parts;
-    int64_t width = transpose ? ceil_div(job->width, 32) * 32 : job->width * job->sets.slots;
+    int64_t width =
+        transpose ? hqq_ceil_div(job->width, 32) * 32 : job->width * job->sets.slots;
     int64_t ld = transpose ? width : hqq_amx_stride(job->block);
     int64_t weights =
         transpose ? width * (job->block / job->group_sets * job->group_rows) : 32 * ld;
@@ -117,7 +106,7 @@ static hqq_status pack_x_chunk(int64_t chunk, void *scratch, void *data)
     const hqq_amx_job *job = data;
     int64_t tiles = hqq_amx_token_tiles(job), begin = chunk / tiles * job->block;
     (void)scratch;
-    hqq_amx_pack_x(job, chunk % tiles, begin, least(begin + job->block, job->layout.K));
+    hqq_amx_pack_x(job, chunk % tiles, begin, hqq_least(begin + job->block, job->layout.K));
     return HQQ_OK;
 }
 
@@ -141,7 +130,7 @@ static hqq_status linear_chunk(int64_t chunk, void *scratch, void *data)
     hqq_amx_chunk c = {.job = data};
     take_scratch(&c, scratch, 0);
     c.begin = chunk * c.job->width;
-    c.end = least(c.begin + c.job->width, c.job->sets.sets);
+    c.end = hqq_least(c.begin + c.job->width, c.job->sets.sets);
     HQQ_TRY(begin_linear(&c));
     hqq_amx_linear_chunk(&c);
     return HQQ_OK;
@@ -157,15 +146,15 @@ hqq_status hqq_amx_linear(const hqq_forward *f, const float *xa, void *workspace
     job.input = workspace;
     int64_t rows = CHUNK_ROWS;
     while (rows > job.group_rows && job.layout.N / rows < WANTED_CHUNKS) rows /= 2;
-    job.width = most(rows / job.group_rows, 1) * job.group_sets;
+    job.width = hqq_most(rows / job.group_rows, 1) * job.group_sets;
     int64_t tokens = panel_tokens(&job, f->M, 0);
     for (int64_t m = 0; m < f->M; m += tokens) {
-        job.m_begin = m, job.m_end = least(m + tokens, f->M);
-        HQQ_TRY(
-            hqq_for_each_chunk(hqq_amx_token_tiles(&job) * ceil_div(job.layout.K, job.block),
-                               pack_x_chunk, &job, 0, context));
+        job.m_begin = m, job.m_end = hqq_least(m + tokens, f->M);
+        HQQ_TRY(hqq_for_each_chunk(hqq_amx_token_tiles(&job) *
+                                       hqq_ceil_div(job.layout.K, job.block),
+                                   pack_x_chunk, &job, 0, context));
         hqq_amx_chunk measured = {.job = &job};
-        HQQ_TRY(hqq_for_each_chunk(ceil_div(job.sets.sets, job.width), linear_chunk, &job,
+        HQQ_TRY(hqq_for_each_chunk(hqq_ceil_div(job.sets.sets, job.width), linear_chunk, &job,
                                    take_scratch(&measured, NULL, 0), context));
     }
     return HQQ_OK;
@@ -178,7 +167,7 @@ static hqq_status pack_dy_chunk(int64_t chunk, void *scratch, void *data)
     const hqq_amx_job *job = data;
     int64_t tiles = hqq_amx_token_tiles(job), begin = chunk / tiles * job->block;
     (void)scratch;
-    hqq_amx_pack_dy(job, chunk % tiles, begin, least(begin + job->block, job->sets.sets));
+    hqq_amx_pack_dy(job, chunk % tiles, begin, hqq_least(begin + job->block, job->sets.sets));
     return HQQ_OK;
 }
 
@@ -188,7 +177,7 @@ static hqq_status dgrad_chunk(int64_t chunk, void *scratch, void *data)
     const hqq_amx_job *job = c.job;
     take_scratch(&c, scratch, 1);
     c.begin = chunk * job->width;
-    c.end = least(c.begin + job->width, job->layout.K);
+    c.end = hqq_least(c.begin + job->width, job->layout.K);
     hqq_context alone = {0};
     if (job->lora)
         HQQ_TRY(hqq_lora_dx_addend_rows(
@@ -206,16 +195,17 @@ hqq_status hqq_amx_dgrad(const hqq_backward *b, const float *dyb, void *workspac
     job.lora = b->lora, job.inner = dyb;
     job.input = workspace;
     int64_t tokens = panel_tokens(&job, b->M, 1);
-    int64_t columns = most(least(SUMS_BYTES / (4 * tokens), CHUNK_COLUMNS), 256) / 64 * 64;
+    int64_t columns =
+        hqq_most(hqq_least(SUMS_BYTES / (4 * tokens), CHUNK_COLUMNS), 256) / 64 * 64;
     while (columns > 64 && job.layout.K / columns < WANTED_CHUNKS) columns -= 64;
     job.width = even_part(job.layout.K, columns, 64);
     for (int64_t m = 0; m < b->M; m += tokens) {
-        job.m_begin = m, job.m_end = least(m + tokens, b->M);
-        HQQ_TRY(
-            hqq_for_each_chunk(hqq_amx_token_tiles(&job) * ceil_div(job.sets.sets, job.block),
-                               pack_dy_chunk, &job, 0, context));
+        job.m_begin = m, job.m_end = hqq_least(m + tokens, b->M);
+        HQQ_TRY(hqq_for_each_chunk(hqq_amx_token_tiles(&job) *
+                                       hqq_ceil_div(job.sets.sets, job.block),
+                                   pack_dy_chunk, &job, 0, context));
         hqq_amx_chunk measured = {.job = &job};
-        HQQ_TRY(hqq_for_each_chunk(ceil_div(job.layout.K, job.width), dgrad_chunk, &job,
+        HQQ_TRY(hqq_for_each_chunk(hqq_ceil_div(job.layout.K, job.width), dgrad_chunk, &job,
                                    take_scratch(&measured, NULL, 1), context));
     }
     return HQQ_OK;
