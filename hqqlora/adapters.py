@@ -21,12 +21,10 @@ from hqqlora.adapter_files import (
     read_factors,
 )
 from hqqlora.expert_adapters import own_names, peft_names, target_parameters
-from hqqlora.expert_weights import HQQExpertWeights
 from hqqlora.files import creating_folder, write_json, write_safetensors
-from hqqlora.linear import HQQLinear
 from hqqlora.lora import LoRALinear
 from hqqlora.lora_experts import LoRAExpertWeights
-from hqqlora.model import Adapted, adapter_for, insert_adapters, lora_layers
+from hqqlora.model import Adapted, Quantized, adapter_for, insert_adapters, lora_layers
 from hqqlora.module_names import pattern_value, unwrapped
 from hqqlora.shared_parameters import copy_whole, is_shared_out, whole_tensor
 
@@ -224,7 +222,7 @@ def _fit(
         raise ValueError(f"the model has no module {name!r} for the adapter")
     r = int(pattern_value(name, config.get("rank_pattern") or {}, config["r"]))
     alpha = pattern_value(name, config.get("alpha_pattern") or {}, config["lora_alpha"])
-    if isinstance(module, (HQQLinear, HQQExpertWeights)):
+    if isinstance(module, Quantized):
         adapter = adapter_for(
             module,
             r,
@@ -234,7 +232,7 @@ def _fit(
             lora_bias=pair.bias is not None,
             dtype=dtype,
         ).train(module.training)
-    elif isinstance(module, (LoRALinear, LoRAExpertWeights)):
+    elif isinstance(module, Adapted):
         adapter = module
         if adapter.merged:
             raise ValueError(f"{name} has a merged adapter: unmerge it first")

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hqqlora.ops.weight import SLOTS_PER_WORD
+from hqqlora.ops.weight import SLOTS_PER_WORD, Solver
 
 SUPPORTED_BITS = tuple(SLOTS_PER_WORD)
-SOLVERS = ("default", "reference", "minmax")
+SOLVERS = tuple(solver.name.lower() for solver in Solver)
 
 _WEIGHT_KEYS = (
     "nbits",

@@ -15,9 +15,9 @@ from hqqlora.ops import PackedWeight
 from hqqlora.ops.weight import word_dtype
 from hqqlora.quantizing import quantize_weight
 from hqqlora.state_encoding import (
-    META_DTYPES,
     METADATA_KEYS,
     LayerMetadata,
+    check_dtype,
     decode_layer,
 )
 from hqqlora.weight_format import WeightFormat
@@ -89,8 +89,7 @@ class HQQExpertWeights(WeightFormat, nn.Module):
             )
         dtype = compute_dtype or weight.dtype
         for name, of in (("compute_dtype", dtype), ("meta_dtype", meta_dtype or dtype)):
-            if of not in META_DTYPES:
-                raise TypeError(f"{name} must be float32, float16 or bfloat16, not {of}")
+            check_dtype(name, of)
         metadata = LayerMetadata(settings, weight.size(1), weight.size(2), dtype)
         settings.group_size_for(weight.size(1), weight.size(2))
         made = cls(weight.size(0), metadata, meta_dtype, device or weight.device)
@@ -181,14 +180,9 @@ class HQQExpertWeights(WeightFormat, nn.Module):
     # ---- moving and converting ------------------------------------------------------
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HQQExpertWeights:
-        # What fn does to a dtype is seen on an empty tensor, before anything is changed.
-        dtype = fn(torch.empty(0, dtype=self.compute_dtype, device=self.scale.device)).dtype
-        if dtype not in META_DTYPES:
-            raise TypeError(
-                f"HQQExpertWeights can be float32, float16 or bfloat16, not {dtype}"
-            )
+        converted = self._metadata_after(fn)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.metadata = replace(self.metadata, compute_dtype=dtype)
+        self.metadata = converted
         return self
 
     # ---- checkpoints ----------------------------------------------------------------

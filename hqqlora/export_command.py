@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from hqqlora.command.checkpoint_folder import CONFIG
 from hqqlora.command.errors import RunError, UsageError, explaining, first_line
+from hqqlora.command.model_source import LOCAL
 from hqqlora.command.packages import require
-
-_HQQ_WEIGHTS = "qmodel.pt"
-_LOCAL = {"local_files_only": True, "trust_remote_code": False}
+from hqqlora.hqq_checkpoint import WEIGHTS_FILE
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def run(options: ExportOptions) -> None:
 
 
 def _check_quantized(folder: Path) -> None:
-    path = folder / "config.json"
+    path = folder / CONFIG
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         method = config.get("quantization_config", {}).get("quant_method")
@@ -111,7 +111,7 @@ def _check_quantized(folder: Path) -> None:
         raise UsageError(
             f"{path} is not a model's configuration: {first_line(error)}"
         ) from None
-    if method != "hqq" and not (folder / _HQQ_WEIGHTS).is_file():
+    if method != "hqq" and not (folder / WEIGHTS_FILE).is_file():
         found = "is dense" if method is None else f"is quantized by {method!r}"
         raise UsageError(f"{folder} {found}: give a model that was quantized by HQQ")
 
@@ -124,9 +124,9 @@ def _load_model(folder: Path) -> Any:
     _ = hqqlora.transformers
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    if (folder / _HQQ_WEIGHTS).is_file():
+    if (folder / WEIGHTS_FILE).is_file():
         return hqqlora.AutoHQQHFModel.from_quantized(str(folder))
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **_LOCAL)
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **LOCAL)
 
 
 def _tokenizer(path: Path) -> Any:
@@ -136,7 +136,7 @@ def _tokenizer(path: Path) -> Any:
     from transformers import AutoTokenizer
 
     with explaining(f"cannot load the tokenizer of {path} (see --tokenizer)"):
-        return AutoTokenizer.from_pretrained(path, **_LOCAL)
+        return AutoTokenizer.from_pretrained(path, **LOCAL)
 
 
 @contextmanager

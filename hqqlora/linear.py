@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +14,7 @@ from hqqlora.hqq_layers import from_hqq, to_hqq
 from hqqlora.linear_state import LinearState
 from hqqlora.ops import PackedWeight
 from hqqlora.quantizing import quantize_weight
-from hqqlora.state_encoding import META_DTYPES, TENSOR_KEYS, LayerMetadata
+from hqqlora.state_encoding import TENSOR_KEYS, LayerMetadata, check_dtype
 
 if TYPE_CHECKING:
     from hqqlora.distributed.tensor_parallel import WeightPart
@@ -84,8 +83,8 @@ class HQQLinear(LinearState):
         """
         nn.Module.__init__(self)
         for name, dtype in (("compute_dtype", compute_dtype), ("meta_dtype", meta_dtype)):
-            if dtype is not None and dtype not in META_DTYPES:
-                raise TypeError(f"{name} must be float32, float16 or bfloat16, not {dtype}")
+            if dtype is not None:
+                check_dtype(name, dtype)
         settings = None if quant_config is None else QuantSettings.parse(quant_config)
         self._metadata = None
         self._format = None
@@ -294,11 +293,7 @@ class HQQLinear(LinearState):
         if self._metadata is None:
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
             return self
-        # What fn does to a dtype is seen on an empty tensor, before anything is changed.
-        probe = torch.empty(0, dtype=self.compute_dtype, device=self.scale.device)
-        dtype = fn(probe).dtype
-        if dtype not in META_DTYPES:
-            raise TypeError(f"an HQQLinear can be float32, float16 or bfloat16, not {dtype}")
+        converted = self._metadata_after(fn)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._metadata = replace(self._metadata, compute_dtype=dtype)
+        self._metadata = converted
         return self

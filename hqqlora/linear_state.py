@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from hqqlora.config import QuantSettings
 from hqqlora.ops.weight import word_dtype
 from hqqlora.state_encoding import (
+    LAYER_KEYS,
     METADATA_KEYS,
-    OLD_KEYS,
-    TENSOR_KEYS,
     LayerMetadata,
     decode_layer,
     fit_tensors,
@@ -82,12 +81,13 @@ class LinearState(WeightFormat, nn.Linear):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        known = (*TENSOR_KEYS, *METADATA_KEYS, *OLD_KEYS)
-        own = {key: state_dict[prefix + key] for key in known if prefix + key in state_dict}
+        own = {
+            key: state_dict[prefix + key] for key in LAYER_KEYS if prefix + key in state_dict
+        }
         rest = {
             key: value
             for key, value in state_dict.items()
-            if not (key.startswith(prefix) and key[len(prefix) :] in known)
+            if not (key.startswith(prefix) and key[len(prefix) :] in LAYER_KEYS)
         }
         metadata = None
         if any(key in own for key in ("W_q", "scale", "zero", "zero_scale", "meta")):

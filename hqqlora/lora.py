@@ -11,7 +11,6 @@ from hqqlora.autograd import lora_linear
 from hqqlora.autograd.shared_input import Part
 from hqqlora.linear import HQQLinear
 from hqqlora.lora_settings import (
-    check_dtype,
     check_initialization,
     checked_alpha,
     checked_dropout,
@@ -20,6 +19,7 @@ from hqqlora.lora_settings import (
     scaling_of,
 )
 from hqqlora.shared_projections import SharesInput
+from hqqlora.state_encoding import check_dtype
 
 # What merge() changes in the base.
 MERGED_KEYS = ("W_q", "scale", "zero", "bias")
@@ -77,7 +77,7 @@ class LoRALinear(nn.Module, SharesInput):
         if not isinstance(base, HQQLinear):
             raise TypeError(f"a LoRALinear needs an HQQLinear, not {type(base).__name__}")
         base.check_whole()
-        check_dtype(dtype)
+        check_dtype("dtype", dtype)
         self.r = checked_rank(r)
         self.lora_alpha = checked_alpha(lora_alpha)
         self.lora_dropout = checked_dropout(lora_dropout)

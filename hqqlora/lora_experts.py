@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from hqqlora.autograd import grouped_lora_linear
 from hqqlora.expert_weights import HQQExpertWeights
 from hqqlora.lora_settings import (
-    check_dtype,
     check_initialization,
     checked_alpha,
     checked_dropout,
@@ -16,6 +15,7 @@ from hqqlora.lora_settings import (
     initialize,
     scaling_of,
 )
+from hqqlora.state_encoding import check_dtype
 
 
 class LoRAExpertWeights(nn.Module):
@@ -59,7 +59,7 @@ class LoRAExpertWeights(nn.Module):
             raise TypeError(
                 f"a LoRAExpertWeights needs an HQQExpertWeights, not {type(base).__name__}"
             )
-        check_dtype(dtype)
+        check_dtype("dtype", dtype)
         if lora_bias:
             raise ValueError("lora_bias=True is not supported for the weights of experts")
         self.r = checked_rank(r)

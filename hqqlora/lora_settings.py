@@ -16,12 +16,6 @@ def scaling_of(r: int, lora_alpha: float, use_rslora: bool) -> float:
     return lora_alpha / (math.sqrt(r) if use_rslora else r)
 
 
-def check_dtype(dtype: torch.dtype) -> None:
-    """Raises TypeError for a dtype that the products do not take."""
-    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise TypeError(f"dtype must be float32, float16 or bfloat16, not {dtype}")
-
-
 def check_initialization(init_lora_weights: bool | str) -> None:
     """Raises ValueError for what `initialize` does not know."""
     if init_lora_weights not in (True, False, "gaussian"):

@@ -48,13 +48,8 @@ def _choices(parsed: Any, *, within_repeat: bool) -> Iterator[float]:
                 yield math.inf if within_repeat else 2 if high == 1 else _REPEAT
             repeated = repeated or high != 1
         elif kind in ("BRANCH", "GROUPREF_EXISTS"):
-            yield (
-                math.inf
-                if within_repeat
-                else max(2, len(argument[1]))
-                if kind == "BRANCH"
-                else 2
-            )
+            ways = max(2, len(argument[1])) if kind == "BRANCH" else 2
+            yield math.inf if within_repeat else ways
         for inner in _inside(argument):
             yield from _choices(inner, within_repeat=repeated)
 

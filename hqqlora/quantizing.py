@@ -9,12 +9,6 @@ from hqqlora.config import QuantSettings
 from hqqlora.ops import Solver
 from hqqlora.state_encoding import META_DTYPES
 
-_SOLVERS = {
-    "default": Solver.DEFAULT,
-    "reference": Solver.REFERENCE,
-    "minmax": Solver.MINMAX,
-}
-
 
 def quantize_weight(
     weight: Tensor, settings: QuantSettings, meta_dtype: torch.dtype
@@ -38,7 +32,7 @@ def quantize_weight(
             group_size,
             settings.axis,
             meta_dtype,
-            int(_SOLVERS[settings.effective_solver]),
+            int(Solver[settings.effective_solver.upper()]),
             round_zero=settings.round_zero,
         )
     except RuntimeError:

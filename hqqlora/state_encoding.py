@@ -51,6 +51,8 @@ OLD_KEYS = (
     "scale_quant_params",
     "zero_quant_params",
 )
+# All that may be stored of a layer.
+LAYER_KEYS = (*TENSOR_KEYS, *METADATA_KEYS, *OLD_KEYS)
 
 META_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 PACKING = {8: "8bit_u8", 4: "4bit_u8", 3: "3bit_32", 2: "2bit_u8", 1: "1bit_u8"}
@@ -70,6 +72,12 @@ _BOOLEANS = (
     "optimize",
     "round_zero",
 )
+
+
+def check_dtype(name: str, dtype: torch.dtype) -> None:
+    """Raises TypeError, naming the argument, for a dtype that the products do not take."""
+    if dtype not in META_DTYPES:
+        raise TypeError(f"{name} must be float32, float16 or bfloat16, not {dtype}")
 
 
 @dataclass(frozen=True)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hqqlora.state_encoding import LayerMetadata
+from hqqlora.state_encoding import LayerMetadata, check_dtype
 
 
 class WeightFormat:
     """Properties of a module that has a `W_q` and, as `metadata`, its description."""
 
     W_q: Any
+    scale: Any
     metadata: Any  # a LayerMetadata: attribute or property
 
     @property
@@ -48,6 +51,17 @@ class WeightFormat:
         config = self._description.settings.to_config()
         config["weight_quant_params"]["group_size"] = self.group_size
         return config
+
+    def _metadata_after(self, fn: Callable[[Tensor], Tensor]) -> LayerMetadata:
+        """The description when `fn` has been applied to all tensors. What it does to a dtype is
+        seen on an empty tensor, before anything is changed.
+
+        Raises:
+            TypeError: they would no longer be float32, float16 or bfloat16.
+        """
+        dtype = fn(torch.empty(0, dtype=self.compute_dtype, device=self.scale.device)).dtype
+        check_dtype(f"the numbers of an {type(self).__name__}", dtype)
+        return replace(self._description, compute_dtype=dtype)
 
     @property
     def _description(self) -> LayerMetadata:

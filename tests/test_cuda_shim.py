@@ -11,8 +11,8 @@ import warnings
 
 import pytest
 import torch
+from op_arguments import ALL, call, forward_arguments
 from oracle import random_adapter, random_weight
-from test_opcheck import ALL, call, forward_arguments
 from torch._C import DispatchKey, DispatchKeySet
 from torch._subclasses.fake_tensor import FakeTensorMode
 

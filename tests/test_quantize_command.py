@@ -14,13 +14,13 @@ from safetensors.torch import load_file, save_file
 
 transformers = pytest.importorskip("transformers")
 
-from test_transformers_names import tiny_llava  # noqa: E402
 from tiny_models import (  # noqa: E402
     assert_same_model,
     quantized_names,
     save_tiny,
     tiny_bert,
     tiny_llama,
+    tiny_llava,
     tiny_model,
     tiny_qwen2,
     tiny_t5,

@@ -20,6 +20,7 @@ from tiny_models import (  # noqa: E402
     save_tiny,
     tiny_bert,
     tiny_llama,
+    tiny_llava,
     tiny_mixtral,
     tiny_qwen2,
     tiny_t5,
@@ -27,30 +28,6 @@ from tiny_models import (  # noqa: E402
 
 from hqqlora import BaseQuantizeConfig, HQQLinear, quantize_model  # noqa: E402
 from hqqlora.transformers import HqqConfig, mark_quantized  # noqa: E402
-
-TEXT = {
-    "vocab_size": 96,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
-
-
-def tiny_llava() -> Any:
-    torch.manual_seed(0)
-    vision = transformers.CLIPVisionConfig(
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        image_size=16,
-        patch_size=8,
-    )
-    text = transformers.LlamaConfig(**TEXT)
-    config = transformers.LlavaConfig(vision_config=vision, text_config=text)
-    return transformers.LlavaForConditionalGeneration(config)
 
 
 def tiny_dinov2() -> Any:

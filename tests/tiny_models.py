@@ -173,6 +173,31 @@ def tiny_gpt_oss(model_class: type | None = None, **config: Any) -> Any:
     return _random(model_class or transformers.GptOssForCausalLM, settings)
 
 
+def tiny_llava() -> Any:
+    """A language model that sees: CLIP before a Llama of one layer."""
+    import transformers
+
+    torch.manual_seed(0)
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=16,
+        patch_size=8,
+    )
+    text = transformers.LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    config = transformers.LlavaConfig(vision_config=vision, text_config=text)
+    return transformers.LlavaForConditionalGeneration(config)
+
+
 def tiny_model(family: str, **config: Any) -> Any:
     """The tiny model of one of FAMILIES."""
     return globals()[f"tiny_{family}"](**config)

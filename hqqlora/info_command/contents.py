@@ -22,14 +22,12 @@ from hqqlora.hqq_checkpoint import WEIGHTS_FILE, read_module_states
 from hqqlora.linear import HQQLinear
 from hqqlora.module_names import full_name
 from hqqlora.state_encoding import (
+    LAYER_KEYS,
     METADATA_KEYS,
-    OLD_KEYS,
     TENSOR_KEYS,
     LayerMetadata,
     decode_layer,
 )
-
-_LAYER_KEYS = frozenset((*TENSOR_KEYS, *METADATA_KEYS, *OLD_KEYS))
 
 
 @dataclass(frozen=True)
@@ -158,7 +156,7 @@ def _of_modules(modules: Mapping[str, Mapping[str, Any]]) -> Contents:
 
 
 def _layer(name: str, state: Mapping[str, Any]) -> QuantizedLayer:
-    kept = {key: value for key, value in state.items() if key in _LAYER_KEYS}
+    kept = {key: value for key, value in state.items() if key in LAYER_KEYS}
     shown = {
         key: _shape_only(value) if key in TENSOR_KEYS else _read(value)
         for key, value in kept.items()

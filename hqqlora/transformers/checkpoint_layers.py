@@ -13,9 +13,8 @@ from torch import Tensor
 
 from hqqlora.ops.weight import word_dtype
 from hqqlora.state_encoding import (
+    LAYER_KEYS,
     METADATA_KEYS,
-    OLD_KEYS,
-    TENSOR_KEYS,
     LayerMetadata,
     LayerState,
     decode_layer,
@@ -23,7 +22,6 @@ from hqqlora.state_encoding import (
 )
 from hqqlora.torch_files import read_torch
 
-_LAYER_KEYS = frozenset((*TENSOR_KEYS, *METADATA_KEYS, *OLD_KEYS))
 # A module that has one of these is a quantized layer, or what is left of one.
 _SIGNS = frozenset(("W_q", "packing", "unpack_view_dtype", "meta"))
 _DTYPES = {
@@ -104,7 +102,7 @@ def contents_of(files: Sequence[str]) -> CheckpointContents:
     for file in files:
         for key, value in _read(file):
             module, _, name = key.rpartition(".")
-            if name in _LAYER_KEYS:
+            if name in LAYER_KEYS:
                 states.setdefault(module, {})[name] = value
             else:
                 others.add(key)

@@ -15,7 +15,7 @@ from hqqlora.linear import HQQLinear
 from hqqlora.module_names import linear_tag
 from hqqlora.ops.weight import SLOTS_PER_WORD, word_dtype
 from hqqlora.peft import install
-from hqqlora.state_encoding import META_DTYPES
+from hqqlora.state_encoding import check_dtype
 from hqqlora.transformers.checkpoint_names import keep_parts_apart
 from hqqlora.transformers.config import HqqConfig, is_per_key
 from hqqlora.transformers.integer_codes import refuse_converted
@@ -50,8 +50,7 @@ class HqqQuantizer(HfQuantizer):  # type: ignore[misc]
         **unused: Any,
     ) -> None:
         dtype = dtype or torch.get_default_dtype()
-        if dtype not in META_DTYPES:
-            raise TypeError(f"dtype must be float32, float16 or bfloat16, not {dtype}")
+        check_dtype("dtype", dtype)
         if self.pre_quantized:
             prepare_quantized(model, self.quantization_config, dtype, checkpoint_files)
         else:

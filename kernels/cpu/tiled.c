@@ -4,6 +4,7 @@
 #include "amx.h"
 #include "code_runs.h"
 #include "dtype.h"
+#include "integers.h"
 #include "lora.h"
 #include "parallel.h"
 #include "status.h"
@@ -30,25 +31,12 @@
 /* Chunks are made smaller until there are that many. */
 #define WANTED_CHUNKS 16
 
-static int64_t ceil_div(int64_t a, int64_t b)
-{
-    return (a + b - 1) / b;
-}
-static int64_t least(int64_t a, int64_t b)
-{
-    return a < b ? a : b;
-}
-static int64_t most(int64_t a, int64_t b)
-{
-    return a > b ? a : b;
-}
-
 /* The length of the parts, in multiples of `unit`, when `count` is cut into equal ones of at
  * most `limit`. */
 static int64_t even_part(int64_t count, int64_t limit, int64_t unit)
 {
-    int64_t parts = ceil_div(count, limit);
-    return ceil_div(ceil_div(count, parts), unit) * unit;
+    int64_t parts = hqq_ceil_div(count, limit);
+    return hqq_ceil_div(hqq_ceil_div(count, parts), unit) * unit;
 }
 
 static hqq_tiled_job job_of(const hqq_weight *weight, int64_t M, hqq_dtype dtype,
@@ -68,7 +56,7 @@ static hqq_tiled_job job_of(const hqq_weight *weight, int64_t M, hqq_dtype dtype
 /* As many sets as hold about `rows` rows, in multiples of `unit`. */
 static int64_t sets_for(const hqq_tiled_job *job, int64_t rows, int64_t unit)
 {
-    return even_part(job->sets.sets, most(rows / job->sets.slots, unit), unit);
+    return even_part(job->sets.sets, hqq_most(rows / job->sets.slots, unit), unit);
 }
 
 /* Takes what both passes need: `width` columns of sums, `inputs` rows of `words` words, and a
@@ -87,18 +75,18 @@ static void take_scratch(hqq_tiled_chunk *c, hqq_arena *arena, int64_t width, in
 /* Tokens and parts (of sets, or of columns) of chunk number `chunk`. */
 static void place_chunk(hqq_tiled_chunk *c, int64_t chunk, int64_t count, int64_t length)
 {
-    int64_t parts = ceil_div(count, length);
+    int64_t parts = hqq_ceil_div(count, length);
     c->begin = chunk % parts * length;
-    c->end = least(c->begin + length, count);
+    c->end = hqq_least(c->begin + length, count);
     c->m_begin = chunk / parts * c->job->tokens;
-    c->m_end = least(c->m_begin + c->job->tokens, c->job->M);
+    c->m_end = hqq_least(c->m_begin + c->job->tokens, c->job->M);
 }
 
 /* ---- forward ------------------------------------------------------------------------- */
 
 static int64_t column_blocks(const hqq_tiled_job *job)
 {
-    return ceil_div(job->layout.K, job->block_columns * (job->pairs ? 2 : 1));
+    return hqq_ceil_div(job->layout.K, job->block_columns * (job->pairs ? 2 : 1));
 }
 
 static size_t linear_scratch(hqq_tiled_chunk *c, void *scratch)
@@ -180,15 +168,16 @@ hqq_status hqq_tiled_linear(const hqq_forward *f, const float *xa, void *workspa
     job.ld_in = f->ldx;
     job.bias = f->bias;
     job.bias_dtype = f->bias_dtype;
-    int64_t words = ceil_div(job.layout.K, job.pairs ? 2 : 1);
-    job.block_columns = least(even_part(words, FORWARD_COLUMNS, 64), (words + 15) / 16 * 16);
+    int64_t words = hqq_ceil_div(job.layout.K, job.pairs ? 2 : 1);
+    job.block_columns =
+        hqq_least(even_part(words, FORWARD_COLUMNS, 64), (words + 15) / 16 * 16);
     job.keeps_input =
         job.tokens * column_blocks(&job) * hqq_tiled_stride(job.block_columns) <= KEPT_WORDS;
-    int64_t rows = FORWARD_ROWS, parts = ceil_div(job.M, job.tokens);
+    int64_t rows = FORWARD_ROWS, parts = hqq_ceil_div(job.M, job.tokens);
     while (rows > 16 && job.layout.N / rows * parts < WANTED_CHUNKS) rows -= 16;
     job.block_sets = sets_for(&job, rows, HQQ_TILED_SETS);
     hqq_tiled_chunk measured = {.job = &job};
-    return hqq_for_each_chunk(ceil_div(job.sets.sets, job.block_sets) * parts, linear_chunk,
+    return hqq_for_each_chunk(hqq_ceil_div(job.sets.sets, job.block_sets) * parts, linear_chunk,
                               &job, linear_scratch(&measured, NULL), context);
 }
 
@@ -238,12 +227,12 @@ hqq_status hqq_tiled_dgrad(const hqq_backward *b, const float *dyb, void *worksp
     job.out = b->dx;
     job.in = b->dy;
     job.ld_in = b->lddy;
-    int64_t columns = DGRAD_COLUMNS, parts = ceil_div(job.M, job.tokens);
+    int64_t columns = DGRAD_COLUMNS, parts = hqq_ceil_div(job.M, job.tokens);
     while (columns > 64 && job.layout.K / columns * parts < WANTED_CHUNKS) columns -= 64;
     job.block_columns = even_part(job.layout.K, columns, 64);
     job.block_sets = sets_for(&job, DGRAD_ROWS, 2);
-    job.block_rows = ceil_div(job.block_sets * job.sets.slots, 2) * 2;
+    job.block_rows = hqq_ceil_div(job.block_sets * job.sets.slots, 2) * 2;
     hqq_tiled_chunk measured = {.job = &job};
-    return hqq_for_each_chunk(ceil_div(job.layout.K, job.block_columns) * parts, dgrad_chunk,
-                              &job, dgrad_scratch(&measured, NULL), context);
+    return hqq_for_each_chunk(hqq_ceil_div(job.layout.K, job.block_columns) * parts,
+                              dgrad_chunk, &job, dgrad_scratch(&measured, NULL), context);
 }
