@@ -8,9 +8,9 @@
  *
  * Work on 16 weights with AVX-512, two operations a cycle: 16 candidates x 5 operations and 4
  * for the ends, 4 rounds of least squares x 13, 22 to load, convert and store: 158 operations,
- * 79 cycles, 4.9 a weight. On a Xeon the search attains that; the rounds take 32 cycles for 26,
- * as groups of 64 are short for their divisions. 100 cycles in all. A tile of 64 steps is 4 KB
- * and never leaves L1; memory moves each weight once more than needed (the check for NaN).
+ * 79 cycles, 4.9 a weight. On a Xeon the search attains that, and all takes 100 cycles. A tile
+ * of 64 steps is 4 KB and never leaves L1; memory moves each weight once more than needed (the
+ * check for NaN).
  */
 #include "quantize_store.h"
 
@@ -105,23 +105,6 @@ static hqq_fit least_squares(hqq_tile *t, hqq_fit fit, float levels)
     return hqq_refit(fit, &total, (float)t->job->layout.G, levels);
 }
 
-/* least_squares on two tiles of one run each. */
-static void least_squares_beside(hqq_tile tiles[2], hqq_fit fits[2], float levels)
-{
-    const float *a = hqq_tile_at(&tiles[0], 0), *b = hqq_tile_at(&tiles[1], 0);
-    int64_t G = tiles[0].job->layout.G;
-    hqq_moments run[2] = {hqq_moments_zero(), hqq_moments_zero()}, total[2] = {run[0], run[1]};
-    hqq_fit fit[2] = {fits[0], fits[1]};
-    for (int64_t i = 0; i < G * HQQ_LANES; i += HQQ_LANES) {
-        hqq_moments_add(&run[0], hqq_vec_load(a + i) * fit[0].slope + fit[0].offset, levels);
-        hqq_moments_add(&run[1], hqq_vec_load(b + i) * fit[1].slope + fit[1].offset, levels);
-    }
-    for (int k = 0; k < 2; k++) {
-        hqq_moments_join(&total[k], &run[k]);
-        fits[k] = hqq_refit(fit[k], &total[k], (float)G, levels);
-    }
-}
-
 static void store_solution(hqq_tile *t, const hqq_fit *fit, hqq_units *units, float levels)
 {
     hqq_stored stored = hqq_store_fit(fit, units, levels, t->job->meta_dtype);
@@ -151,10 +134,7 @@ static void solve_default(hqq_tile *tiles, int count, void *data)
                           : search_range(&tiles[k], units[k].flat, levels, 0);
     }
     for (int round = 0; any && round < hqq_least_squares_rounds(nbits); round++)
-        if (count == 2)
-            least_squares_beside(tiles, fits, levels);
-        else
-            fits[0] = least_squares(&tiles[0], fits[0], levels);
+        for (int k = 0; k < count; k++) fits[k] = least_squares(&tiles[k], fits[k], levels);
     for (int k = 0; k < count; k++) store_solution(&tiles[k], &fits[k], &units[k], levels);
 }
 
