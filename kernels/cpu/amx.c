@@ -29,14 +29,6 @@
 /* Chunks are made smaller until there are that many. */
 #define WANTED_CHUNKS 8
 
-/* The length of the parts, in multiples of `unit`, when `count` is cut into equal ones of at
- * most `limit`. */
-static int64_t even_part(int64_t count, int64_t limit, int64_t unit)
-{
-    int64_t parts = hqq_ceil_div(count, limit);
-    return hqq_ceil_div(hqq_ceil_div(count, parts), unit) * unit;
-}
-
 /* Of the reduction at a time: columns, or rows of W, at most. */
 static int64_t block_limit(const hqq_amx_job *job, int64_t M, int transpose)
 {
@@ -54,14 +46,14 @@ static hqq_amx_job job_of(const hqq_weight *weight, int64_t M, hqq_dtype dtype, 
     job.parts = dtype == HQQ_BF16 ? 1 : dtype == HQQ_F16 ? 2 : HQQ_AMX_PARTS;
     int64_t limit = block_limit(&job, M, transpose);
     job.block = transpose ? hqq_most(limit / job.group_rows, 1) * job.group_sets
-                          : even_part(job.layout.K, limit, HQQ_AMX_STEP);
+                          : hqq_even_part(job.layout.K, limit, HQQ_AMX_STEP);
     return job;
 }
 
 static int64_t panel_tokens(const hqq_amx_job *job, int64_t M, int transpose)
 {
     int64_t limit = PANEL_BYTES / (block_limit(job, M, transpose) * 2 * job->parts);
-    return even_part(M, hqq_most(limit, FEW_TOKENS), HQQ_AMX_TOKENS);
+    return hqq_even_part(M, hqq_most(limit, FEW_TOKENS), HQQ_AMX_TOKENS);
 }
 
 /* Steps of the whole reduction. */
@@ -198,7 +190,7 @@ hqq_status hqq_amx_dgrad(const hqq_backward *b, const float *dyb, void *workspac
     int64_t columns =
         hqq_most(hqq_least(SUMS_BYTES / (4 * tokens), CHUNK_COLUMNS), 256) / 64 * 64;
     while (columns > 64 && job.layout.K / columns < WANTED_CHUNKS) columns -= 64;
-    job.width = even_part(job.layout.K, columns, 64);
+    job.width = hqq_even_part(job.layout.K, columns, 64);
     for (int64_t m = 0; m < b->M; m += tokens) {
         job.m_begin = m, job.m_end = hqq_least(m + tokens, b->M);
         HQQ_TRY(hqq_for_each_chunk(hqq_amx_token_tiles(&job) *

@@ -31,14 +31,6 @@
 /* Chunks are made smaller until there are that many. */
 #define WANTED_CHUNKS 16
 
-/* The length of the parts, in multiples of `unit`, when `count` is cut into equal ones of at
- * most `limit`. */
-static int64_t even_part(int64_t count, int64_t limit, int64_t unit)
-{
-    int64_t parts = hqq_ceil_div(count, limit);
-    return hqq_ceil_div(hqq_ceil_div(count, parts), unit) * unit;
-}
-
 static hqq_tiled_job job_of(const hqq_weight *weight, int64_t M, hqq_dtype dtype,
                             const hqq_lora *lora, const float *inner, int64_t tokens,
                             const hqq_context *context)
@@ -47,7 +39,7 @@ static hqq_tiled_job job_of(const hqq_weight *weight, int64_t M, hqq_dtype dtype
     job.layout = hqq_weight_layout(weight);
     job.sets = hqq_row_sets_of(&job.layout);
     job.inner = inner;
-    job.tokens = even_part(M, tokens, HQQ_TILED_TOKENS);
+    job.tokens = hqq_even_part(M, tokens, HQQ_TILED_TOKENS);
     job.isa = hqq_isa_in_use(context);
     job.pairs = dtype == HQQ_BF16 && job.isa >= HQQ_ISA_AVX512_BF16;
     return job;
@@ -56,7 +48,7 @@ static hqq_tiled_job job_of(const hqq_weight *weight, int64_t M, hqq_dtype dtype
 /* As many sets as hold about `rows` rows, in multiples of `unit`. */
 static int64_t sets_for(const hqq_tiled_job *job, int64_t rows, int64_t unit)
 {
-    return even_part(job->sets.sets, hqq_most(rows / job->sets.slots, unit), unit);
+    return hqq_even_part(job->sets.sets, hqq_most(rows / job->sets.slots, unit), unit);
 }
 
 /* Takes what both passes need: `width` columns of sums, `inputs` rows of `words` words, and a
@@ -170,7 +162,7 @@ hqq_status hqq_tiled_linear(const hqq_forward *f, const float *xa, void *workspa
     job.bias_dtype = f->bias_dtype;
     int64_t words = hqq_ceil_div(job.layout.K, job.pairs ? 2 : 1);
     job.block_columns =
-        hqq_least(even_part(words, FORWARD_COLUMNS, 64), (words + 15) / 16 * 16);
+        hqq_least(hqq_even_part(words, FORWARD_COLUMNS, 64), (words + 15) / 16 * 16);
     job.keeps_input =
         job.tokens * column_blocks(&job) * hqq_tiled_stride(job.block_columns) <= KEPT_WORDS;
     int64_t rows = FORWARD_ROWS, parts = hqq_ceil_div(job.M, job.tokens);
@@ -229,7 +221,7 @@ hqq_status hqq_tiled_dgrad(const hqq_backward *b, const float *dyb, void *worksp
     job.ld_in = b->lddy;
     int64_t columns = DGRAD_COLUMNS, parts = hqq_ceil_div(job.M, job.tokens);
     while (columns > 64 && job.layout.K / columns * parts < WANTED_CHUNKS) columns -= 64;
-    job.block_columns = even_part(job.layout.K, columns, 64);
+    job.block_columns = hqq_even_part(job.layout.K, columns, 64);
     job.block_sets = sets_for(&job, DGRAD_ROWS, 2);
     job.block_rows = hqq_ceil_div(job.block_sets * job.sets.slots, 2) * 2;
     hqq_tiled_chunk measured = {.job = &job};
