@@ -58,8 +58,7 @@ static hqq_status check_tokens(int64_t M, const hqq_weight *weight, const hqq_lo
                     (long long)M, (long long)width);
 }
 
-/* A stride that no row is reached by may be anything: below this room it is a sound one. */
-static void settle_stride(int64_t *ld, int64_t rows, int64_t columns)
+void hqq_settle_stride(int64_t *ld, int64_t rows, int64_t columns)
 {
     if (rows <= 1 || columns == 0) *ld = columns;
 }
@@ -103,7 +102,7 @@ hqq_status hqq_prepare_forward(hqq_forward *f, const hqq_context *context)
     HQQ_TRY(hqq_check_aligned("xa", f->xa, sizeof(float)));
     if (f->lora) HQQ_TRY(hqq_check_factors(f->lora, f->weight, f->dtype, !f->given_xa, 1));
     HQQ_TRY(check_tokens(f->M, f->weight, f->lora));
-    settle_stride(&f->ldx, f->M, K);
+    hqq_settle_stride(&f->ldx, f->M, K);
     f->lora = effective(f->lora);
     return HQQ_OK;
 }
@@ -174,7 +173,7 @@ hqq_status hqq_prepare_backward(hqq_backward *b, const hqq_context *context)
         HQQ_TRY(hqq_check_matrix("dy", b->dy, b->M, N, b->lddy, b->dtype));
     if (b->lora) HQQ_TRY(hqq_check_factors(b->lora, b->weight, b->dtype, 1, !b->given_dyb));
     HQQ_TRY(check_tokens(b->M, b->weight, b->lora));
-    settle_stride(&b->lddy, b->M, N);
+    hqq_settle_stride(&b->lddy, b->M, N);
     b->lora = effective(b->lora);
     if (!b->lora) b->dA = b->dB = NULL;
     HQQ_TRY(hqq_check_aligned("dx", b->dx, hqq_dtype_bytes(b->dtype)));
@@ -185,7 +184,7 @@ hqq_status hqq_prepare_backward(hqq_backward *b, const hqq_context *context)
     }
     if (b->dA || (b->dB && !b->xa))
         HQQ_TRY(hqq_check_matrix("x", b->x, b->M, K, b->ldx, b->dtype));
-    settle_stride(&b->ldx, b->M, K);
+    hqq_settle_stride(&b->ldx, b->M, K);
     return HQQ_OK;
 }
 

@@ -13,6 +13,9 @@ hqq_status hqq_prepare_workspace_size(const size_t *bytes, const hqq_weight *wei
 hqq_status hqq_prepare_forward(hqq_forward *f, const hqq_context *context);
 hqq_status hqq_prepare_backward(hqq_backward *b, const hqq_context *context);
 
+/* A stride that no row is reached by may be anything: below this room it is a sound one. */
+void hqq_settle_stride(int64_t *ld, int64_t rows, int64_t columns);
+
 /* The whole of a product, from its checks on. */
 hqq_status hqq_run_forward(hqq_forward *f, void *workspace, size_t workspace_bytes,
                            const hqq_context *context);

@@ -70,6 +70,7 @@ hqq_status hqq_lora_project(float *xa, const void *x, int64_t ldx, const hqq_lor
     HQQ_TRY(hqq_check_matrix("x", x, M, K, ldx, dtype));
     HQQ_TRY(hqq_check_factors(&plain, &none, dtype, 1, 0));
     HQQ_TRY(check_given("xa", xa, M, plain.rank));
+    hqq_settle_stride(&ldx, M, K);
     if (M == 0 || plain.rank == 0) return HQQ_OK;
     if (K == 0) { /* zero */
         hqq_forward f = {.xa = xa, .weight = &none, .lora = &plain, .M = M, .dtype = dtype};
@@ -141,6 +142,7 @@ hqq_status hqq_lora_factor_gradients(float *dyb, void *dB, const void *dy, int64
     HQQ_TRY(hqq_check_aligned("dyb", dyb, sizeof(float)));
     HQQ_TRY(hqq_check_aligned("dB", dB, hqq_dtype_bytes(plain.dtype)));
     if (dB) HQQ_TRY(check_given("xa", xa, M, plain.rank));
+    hqq_settle_stride(&lddy, M, N);
     if (plain.rank == 0 || (!dyb && !dB)) return HQQ_OK;
     if (M == 0 || N == 0) return empty_factor_gradients(dyb, dB, &plain, M, N, dtype, context);
     hqq_borrowed_workspace w;

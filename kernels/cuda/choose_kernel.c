@@ -15,12 +15,18 @@
 
 enum { SMALL_ROWS_MOST = 192, SMALL_ROWS_MOST_F32 = 8 };
 
+static int is_dtype(hqq_dtype dtype)
+{
+    return (int)dtype >= HQQ_F32 && (int)dtype <= HQQ_BF16;
+}
+
 /* A question about a weight that does not exist must still have an answer. */
 static int is_sound(const hqq_weight *w)
 {
     int64_t elements;
     return w && hqq_slots_per_word(w->nbits) > 0 && (w->axis == 0 || w->axis == 1) &&
-           w->out_features > 0 && w->in_features > 0 && w->group_size > 0 &&
+           is_dtype(w->meta_dtype) && w->out_features > 0 && w->in_features > 0 &&
+           w->group_size > 0 &&
            !__builtin_mul_overflow(w->out_features, w->in_features, &elements) &&
            elements <= INT64_C(1) << 60 && elements % w->group_size == 0;
 }
@@ -31,7 +37,8 @@ hqq_kernel hqq_cuda_kernel_for(const hqq_weight *weight, int64_t M, hqq_dtype dt
     if (forced == HQQ_KERNEL_REFERENCE || forced == HQQ_KERNEL_BLOCKED) return forced;
     int64_t most = dtype == HQQ_F32 ? SMALL_ROWS_MOST_F32 : SMALL_ROWS_MOST;
     if (forced != HQQ_KERNEL_DIRECT && M > most) return HQQ_KERNEL_BLOCKED;
-    return is_sound(weight) && hqq_cuda_small_serves(weight, M, dtype, transpose)
+    return is_sound(weight) && is_dtype(dtype) &&
+                   hqq_cuda_small_serves(weight, M, dtype, transpose)
                ? HQQ_KERNEL_DIRECT
                : HQQ_KERNEL_BLOCKED;
 }

@@ -181,8 +181,16 @@ static void walk_choices(void)
                     &bad_shapes[i].weight, few ? 2 : INT64_MAX, HQQ_F32, isa, (hqq_isa)isa);
                 if (chosen < HQQ_KERNEL_AUTO || chosen > LAST_NAMED_KERNEL) failures++;
             }
-    hqq_kernel of_none = hqq_choose_kernel(NULL, 2, HQQ_F16, 0, HQQ_ISA_AUTO);
-    if (of_none < HQQ_KERNEL_AUTO || of_none > LAST_NAMED_KERNEL) failures++;
+    /* found by fuzzing: no weight; dtypes that are none, which C++ must not even load */
+    hqq_weight odd = weight;
+    odd.meta_dtype = (hqq_dtype)INT_MIN;
+    const hqq_kernel chosen[] = {
+        hqq_choose_kernel(NULL, 2, HQQ_F16, 0, HQQ_ISA_AUTO),
+        hqq_choose_kernel(&odd, 2, HQQ_F16, 0, HQQ_ISA_AUTO),
+        hqq_choose_kernel(&weight, 2, (hqq_dtype)INT_MIN, 0, HQQ_ISA_AUTO),
+    };
+    for (int i = 0; i < COUNT(chosen); i++)
+        if (chosen[i] < HQQ_KERNEL_AUTO || chosen[i] > LAST_NAMED_KERNEL) failures++;
 }
 
 int main(void)

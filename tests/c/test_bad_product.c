@@ -254,6 +254,11 @@ static void walk_sound(void)
     /* one row: its stride is never used */
     ACCEPTS(hqq_linear(outputs.y, x, -1, &weight, NULL, HQQ_F32, 1, HQQ_F32, scratch,
                        sizeof scratch, NULL));
+    /* found by fuzzing: 2^63 times 4 bytes */
+    ACCEPTS(hqq_lora_project(outputs.xa, x, INT64_MIN, &lora, 1, K, HQQ_F32, scratch,
+                             sizeof scratch, NULL));
+    ACCEPTS(hqq_lora_factor_gradients(outputs.xa, outputs.dB, dy, INT64_MIN, xa_in, &lora, 1, N,
+                                      HQQ_F32, scratch, sizeof scratch, NULL));
     /* one that is not given is made, on a CPU */
     hqq_context blocked = {.kernel = HQQ_KERNEL_BLOCKED};
     hqq_status made =

@@ -42,7 +42,8 @@ int64_t decode_size(uint32_t field)
                                      -(INT64_C(1) << 62),
                                      INT64_C(1) << 53};
     uint32_t high = field >> 8, low = field & 0xff;
-    if (high < 0x70) return low;
+    if (high < 0x60) return low;
+    if (high < 0x70) return low % 5 * 64; /* what vectors and tensor cores serve */
     if (high < 0x80) return low * 4;
     if (high < 0xe0) return low % 24;
     return limits[high % COUNT(limits)] + ((int64_t)(low % 5) - 2);
