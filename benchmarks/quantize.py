@@ -28,6 +28,11 @@ class Format(NamedTuple):
         return f"{self.nbits} bits, groups of {self.group_size}, axis {self.axis}"
 
 
+def parse_format(text: str) -> Format:
+    """4 bits, groups of 64, axis 1 of "4,64,1"."""
+    return Format(*map(int, text.split(",")))
+
+
 FORMATS = (Format(4, 64, 1), Format(4, 64, 0), Format(3, 64, 1), Format(2, 16, 1))
 SOLVERS = ("default", "reference", "minmax")
 Parts = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -93,9 +98,16 @@ def main() -> None:
     parser = report.options(__doc__)
     parser.add_argument("--size", default="512x4096", metavar="NxK")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    parser.add_argument(
+        "--format",
+        type=parse_format,
+        action="append",
+        metavar="BITS,G,AXIS",
+        help="one of those to measure (default: four)",
+    )
     a = parser.parse_args()
     description = report.start(a)
-    results = measure(a.size, a.dtype, FORMATS, a.seconds or 2.0)
+    results = measure(a.size, a.dtype, a.format or FORMATS, a.seconds or 2.0)
     report.finish(a.json, description, {"quantize": results})
 
 
