@@ -98,7 +98,7 @@ fuzz-readers: $(VENV)/test
 kills: $(VENV)/test
 	$(BIN)/python -m tests.faults --kills 200
 
-# the kernels for AVX-512 and AVX-512 BF16 as loops on AVX2, where there is no such processor
+# the kernels for AVX-512, AVX-512 BF16 and AMX as loops on AVX2, where there is no such processor
 AVX512_TESTS := direct dequantize tiled lora gemm blocked quantize quantize_odd
 avx512: $(VENV)/built
 	$(BIN)/cmake -S . -B build/avx512 -G Ninja -DHQQLORA_TORCH=OFF -DHQQLORA_CUDA=OFF \
