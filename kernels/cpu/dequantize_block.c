@@ -15,6 +15,7 @@
 
 #include "code_runs.h"
 #include "decode.h"
+#include "decode_bf16.h"
 #include "look_up_16.h"
 
 #define INLINE HQQ_ALWAYS_INLINE
@@ -45,6 +46,13 @@ INLINE void constant_run(void *out, hqq_dtype dtype, int64_t at, const hqq_run *
     }
 #endif
     int64_t i = 0, length = run->length;
+#if defined(__AVX512BF16__)
+    if (dtype == HQQ_BF16 && kind == WHOLE_BYTES) {
+        const uint8_t *bytes = run->words;
+        uint16_t *to = (uint16_t *)out + at;
+        while (i + 32 <= length && constant_32(to + i, bytes + i, d.zero, d.scale)) i += 32;
+    }
+#endif
 #pragma GCC unroll 4
     for (; i + HQQ_LANES <= length; i += HQQ_LANES)
         hqq_vec_store_dtype(out, dtype, at + i,
@@ -64,6 +72,17 @@ INLINE void varying_run(void *out, hqq_dtype dtype, int64_t at, const hqq_run *r
     /* the codes themselves */
     hqq_decoder d = hqq_decoder_of(w->nbits, by_table, 0.0f, 1.0f);
     int64_t i = 0;
+#if defined(__AVX512BF16__)
+    if (dtype == HQQ_BF16 && meta == HQQ_BF16 && kind != WIDE_WORDS) {
+        const uint16_t *zero = (const uint16_t *)w->zero + run->group;
+        const uint16_t *scale = (const uint16_t *)w->scale + run->group;
+        const uint8_t *bytes = run->words;
+        uint16_t *to = (uint16_t *)out + at;
+        while (i + 32 <= run->length &&
+               varying_32(to + i, bytes + i, run->shift, zero + i, scale + i, &d, by_table))
+            i += 32;
+    }
+#endif
     for (; i + HQQ_LANES <= run->length; i += HQQ_LANES) {
         hqq_ivec words = load_words(run, kind, i);
         hqq_vec q = hqq_decode(&d, by_table, words);

@@ -106,7 +106,7 @@ static int check_formats(hqq_isa isa)
 }
 
 /* Every meta dtype, with scales so small that the results are subnormal, and so large that
- * fp16 overflows. */
+ * fp16 overflows; runs shorter and longer than a vector. */
 static int check_extremes(hqq_isa isa)
 {
     static const float scales[] = {0x1p-130f, 0x1p-126f, 0x1p-20f, 0x1p14f, 0x1p120f};
@@ -115,12 +115,13 @@ static int check_extremes(hqq_isa isa)
     for (int m = 0; m < 3; m++)
         for (size_t s = 0; s < sizeof scales / sizeof *scales; s++)
             for (int b = 0; b < BIT_WIDTHS; b++)
-                for (int axis = 0; axis < 2; axis++) {
-                    hqq_weight w = sample_weight(&state, 24, 64, 8, all_bits[b], axis,
-                                                 all_dtypes[m], scales[s]);
-                    failures += check_weight(&w, isa, &state) != 0;
-                    free_weight(&w);
-                }
+                for (int axis = 0; axis < 2; axis++)
+                    for (int64_t G = 8; G <= 64; G += 56) {
+                        hqq_weight w = sample_weight(&state, 24, 64, G, all_bits[b], axis,
+                                                     all_dtypes[m], scales[s]);
+                        failures += check_weight(&w, isa, &state) != 0;
+                        free_weight(&w);
+                    }
     return failures;
 }
 
