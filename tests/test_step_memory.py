@@ -121,8 +121,8 @@ def test_no_allocation_is_as_large_as_half_a_dense_weight(dtypes, batch, length)
     tokens = batch * length
     attention = 4 * batch * length**2 * 4
     logits = tokens * 64 * 4
-    # rows of activations, in float32 where a norm or a kernel has them so; AMX tiles take float32
-    # in three parts of bfloat16, beside which x A^T and dy B lie
+    # rows of activations, in float32 where a norm or a kernel has them so; AMX tiles take
+    # float32 in three parts of bfloat16, beside which x A^T and dy B lie
     allowed = max(tokens * SHAPE["intermediate_size"] * 4, attention, logits)
     if dtypes == "fp32" and c_library.library().hqq_isa_in_use(None) == ISAS["amx"]:
         in_parts = tokens * (SHAPE["intermediate_size"] * 6 + 2 * RANK * 4)
