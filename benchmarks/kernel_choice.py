@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import os
 
 from hqqlora.ops.library import find_library
@@ -36,8 +37,9 @@ def instruction_set() -> str:
 
 def chosen(rows: int, dtype: str, name: str) -> str:
     """The kernel for so many rows, forward or dgrad, whatever the weight."""
-    isas = [library().hqq_isa_name(isa).decode() for isa in range(1, 6)]  # to HQQ_ISA_AMX
-    isa = isas.index(instruction_set()) + 1
+    names = (library().hqq_isa_name(isa).decode() for isa in itertools.count())
+    isas = list(itertools.takewhile(lambda name: name != "unknown", names))
+    isa = isas.index(instruction_set())
     kernel = library().hqq_choose_kernel(None, rows, COLUMNS.index(dtype), name == "dgrad", isa)
     return _KERNEL_NAMES[kernel]
 

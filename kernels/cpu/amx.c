@@ -30,51 +30,52 @@
 #define WANTED_CHUNKS 8
 
 /* Of the reduction at a time: columns, or rows of W, at most. */
-static int64_t block_limit(const hqq_amx_job *job, int64_t M, int transpose)
+static int64_t block_limit(const hqq_amx_job *job, int64_t M)
 {
-    int64_t limit = M <= FEW_TOKENS && !transpose ? BLOCK_OF_FEW : BLOCK;
+    int64_t limit = M <= FEW_TOKENS && !job->transpose ? BLOCK_OF_FEW : BLOCK;
     return job->parts == 3 ? limit / 2 : limit;
 }
 
 static hqq_amx_job job_of(const hqq_weight *weight, int64_t M, hqq_dtype dtype, int transpose)
 {
-    hqq_amx_job job = {.weight = weight, .dtype = dtype};
+    hqq_amx_job job = {.weight = weight, .dtype = dtype, .transpose = transpose};
     job.layout = hqq_weight_layout(weight);
     job.sets = hqq_row_sets_of(&job.layout);
     job.group_sets = job.sets.slots == 1 ? 32 : 16;
     job.group_rows = job.group_sets * job.sets.slots;
     job.parts = dtype == HQQ_BF16 ? 1 : dtype == HQQ_F16 ? 2 : HQQ_AMX_PARTS;
-    int64_t limit = block_limit(&job, M, transpose);
+    int64_t limit = block_limit(&job, M);
+    job.reduction = transpose ? job.sets.sets : job.layout.K;
     job.block = transpose ? hqq_most(limit / job.group_rows, 1) * job.group_sets
                           : hqq_even_part(job.layout.K, limit, HQQ_AMX_STEP);
     return job;
 }
 
-static int64_t panel_tokens(const hqq_amx_job *job, int64_t M, int transpose)
+static int64_t panel_tokens(const hqq_amx_job *job, int64_t M)
 {
-    int64_t limit = PANEL_BYTES / (block_limit(job, M, transpose) * 2 * job->parts);
+    int64_t limit = PANEL_BYTES / (block_limit(job, M) * 2 * job->parts);
     return hqq_even_part(M, hqq_most(limit, FEW_TOKENS), HQQ_AMX_TOKENS);
 }
 
 /* Steps of the whole reduction. */
-static int64_t all_steps(const hqq_amx_job *job, int transpose)
+static int64_t all_steps(const hqq_amx_job *job)
 {
-    return transpose ? hqq_amx_steps_of_sets(job, job->sets.sets)
-                     : hqq_ceil_div(job->layout.K, HQQ_AMX_STEP);
+    return job->transpose ? hqq_amx_steps_of_sets(job, job->reduction)
+                          : hqq_ceil_div(job->reduction, HQQ_AMX_STEP);
 }
 
 size_t hqq_amx_workspace(const hqq_weight *weight, int64_t M, hqq_dtype dtype, int transpose)
 {
     if (M == 0) return 0;
     hqq_amx_job job = job_of(weight, M, dtype, transpose);
-    int64_t tiles =
-        panel_tokens(&job, M, transpose) / HQQ_AMX_TOKENS * all_steps(&job, transpose);
+    int64_t tiles = panel_tokens(&job, M) / HQQ_AMX_TOKENS * all_steps(&job);
     return (size_t)(tiles * job.parts) * HQQ_AMX_BYTES;
 }
 
-static size_t take_scratch(hqq_amx_chunk *c, void *scratch, int transpose)
+static size_t take_scratch(hqq_amx_chunk *c, void *scratch)
 {
     const hqq_amx_job *job = c->job;
+    int transpose = job->transpose;
     hqq_arena arena = {.base = scratch};
     int64_t tokens = hqq_amx_token_tiles(job) * HQQ_AMX_TOKENS, parts = job->parts;
     int64_t width =
@@ -91,16 +92,33 @@ static size_t take_scratch(hqq_amx_chunk *c, void *scratch, int transpose)
     return arena.used;
 }
 
-/* ---- forward ------------------------------------------------------------------------- */
-
-static hqq_status pack_x_chunk(int64_t chunk, void *scratch, void *data)
+static hqq_status pack_chunk(int64_t chunk, void *scratch, void *data)
 {
     const hqq_amx_job *job = data;
     int64_t tiles = hqq_amx_token_tiles(job), begin = chunk / tiles * job->block;
+    int64_t end = hqq_least(begin + job->block, job->reduction);
     (void)scratch;
-    hqq_amx_pack_x(job, chunk % tiles, begin, hqq_least(begin + job->block, job->layout.K));
+    (job->transpose ? hqq_amx_pack_dy : hqq_amx_pack_x)(job, chunk % tiles, begin, end);
     return HQQ_OK;
 }
+
+/* Panel by panel: packs the input, then multiplies in parts of `job->width` of `count`. */
+static hqq_status run_panels(hqq_amx_job *job, int64_t M, int64_t tokens, int64_t count,
+                             hqq_chunk_fn multiply_chunk, const hqq_context *context)
+{
+    for (int64_t m = 0; m < M; m += tokens) {
+        job->m_begin = m, job->m_end = hqq_least(m + tokens, M);
+        HQQ_TRY(hqq_for_each_chunk(hqq_amx_token_tiles(job) *
+                                       hqq_ceil_div(job->reduction, job->block),
+                                   pack_chunk, job, 0, context));
+        hqq_amx_chunk measured = {.job = job};
+        HQQ_TRY(hqq_for_each_chunk(hqq_ceil_div(count, job->width), multiply_chunk, job,
+                                   take_scratch(&measured, NULL), context));
+    }
+    return HQQ_OK;
+}
+
+/* ---- forward ------------------------------------------------------------------------- */
 
 static hqq_status begin_linear(hqq_amx_chunk *c)
 {
@@ -120,7 +138,7 @@ static hqq_status begin_linear(hqq_amx_chunk *c)
 static hqq_status linear_chunk(int64_t chunk, void *scratch, void *data)
 {
     hqq_amx_chunk c = {.job = data};
-    take_scratch(&c, scratch, 0);
+    take_scratch(&c, scratch);
     c.begin = chunk * c.job->width;
     c.end = hqq_least(c.begin + c.job->width, c.job->sets.sets);
     HQQ_TRY(begin_linear(&c));
@@ -139,35 +157,17 @@ hqq_status hqq_amx_linear(const hqq_forward *f, const float *xa, void *workspace
     int64_t rows = CHUNK_ROWS;
     while (rows > job.group_rows && job.layout.N / rows < WANTED_CHUNKS) rows /= 2;
     job.width = hqq_most(rows / job.group_rows, 1) * job.group_sets;
-    int64_t tokens = panel_tokens(&job, f->M, 0);
-    for (int64_t m = 0; m < f->M; m += tokens) {
-        job.m_begin = m, job.m_end = hqq_least(m + tokens, f->M);
-        HQQ_TRY(hqq_for_each_chunk(hqq_amx_token_tiles(&job) *
-                                       hqq_ceil_div(job.layout.K, job.block),
-                                   pack_x_chunk, &job, 0, context));
-        hqq_amx_chunk measured = {.job = &job};
-        HQQ_TRY(hqq_for_each_chunk(hqq_ceil_div(job.sets.sets, job.width), linear_chunk, &job,
-                                   take_scratch(&measured, NULL, 0), context));
-    }
-    return HQQ_OK;
+    return run_panels(&job, f->M, panel_tokens(&job, f->M), job.sets.sets, linear_chunk,
+                      context);
 }
 
 /* ---- dgrad --------------------------------------------------------------------------- */
-
-static hqq_status pack_dy_chunk(int64_t chunk, void *scratch, void *data)
-{
-    const hqq_amx_job *job = data;
-    int64_t tiles = hqq_amx_token_tiles(job), begin = chunk / tiles * job->block;
-    (void)scratch;
-    hqq_amx_pack_dy(job, chunk % tiles, begin, hqq_least(begin + job->block, job->sets.sets));
-    return HQQ_OK;
-}
 
 static hqq_status dgrad_chunk(int64_t chunk, void *scratch, void *data)
 {
     hqq_amx_chunk c = {.job = data};
     const hqq_amx_job *job = c.job;
-    take_scratch(&c, scratch, 1);
+    take_scratch(&c, scratch);
     c.begin = chunk * job->width;
     c.end = hqq_least(c.begin + job->width, job->layout.K);
     hqq_context alone = {0};
@@ -186,19 +186,10 @@ hqq_status hqq_amx_dgrad(const hqq_backward *b, const float *dyb, void *workspac
     job.out = b->dx, job.in = b->dy, job.ld_in = b->lddy;
     job.lora = b->lora, job.inner = dyb;
     job.input = workspace;
-    int64_t tokens = panel_tokens(&job, b->M, 1);
+    int64_t tokens = panel_tokens(&job, b->M);
     int64_t columns =
         hqq_most(hqq_least(SUMS_BYTES / (4 * tokens), CHUNK_COLUMNS), 256) / 64 * 64;
     while (columns > 64 && job.layout.K / columns < WANTED_CHUNKS) columns -= 64;
     job.width = hqq_even_part(job.layout.K, columns, 64);
-    for (int64_t m = 0; m < b->M; m += tokens) {
-        job.m_begin = m, job.m_end = hqq_least(m + tokens, b->M);
-        HQQ_TRY(hqq_for_each_chunk(hqq_amx_token_tiles(&job) *
-                                       hqq_ceil_div(job.sets.sets, job.block),
-                                   pack_dy_chunk, &job, 0, context));
-        hqq_amx_chunk measured = {.job = &job};
-        HQQ_TRY(hqq_for_each_chunk(hqq_ceil_div(job.layout.K, job.width), dgrad_chunk, &job,
-                                   take_scratch(&measured, NULL, 1), context));
-    }
-    return HQQ_OK;
+    return run_panels(&job, b->M, tokens, job.layout.K, dgrad_chunk, context);
 }

@@ -17,12 +17,12 @@
  * A chunk is some rows of W (forward) or some columns (dgrad) against all tokens of a panel:
  *
  *     for each block of the reduction (512 columns, or rows):
- *       for each group of sets: decode it into a buffer that stays in cache
+ *       decode it (forward: two tiles of rows at a time) into a buffer that stays in cache
  *         for each 2 x 2 tiles of sums: all steps of the block
  *
  * bf16 is multiplied as it is, with W rounded to bf16. fp16 and fp32 are cut into bf16 parts
- * whose sum is exact (two for fp16, three for fp32; W likewise, from fp32), and their products
- * are added but for those too small to matter:
+ * whose sum is exact (two for fp16, three for fp32; W likewise, rounded to fp16 or in fp32),
+ * and their products are added but for those too small to matter:
  *
  *     fp16   a0 b0 + a0 b1 + a1 b0                                       off by 2^-16 |a b|
  *     fp32   a0 b0 + (a0 b1 + a1 b0 + a1 b1 + a0 b2 + a2 b0)             off by 2^-23 |a b|
@@ -81,13 +81,15 @@ typedef struct hqq_amx_job {
     const hqq_weight *weight;
     hqq_layout layout;
     hqq_row_sets sets;
-    int64_t group_sets; /* decoded at a time; 16 or 32, so that a tile's rows lie in one slot */
+    int64_t group_sets; /* 16 or 32, so that a tile's rows lie in one slot */
     int64_t group_rows; /* of all slots: a multiple of 32 */
     const void *bias;   /* forward; NULL: none */
     hqq_dtype bias_dtype;
     const hqq_lora *lora; /* NULL: none */
     const float *inner;   /* xa or dyb */
     int parts;
+    int transpose;          /* dgrad */
+    int64_t reduction;      /* its length: columns of W (forward) or sets of its rows (dgrad) */
     int64_t m_begin, m_end; /* of the panel */
     int64_t block;          /* columns (forward) or sets (dgrad) of the reduction at a time */
     int64_t width;          /* of a chunk: sets (forward) or columns (dgrad) */
@@ -102,7 +104,7 @@ typedef struct hqq_amx_chunk {
     float *carry;  /* four such tiles */
     float *addend; /* the chunk's part of the LoRA product [tokens, width]; NULL: none */
     int64_t ld_addend;
-    void *rows;    /* a group of W as it is decoded */
+    void *rows;    /* 16 rows of W as they are decoded */
     char *weights; /* in parts, in the order of the tiles */
 } hqq_amx_chunk;
 

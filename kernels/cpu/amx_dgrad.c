@@ -21,18 +21,10 @@ static set_block block_at(const hqq_amx_job *job, int64_t begin)
  * `to` is where the first column's half tile begins, the next one's is `apart` bytes on. */
 static void pair_rows(char *to, int64_t apart, const uint16_t *rows, int64_t ld)
 {
-    typedef uint16_t lanes __attribute__((vector_size(64)));
-    const __m512i first =
-        (__m512i)(lanes){0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
-                         8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
-    const __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
     for (int64_t k = 0; k < ld; k += 32, to += 2 * apart)
         for (int64_t i = 0; i < 8; i++) {
             const uint16_t *even = rows + 2 * i * ld + k;
-            __m512i low = _mm512_loadu_si512(even), high = _mm512_loadu_si512(even + ld);
-            _mm512_storeu_si512(to + i * 64, _mm512_permutex2var_epi16(low, first, high));
-            _mm512_storeu_si512(to + apart + i * 64,
-                                _mm512_permutex2var_epi16(low, second, high));
+            hqq_pair_rows(to + i * 64, to + apart + i * 64, even, even + ld);
         }
 }
 

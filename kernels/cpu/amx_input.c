@@ -11,7 +11,7 @@ HQQ_ALWAYS_INLINE void split(__m512i out[HQQ_AMX_PARTS], hqq_vec low, hqq_vec hi
 #pragma GCC unroll 3
     for (int p = 0; p < parts; p++) {
         hqq_vec l = hqq_amx_take_part_of_any(&low), h = hqq_amx_take_part_of_any(&high);
-        out[p] = hqq_amx_join(l, h);
+        out[p] = hqq_round_to_pairs(l, h);
     }
 }
 

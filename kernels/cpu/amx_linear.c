@@ -32,7 +32,7 @@ HQQ_ALWAYS_INLINE void split_rows(char *to, int64_t part_bytes, const void *rows
 #pragma GCC unroll 3
             for (int p = 0; p < parts; p++) {
                 hqq_vec l = hqq_amx_take_part(&low), h = hqq_amx_take_part(&high);
-                _mm512_storeu_si512(at + p * part_bytes, hqq_amx_join(l, h));
+                _mm512_storeu_si512(at + p * part_bytes, hqq_round_to_pairs(l, h));
             }
         }
 }

@@ -4,6 +4,7 @@
 #define HQQ_KERNELS_CPU_AMX_TILE_H
 
 #include "amx.h"
+#include "pairs.h"
 #include "simd.h"
 
 /* ---- floats in parts ----------------------------------------------------------------- */
@@ -34,12 +35,6 @@ HQQ_ALWAYS_INLINE hqq_vec hqq_amx_take_part_of_any(hqq_vec *v)
     part = hqq_vec_select(not_finite, cut, part);
     *v = hqq_vec_select(lost, hqq_vec_zero(), hqq_vec_select(not_finite, whole - cut, *v));
     return part;
-}
-
-/* 32 bf16 in a row, from floats that are such. */
-HQQ_ALWAYS_INLINE __m512i hqq_amx_join(hqq_vec low, hqq_vec high)
-{
-    return (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
 }
 
 /* ---- tiles --------------------------------------------------------------------------- */

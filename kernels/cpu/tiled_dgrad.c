@@ -3,6 +3,9 @@
 
 #include "integers.h"
 #include "tiled_block.h"
+#if HQQ_HAS_PAIRS
+#include "pairs.h"
+#endif
 
 HQQ_TILE_TABLE(hqq_multiply_outer);
 
@@ -11,20 +14,11 @@ HQQ_TILE_TABLE(hqq_multiply_outer);
 static void pair_rows(void *out, int64_t ld_out, const uint16_t *in, int64_t ld_in,
                       int64_t rows, int64_t columns)
 {
-    typedef uint16_t lanes __attribute__((vector_size(64)));
-    const __m512i first =
-        (__m512i)(lanes){0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
-                         8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
-    const __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
     for (int64_t r = 0; r < rows; r += 2) {
         const uint16_t *even = in + r * ld_in, *odd = even + ld_in;
         char *words = (char *)out + r / 2 * ld_out * 4;
-        for (int64_t k = 0; k < columns; k += 32) {
-            __m512i low = _mm512_loadu_si512(even + k), high = _mm512_loadu_si512(odd + k);
-            _mm512_storeu_si512(words + k * 4, _mm512_permutex2var_epi16(low, first, high));
-            _mm512_storeu_si512(words + k * 4 + 64,
-                                _mm512_permutex2var_epi16(low, second, high));
-        }
+        for (int64_t k = 0; k < columns; k += 32)
+            hqq_pair_rows(words + k * 4, words + k * 4 + 64, even + k, odd + k);
     }
 }
 #endif
