@@ -63,7 +63,8 @@ def take_turns(
     """Run rounds of all contenders until `seconds` are over.
 
     Each gets `at_least` rounds. A contender that has used more than half of the time by itself
-    then sits out, so that a slow one does not cost the others their repetitions.
+    then sits out, so that a slow one does not cost the others their repetitions; one that has
+    used all of it and more sits out from its first round on.
     """
     names = list(contenders)
     for i, name in enumerate(names):
@@ -78,7 +79,7 @@ def take_turns(
         turn = len(rounds) % len(names)  # nobody is always first
         times = {}
         for name in names[turn:] + names[:turn]:
-            if len(rounds) >= at_least and spent[name] > seconds / 2:
+            if spent[name] > (seconds / 2 if len(rounds) >= at_least else 2 * seconds):
                 continue
             times[name] = measure(contenders[name], len(rounds))
             spent[name] += times[name]

@@ -7,20 +7,20 @@
  *   blocked   leaves the product of a decoded block to the caller's GEMM
  *
  * The table says up to how many tokens direct is used, and above that up to how many tiled.
- * Measured on 4096 x 4096, 4 bits, G = 64, cold, one thread, against torch's GEMM:
+ * Measured on 4096 x 4096, 4 bits, G = 64, cold, against torch's GEMM:
  *
- *   AVX-512 BF16   a Zen 4: in bf16 tiled and blocked are even at 64 tokens forward (0.95 of
- *                  torch's dense product); in dgrad tiled was ahead at 128 (1.06 against 0.99)
- *                  and is even with the dense product at 512. In fp32 tiled is 1.1 times the
- *                  dense product at 512, and in fp16 four times. Measured before direct
- *                  multiplied in pairs of bf16 and before groups were decoded together: to be
- *                  measured again
- *   AMX            a Xeon, two threads: in bf16 tiled passes direct at 6 tokens forward and 7
- * in dgrad, is half of direct's time at 16, and takes 0.4 to 0.7 of the time of blocked, with
- * torch's GEMM on the same tiles, up to 1024. In fp32 and fp16 few tokens are not for AMX
- * (tiled.c), and direct ends as measured for AVX-512 AVX-512        no instructions for bf16,
- * so as fp32 AVX2           direct's are of the Xeon, restricted to AVX2; fp16's is a guess
- *   portable       not measured
+ * AVX-512 BF16: a Zen 5, two threads, and 14336 x 4096, 4096 x 14336 and 1536 x 576 beside
+ * that; where they disagree, what loses least. In bf16 forward, tiled takes 0.9 to 1.04 of the
+ * time of blocked at 256 tokens and 0.88 to 1.18 at 512; in dgrad 0.93 to 1.1 at 1024. In fp32
+ * it takes half of it at any M; in fp16, which torch multiplies without vectors, a seventh.
+ *
+ * AMX: a Xeon, two threads. In bf16 tiled passes direct at 6 tokens forward and 7 in dgrad, is
+ * half of direct's time at 16, and takes 0.4 to 0.7 of the time of blocked, with torch's GEMM
+ * on the same tiles, up to 1024. In fp32 and fp16 few tokens are not for AMX (tiled.c), and
+ * direct ends as measured for AVX-512.
+ *
+ * AVX-512: no instructions for bf16, so as fp32. AVX2: direct's are of the Xeon, restricted to
+ * AVX2; fp16's is a guess. Portable: not measured.
  */
 #include "hqqlora.h"
 #include "cpu/isa.h"
@@ -40,8 +40,8 @@ static const thresholds_by_dtype table[][2] = {
     [HQQ_ISA_PORTABLE] = {{{8, 0}, {8, 0}, {8, 0}}, {{8, 0}, {8, 0}, {8, 0}}},
     [HQQ_ISA_AVX2] = {{{24, ANY}, {16, ANY}, {16, ANY}}, {{16, ANY}, {12, ANY}, {12, ANY}}},
     [HQQ_ISA_AVX512] = {{{12, ANY}, {12, ANY}, {12, ANY}}, {{16, ANY}, {16, ANY}, {16, ANY}}},
-    [HQQ_ISA_AVX512_BF16] = {{{12, ANY}, {12, ANY}, {6, 64}},
-                             {{16, ANY}, {16, ANY}, {10, 512}}},
+    [HQQ_ISA_AVX512_BF16] = {{{5, ANY}, {12, ANY}, {10, 256}},
+                             {{32, ANY}, {16, ANY}, {16, 1024}}},
     [HQQ_ISA_AMX] = {{{12, ANY}, {16, ANY}, {5, ANY}}, {{16, ANY}, {16, ANY}, {6, ANY}}},
 };
 
