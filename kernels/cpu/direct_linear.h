@@ -53,7 +53,7 @@ HQQ_ISA_DECLARE(void, hqq_direct_linear_aligned,
 
 /* The scratch of the latter. x is taken in blocks of 32 KB: beside the codes in the first
  * cache. */
-#define HQQ_X_BLOCK   8192 /* floats of x in a block */
+#define HQQ_X_BLOCK   16384 /* floats of x in a block */
 #define HQQ_X_COLUMNS 4096 /* columns in a block, at most */
 
 typedef struct hqq_linear_scratch {

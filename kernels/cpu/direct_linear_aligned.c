@@ -214,7 +214,8 @@ void HQQ_ISA_NAME(hqq_direct_linear_aligned)(const hqq_direct_linear_job *job,
     int64_t sets = set_end - set_begin;
     for (int64_t m0 = 0; m0 < job->M;) {
         int MB = hqq_tokens_at_once(job->M - m0, max_tokens(&job->layout));
-        int64_t columns = HQQ_X_BLOCK / MB < HQQ_X_COLUMNS ? HQQ_X_BLOCK / MB : HQQ_X_COLUMNS;
+        int64_t columns = HQQ_X_BLOCK / MB;
+        if (columns > HQQ_X_COLUMNS) columns = HQQ_X_COLUMNS;
         memset(c.s.sums, 0, (size_t)(sets * MB * job->layout.per) * sizeof(hqq_vec));
         for (int64_t k = 0; k < job->layout.K; k += columns)
             dot_sets(&c, m0, MB, k, job->layout.K - k < columns ? job->layout.K - k : columns);

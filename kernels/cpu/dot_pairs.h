@@ -41,16 +41,20 @@ HQQ_ALWAYS_INLINE void dot_pair_vector(hqq_vec *acc, const dot_block *b, int64_t
     __m512i words = {0};
     if (nbits < 8)
         words = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(b->words + k)));
+    __m512i w[8];
 #pragma GCC unroll 8
-    for (int j = 0; j < PER; j++) {
-        __m512i w =
+    for (int j = 0; j < PER; j++)
+        w[j] =
             nbits == 8 ? hqq_pairs_of_bytes(b->words + k, zero, scale)
                        : _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 8 - nbits * (j + 1)),
                                                   tables[axis == 1 ? j : 0]);
 #pragma GCC unroll 8
-        for (int m = 0; m < MB; m++)
-            acc[m * PER + j] =
-                hqq_dot_pairs(acc[m * PER + j], w, _mm512_loadu_si512(x + m * 32));
+    for (int m = 0; m < MB; m++) {
+        __m512i xm = _mm512_loadu_si512(x + m * 32);
+        HQQ_KEEP_IN_REGISTER(xm);
+#pragma GCC unroll 8
+        for (int j = 0; j < PER; j++)
+            acc[m * PER + j] = hqq_dot_pairs(acc[m * PER + j], w[j], xm);
     }
 }
 
@@ -74,7 +78,7 @@ HQQ_ALWAYS_INLINE void dot_pair_row(hqq_vec *sums, const dot_block *b, const int
                                     const int axis, const int MB)
 {
     const int PER = 8 / nbits, SUMS = MB * PER;
-    const int UNROLL = SUMS >= 8 ? 1 : 2; /* chains of additions, to hide their latency */
+    const int UNROLL = SUMS > 8 ? 1 : 2; /* chains of additions, to hide their latency */
     hqq_vec acc[16] = {{0}};
     __m512i tables[8];
     if (axis == 0) {

@@ -3,6 +3,7 @@
 
 #include "integers.h"
 #include "tiled_block.h"
+#include "tiled_fetch.h"
 #if HQQ_HAS_PAIRS
 #include "pairs.h"
 #endif
@@ -22,50 +23,6 @@ static void pair_rows(void *out, int64_t ld_out, const uint16_t *in, int64_t ld_
     }
 }
 #endif
-
-/* What is decoded next, on its way to the second cache while the tiles multiply: of each set, a
- * strip of its words, its zeros and its scales. No prefetcher of the processor follows from
- * strip to strip; fp32 at M = 16 took an eighth longer without. */
-typedef struct strips {
-    const hqq_tiled_job *job;
-    int64_t set, set_end, column, columns; /* set: the next one to fetch */
-    int64_t first;
-} strips;
-
-static strips strips_of(const hqq_tiled_job *job, int64_t set_begin, int64_t set_end,
-                        int64_t column, int64_t end)
-{
-    return (strips){job, set_begin, set_end, column, end - column, set_begin};
-}
-
-static void fetch_bytes(const void *data, int64_t at, int64_t bytes)
-{
-    const char *from = (const char *)data + at, *end = from + bytes;
-    for (; from < end; from += 64) __builtin_prefetch(from, 0, 2);
-}
-
-/* Fetches until `part` of `parts` are on their way. */
-static void fetch_part(strips *a, int64_t part, int64_t parts)
-{
-    const hqq_layout *l = &a->job->layout;
-    const hqq_weight *w = a->job->weight;
-    int64_t end = a->first + (a->set_end - a->first) * part / parts;
-    for (; a->set < end; a->set++) {
-        int64_t word = a->set * l->K + a->column, bytes = hqq_dtype_bytes(w->meta_dtype);
-        fetch_bytes(w->packed, word * l->word_bytes, a->columns * l->word_bytes);
-        if (l->axis == 0) {
-            int64_t at = word % l->groups * bytes;
-            fetch_bytes(w->zero, at, a->columns * bytes);
-            fetch_bytes(w->scale, at, a->columns * bytes);
-            continue;
-        }
-        for (int j = 0; j < l->per; j++) {
-            int64_t at = (word + j * l->words) / l->G * bytes;
-            fetch_bytes(w->zero, at, a->columns / l->G * bytes);
-            fetch_bytes(w->scale, at, a->columns / l->G * bytes);
-        }
-    }
-}
 
 /* Rows of a block as they are decoded: `sets` of each slot, of which the last slots may lack
  * some; a row that lacks counts as zeros. */
@@ -133,7 +90,7 @@ static void copy_input(const hqq_tiled_chunk *c, const row_block *b, int64_t m, 
 }
 
 /* A block of rows against all tokens of the chunk. */
-static void multiply_block(const hqq_tiled_chunk *c, const row_block *b, strips *next)
+static void multiply_block(const hqq_tiled_chunk *c, const row_block *b, hqq_strips *next)
 {
     const hqq_tiled_job *job = c->job;
     const int64_t width = HQQ_TILED_SIDE * HQQ_LANES;
@@ -149,7 +106,7 @@ static void multiply_block(const hqq_tiled_chunk *c, const row_block *b, strips 
         float *sums = c->sums + m * c->ld_sums;
         copy_input(c, b, c->m_begin + m, rows, ld_dy * in_word);
         for (int64_t k = 0; k < c->end - c->begin; k += width) {
-            fetch_part(next, ++done, all);
+            hqq_fetch_part(next, ++done, all);
             tile(sums + k, c->ld_sums, c->input, ld_dy, hqq_word(c->weights, k), ld,
                  b->rows / in_word, c->add || b->begin > 0);
         }
@@ -161,11 +118,11 @@ void HQQ_ISA_NAME(hqq_tiled_dgrad_chunk)(const hqq_tiled_chunk *c)
 {
     const hqq_tiled_job *job = c->job;
     row_block b = block_of(job, 0);
-    strips next = strips_of(job, b.begin, b.end, c->begin, c->end);
-    fetch_part(&next, 1, 1);
+    hqq_strips next = hqq_strips_of(job, b.begin, b.end, c->begin, c->end);
+    hqq_fetch_part(&next, 1, 1);
     for (; b.begin < job->sets.sets; b = block_of(job, b.end)) {
         row_block after = block_of(job, b.end);
-        next = strips_of(job, after.begin, after.end, c->begin, c->end);
+        next = hqq_strips_of(job, after.begin, after.end, c->begin, c->end);
         multiply_block(c, &b, &next);
     }
     for (int64_t m = c->m_begin; m < c->m_end; m++)

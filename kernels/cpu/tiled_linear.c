@@ -3,6 +3,7 @@
 
 #include "integers.h"
 #include "tiled_block.h"
+#include "tiled_fetch.h"
 
 HQQ_TILE_TABLE(hqq_multiply_inner);
 
@@ -45,11 +46,13 @@ static void copy_input(const hqq_tiled_chunk *c, const column_block *b)
 
 /* Sets [set, set + 4), or those of them that there are, against all tokens of the chunk. Rows
  * that there are not are multiplied all the same, to sums that nobody reads. */
-static void multiply_sets(const hqq_tiled_chunk *c, const column_block *b, int64_t set)
+static void multiply_sets(const hqq_tiled_chunk *c, const column_block *b, int64_t set,
+                          hqq_strips *next)
 {
     const hqq_tiled_job *job = c->job;
     int64_t set_end = set + HQQ_TILED_SETS < c->end ? set + HQQ_TILED_SETS : c->end;
     int64_t rows = job->sets.slots * HQQ_TILED_SETS, ld = hqq_tiled_stride(job->block_columns);
+    int64_t done = 0, all = hqq_ceil_div(c->m_end - c->m_begin, HQQ_TILED_TOKENS);
     hqq_decode_rows(c->weights, b->ld, HQQ_TILED_SETS, job, set, set_end, b->begin, b->end);
     for (int64_t r = 0; r < rows && b->begin + b->width > b->end; r++)
         hqq_clear_terms(c->weights, job, r * b->ld + b->end - b->begin, r * b->ld + b->width);
@@ -58,6 +61,7 @@ static void multiply_sets(const hqq_tiled_chunk *c, const column_block *b, int64
         hqq_tile_fn tile = tiles[job->pairs][tokens];
         float *sums = c->sums + (m - c->m_begin) * c->ld_sums + set - c->begin;
         const void *input = hqq_word(input_of(c, b), (m - c->m_begin) * ld);
+        hqq_fetch_part(next, ++done, all);
         for (int64_t r = 0; r < rows; r += HQQ_TILED_SIDE)
             tile(sums + r / HQQ_TILED_SETS * job->block_sets + r % HQQ_TILED_SETS, c->ld_sums,
                  input, ld, hqq_word(c->weights, r * ld), ld, b->steps, c->add || b->begin > 0);
@@ -82,6 +86,28 @@ static void store_chunk(const hqq_tiled_chunk *c)
     }
 }
 
+/* Sets and columns that are multiplied one after the other: of `each` sets all columns, before
+ * the next sets. */
+typedef struct place {
+    int64_t begin, set; /* begin: of the `each` sets */
+    column_block block;
+} place;
+
+static place next_place(const hqq_tiled_chunk *c, place p, int64_t each)
+{
+    const hqq_tiled_job *job = c->job;
+    p.set += HQQ_TILED_SETS;
+    if (p.set < hqq_least(p.begin + each, c->end)) return p;
+    if (p.block.end < job->layout.K) {
+        p.block = block_at(job, p.block.end);
+    } else {
+        p.begin += each;
+        p.block = block_at(job, 0);
+    }
+    p.set = p.begin;
+    return p;
+}
+
 void HQQ_ISA_NAME(hqq_tiled_linear_chunk)(const hqq_tiled_chunk *c)
 {
     const hqq_tiled_job *job = c->job;
@@ -89,12 +115,15 @@ void HQQ_ISA_NAME(hqq_tiled_linear_chunk)(const hqq_tiled_chunk *c)
     column_block b;
     for (b = block_at(job, 0); b.begin < K && job->keeps_input; b = block_at(job, b.end))
         copy_input(c, &b);
-    for (int64_t begin = c->begin; begin < c->end; begin += each)
-        for (b = block_at(job, 0); b.begin < K; b = block_at(job, b.end)) {
-            if (!job->keeps_input) copy_input(c, &b);
-            for (int64_t set = begin; set < hqq_least(begin + each, c->end);
-                 set += HQQ_TILED_SETS)
-                multiply_sets(c, &b, set);
-        }
+    place at = {c->begin, c->begin, block_at(job, 0)};
+    while (K > 0 && at.set < c->end) {
+        place after = next_place(c, at, each);
+        int64_t fetched = hqq_least(after.set + HQQ_TILED_SETS, c->end);
+        hqq_strips next = hqq_strips_of(job, hqq_least(after.set, fetched), fetched,
+                                        after.block.begin, after.block.end);
+        if (!job->keeps_input && at.set == at.begin) copy_input(c, &at.block);
+        multiply_sets(c, &at.block, at.set, &next);
+        at = after;
+    }
     store_chunk(c);
 }

@@ -1,0 +1,54 @@
+/*
+ * What a tiled product decodes next, on its way to the second cache while the tiles multiply:
+ * of each set a strip of its words, its zeros and its scales. No prefetcher of the processor
+ * follows from strip to strip. Included by ISA sources only.
+ */
+#ifndef HQQ_KERNELS_CPU_TILED_FETCH_H
+#define HQQ_KERNELS_CPU_TILED_FETCH_H
+
+#include "code_runs.h"
+#include "tiled.h"
+
+typedef struct hqq_strips {
+    const hqq_tiled_job *job;
+    int64_t set, set_end; /* set: the next one to fetch */
+    int64_t column, columns;
+    int64_t first;
+} hqq_strips;
+
+static inline hqq_strips hqq_strips_of(const hqq_tiled_job *job, int64_t set_begin,
+                                       int64_t set_end, int64_t column, int64_t end)
+{
+    return (hqq_strips){job, set_begin, set_end, column, end - column, set_begin};
+}
+
+static inline void hqq_fetch_bytes(const void *data, int64_t at, int64_t bytes)
+{
+    const char *from = (const char *)data + at, *end = from + bytes;
+    for (; from < end; from += 64) __builtin_prefetch(from, 0, 2);
+}
+
+/* Fetches until `part` of `parts` are on their way. */
+static inline void hqq_fetch_part(hqq_strips *a, int64_t part, int64_t parts)
+{
+    const hqq_layout *l = &a->job->layout;
+    const hqq_weight *w = a->job->weight;
+    int64_t end = a->first + (a->set_end - a->first) * part / parts;
+    for (; a->set < end; a->set++) {
+        int64_t word = a->set * l->K + a->column, bytes = hqq_dtype_bytes(w->meta_dtype);
+        hqq_fetch_bytes(w->packed, word * l->word_bytes, a->columns * l->word_bytes);
+        if (l->axis == 0) {
+            int64_t at = word % l->groups * bytes;
+            hqq_fetch_bytes(w->zero, at, a->columns * bytes);
+            hqq_fetch_bytes(w->scale, at, a->columns * bytes);
+            continue;
+        }
+        for (int j = 0; j < l->per; j++) {
+            int64_t at = (word + j * l->words) / l->G * bytes;
+            hqq_fetch_bytes(w->zero, at, a->columns / l->G * bytes);
+            hqq_fetch_bytes(w->scale, at, a->columns / l->G * bytes);
+        }
+    }
+}
+
+#endif
