@@ -20,17 +20,23 @@ HQQ_ALWAYS_INLINE __m512i hqq_round_to_pairs(hqq_vec low, hqq_vec high)
 
 /* Two rows of 32 bf16 across: a word a column, the bf16 of row `even` and above it that of row
  * `odd`; the first 16 words to `first`, the others to `second`. */
-HQQ_ALWAYS_INLINE void hqq_pair_rows(void *first, void *second, const uint16_t *even,
-                                     const uint16_t *odd)
+HQQ_ALWAYS_INLINE void hqq_interleave_pairs(void *first, void *second, __m512i even,
+                                            __m512i odd)
 {
     typedef uint16_t lanes __attribute__((vector_size(64)));
     const __m512i low_half =
         (__m512i)(lanes){0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
                          8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
     const __m512i high_half = _mm512_add_epi16(low_half, _mm512_set1_epi16(16));
-    __m512i low = _mm512_loadu_si512(even), high = _mm512_loadu_si512(odd);
-    _mm512_storeu_si512(first, _mm512_permutex2var_epi16(low, low_half, high));
-    _mm512_storeu_si512(second, _mm512_permutex2var_epi16(low, high_half, high));
+    _mm512_storeu_si512(first, _mm512_permutex2var_epi16(even, low_half, odd));
+    _mm512_storeu_si512(second, _mm512_permutex2var_epi16(even, high_half, odd));
+}
+
+/* The same from memory. */
+HQQ_ALWAYS_INLINE void hqq_pair_rows(void *first, void *second, const uint16_t *even,
+                                     const uint16_t *odd)
+{
+    hqq_interleave_pairs(first, second, _mm512_loadu_si512(even), _mm512_loadu_si512(odd));
 }
 
 /* hqq_round_to_pairs of 32 floats, which keep what is left of them. */

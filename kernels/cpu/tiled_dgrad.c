@@ -5,7 +5,7 @@
 #include "tiled_block.h"
 #include "tiled_fetch.h"
 #if HQQ_HAS_PAIRS
-#include "pairs.h"
+#include "decode_pairs.h"
 #endif
 
 HQQ_TILE_TABLE(hqq_multiply_outer);
@@ -63,6 +63,12 @@ static void decode_block(const hqq_tiled_chunk *c, const row_block *b)
         return;
     }
 #if HQQ_HAS_PAIRS
+    if (hqq_rows_decode_in_pairs(job) && sets % 2 == 0) {
+        for (int j = 0; j < job->sets.slots; j++)
+            hqq_decode_piece_in_pairs((uint32_t *)c->weights + j * (sets / 2) * ld, ld, job,
+                                      b->pieces[j], j, c->begin, c->end - c->begin);
+        return;
+    }
     int64_t columns = job->block_columns;
     hqq_decode_rows(c->rows, columns, sets, job, b->begin, b->end, c->begin, c->end);
     clear_lacking(c->rows, job, b, columns, columns);
