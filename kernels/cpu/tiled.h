@@ -25,20 +25,20 @@
  * The sums of a chunk begin with its part of the LoRA product, in fp32; y and dx are rounded
  * once. Where there is AMX its tiles take over, from some tokens on (amx.h).
  *
- * How fast: 2 M flops a weight; a core of a Zen 4 at 3.65 GHz does 117 GFLOP/s in fp32 and 234
- * in bf16 from registers alone, so 17 M and 8.5 M ps. Decoding takes about 80 ps a weight, as
- * much as the tiles of 5 tokens in fp32 and of 10 in bf16; copying x, adding up lanes and
- * waiting for the second cache take the rest. 4096 x 4096, 4 bits, G = 64, cold, CPU time of
- * one thread beside other load, GFLOP/s (torch's dense product in the same dtype):
+ * How fast: 2 M flops a weight. A core of a Zen 5 at 4 GHz starts two products of 16 lanes a
+ * cycle, 260 GFLOP/s in fp32 and 520 in bf16 from registers alone. Decoding takes 25 to 50 ps a
+ * weight where its bytes are in the second cache in time: what is decoded next is fetched there
+ * while the tiles multiply (tiled_fetch.h), without which bf16 at M = 16 took 1.2 times as long
+ * forward. Copying x, adding up lanes and waiting for the second cache take the rest. 4096 x
+ * 4096, 4 bits, G = 64, cold, two threads, GFLOP/s (torch's dense product in the same dtype):
  *
  *     M              16          32          64         128         512
- *     fp32 forward   84 (45)     93 (62)    100 (76)    104 (83)    102 (92)
- *     fp32 dgrad     69 (42)     83 (62)     94 (78)     97 (85)     98 (95)
- *     bf16 forward  128 (125)   160 (158)   184 (187)   199 (205)   196 (219)
- *     bf16 dgrad     97 (77)    137 (115)   169 (153)   190 (182)   201 (202)
+ *     fp32 forward  309 (73)    355 (85)   375 (112)   389 (134)   379 (172)
+ *     fp32 dgrad    161 (74)    238 (92)   289 (117)   358 (136)   354 (174)
+ *     bf16 forward  494 (293)   621 (458)  699 (610)   775 (735)   762 (811)
+ *     bf16 dgrad    396 (172)   565 (289)  671 (440)   764 (612)   767 (732)
  *
- * fp16 is as fast as fp32 (torch: 24). Of the bits and axes, 8 bits and axis 0 take longest to
- * decode: at M = 16 in bf16 1.4 times the whole product's time at 4 bits and axis 1.
+ * fp16 is as fast as fp32 (torch: a seventh of that). 8 bits and axis 0 take longest to decode.
  */
 #ifndef HQQ_KERNELS_CPU_TILED_H
 #define HQQ_KERNELS_CPU_TILED_H
