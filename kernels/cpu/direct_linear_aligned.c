@@ -190,7 +190,7 @@ static void dot_sets(const linear_chunk *c, int64_t m0, int MB, int64_t k0, int6
 #endif
     const void *x =
         (const char *)job->x + (m0 * l->K + k0 * MB) * (job->pairs ? 2 : (int)sizeof(float));
-    dot_block b = {.next = l->K * job->sets.step,
+    dot_block b = {.next = l->K * job->sets.step * 2,
                    .x = x,
                    .constant = (const hqq_vec *)c->s.constant,
                    .zero = c->s.zero,
