@@ -106,8 +106,7 @@ static int64_t gather_batch(dgrad_chunk *c, add_block *b, int64_t set, int64_t m
 #endif
     /* The next batch's words; behind the last ones are those of the next part. */
     int64_t after = hqq_least(set + b->rows, job->sets.sets - 1);
-    b->next =
-        (hqq_row_in_slot(&job->sets, after) - hqq_row_in_slot(&job->sets, set)) * l->K;
+    b->next = (hqq_row_in_slot(&job->sets, after) - hqq_row_in_slot(&job->sets, set)) * l->K;
     return b->rows;
 }
 
