@@ -40,7 +40,7 @@
  * fp16 is as fast as fp32 (torch: 24). Forward fetches the next rows of W while its tiles
  * multiply: on a Zen 5, two threads, M = 16 in bf16, 1.30 ms became 1.00. Of the bits and axes
  * 8 bits take longest: 1.3 times the time at 4 bits and axis 1, at twice the bytes. At axis 0
- * and few tokens in bf16 x takes the scales (tiled_scaled.h): at 4 bits 1.05 times that time,
+ * and few tokens in bf16 x takes the scales (tiled_scaled.h): at 4 bits 1.0 to 1.2 times that,
  * where a zero and a scale a weight took 1.4 times.
  */
 #ifndef HQQ_KERNELS_CPU_TILED_H
