@@ -30,6 +30,7 @@ def test_the_commands():
         "quantize",
         "info",
         "bench finetune",
+        "bench generate",
         "bench quality",
         "bench quantize",
         "export gguf",

@@ -8,7 +8,7 @@ import math
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -107,7 +107,7 @@ def make_contender(name: str, dense: nn.Module, rank: int) -> Contender:
         with explaining(f"{name}: cannot add the adapter", RunError):
             model = recipe.adapt(dense, layers, rank)
         optimizer = _start_training(name, model, len(layers))
-    _check_operations(name, model, len(layers) if recipe.fused else 0)
+    check_operations(name, model, {"lora_linear": len(layers)} if recipe.fused else {})
     model.train()
     compiled = torch.compile(model, fullgraph=True) if recipe.compiled else None
     return Contender(name, model, optimizer, quantize_seconds, compiled)
@@ -314,16 +314,19 @@ class _CountOperations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
-def _check_operations(name: str, model: nn.Module, fused_layers: int) -> None:
-    """Runs the model on two tokens and counts: each layer of ours has to run the fused operator
-    and nothing else of this library, the others nothing at all of it."""
-    expected = {"lora_linear": fused_layers} if fused_layers else {}
+def check_operations(name: str, model: nn.Module, expected: Mapping[str, int]) -> None:
+    """Runs the model on two tokens and counts the calls of this library's operators.
+
+    Raises:
+        RunError: there were others than `expected`: those of a layer of ours that does not run
+            the operator it stands for, or any at all of a rival.
+    """
     with _CountOperations() as counted, torch.no_grad():
         model(input_ids=torch.zeros(1, 2, dtype=torch.int64), use_cache=False)
     if counted.calls != expected:
         raise RunError(
             f"{name}: not measured, as it is not what it is called: its forward made the calls "
-            f"{dict(counted.calls)} of hqqlora's operators, instead of {expected}"
+            f"{dict(counted.calls)} of hqqlora's operators, instead of {dict(expected)}"
         )
 
 

@@ -8,12 +8,8 @@ then all live in this one and take turns (see `rounds`).
 from __future__ import annotations
 
 import copy
-import ctypes
 import dataclasses
-import os
 import sys
-from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,10 +28,9 @@ from hqqlora.bench.contenders import (
 )
 from hqqlora.bench.memory import can_measure, measure_memory
 from hqqlora.bench.options import BenchOptions
+from hqqlora.bench.report import check_writable, describe_bench_machine
 from hqqlora.bench.rounds import Rounds, take_turns
 from hqqlora.bench.table import format_table
-from hqqlora.command.errors import UsageError
-from hqqlora.command.machine import describe_machine
 from hqqlora.command.model_source import (
     ModelSource,
     choose_dtype,
@@ -45,7 +40,6 @@ from hqqlora.command.model_source import (
 )
 from hqqlora.command.thread_waiting import busy_fraction
 from hqqlora.files import write_json
-from hqqlora.ops.library import find_library
 from hqqlora.training.text_data import (
     TokenWindows,
     check_fit,
@@ -66,7 +60,7 @@ def run(options: BenchOptions) -> None:
         RunError: a one-line reason to stop; see `exit_code` there.
     """
     names, not_measured = choose_contenders(options.contenders)
-    _check_writable(options.json)
+    check_writable(options.json)
     source = find_model(options.model)
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -103,7 +97,7 @@ def run(options: BenchOptions) -> None:
     result = {
         "options": dataclasses.asdict(options),
         "model": description,
-        "machine": {**_describe_machine(), "busy_before": busy},
+        "machine": {**describe_bench_machine(), "busy_before": busy},
         "steps": 1 + options.rounds * options.steps,
         "held_out_tokens": held_out.numel(),
         "contenders": figures,
@@ -163,36 +157,6 @@ def _describe_model(source: ModelSource, dense: nn.Module) -> dict[str, Any]:
         "linear_layers": len(linear_layers(dense)),
         "format": f"{NBITS} bits, groups of {GROUP_SIZE}, axis {AXIS}",
     }
-
-
-def _describe_machine() -> dict[str, Any]:
-    machine = describe_machine()
-    for package in ("peft", "hqq"):
-        try:
-            machine["versions"][package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            machine["versions"][package] = None
-    return {**machine, "isa": _instruction_set()}
-
-
-def _instruction_set() -> str:
-    """What this library's kernels use: what the environment says, or what the library finds."""
-    library = ctypes.CDLL(str(find_library().with_name("libhqqlora.so")))
-    library.hqq_isa_name.restype = ctypes.c_char_p
-    found: bytes = library.hqq_isa_name(library.hqq_isa_in_use(None))
-    return os.environ.get("HQQLORA_ISA") or found.decode()
-
-
-# ---- checks ------------------------------------------------------------------------------
-
-
-def _check_writable(path: str | None) -> None:
-    """Before minutes are spent."""
-    if path is None:
-        return
-    folder = Path(path).resolve().parent
-    if Path(path).is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise UsageError(f"--json {path}: cannot be written")
 
 
 def _note(text: str) -> None:

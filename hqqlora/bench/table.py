@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from hqqlora.bench.report import machine_lines
+
 _COLUMNS = (
     ("", ""),
     ("quantize", "s"),
@@ -26,15 +28,13 @@ def format_table(result: Mapping[str, Any]) -> str:
     options, model, machine = result["options"], result["model"], result["machine"]
     names = list(result["contenders"])
     rows = [_row(name, result["contenders"][name]) for name in names]
-    versions = ", ".join(f"{k} {v}" for k, v in machine["versions"].items() if v)
     lines = [
         f"model    {model['name']}, {model['dtype']}: {model['linear_layers']} linear layers, "
         f"quantized to {model['format']}",
         f"adapter  LoRA rank {options['rank']} on each linear layer, float32",
         f"step     {options['batch']} x {options['sequence_length']} tokens: forward, "
         "backward, AdamW",
-        f"machine  {machine['processor']}, {machine['isa']}, {machine['threads']} threads",
-        f"         {versions}",
+        *machine_lines(machine),
         "",
         *aligned(list(zip(*_COLUMNS, strict=True)), rows),
         "",
@@ -69,8 +69,8 @@ def _row(name: str, figures: Mapping[str, Any]) -> list[str]:
     quantize = figures["quantize_seconds"]
     return [
         name,
-        "-" if quantize is None else _seconds(quantize),
-        _seconds(figures["seconds"]["median"]),
+        "-" if quantize is None else seconds_text(quantize),
+        seconds_text(figures["seconds"]["median"]),
         f"{figures['ratio']:.2f}",
         f"{figures['tokens_per_second']:,.0f}",
         *(f"{memory[key] / 1e6:,.0f}" if memory else "-" for key in keys),
@@ -79,6 +79,6 @@ def _row(name: str, figures: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _seconds(value: float) -> str:
+def seconds_text(value: float) -> str:
     """Three digits."""
     return f"{value:.{max(0, 2 - math.floor(math.log10(value)))}f}"

@@ -46,6 +46,22 @@ static inline void hqq_to_pair_order(float *values, int64_t columns)
     }
 }
 
+/* hqq_to_pair_order of bf16 values. */
+static inline void hqq_load_pair_order(float *out, const uint16_t *values, int64_t columns)
+{
+    const __m512i odd = _mm512_set1_epi32((int)0xffff0000);
+    for (int64_t k = 0; k < columns; k += 64, out += 64) {
+        __m512i low = _mm512_loadu_si512(values + k),
+                high = _mm512_loadu_si512(values + k + 32);
+        __m512i first = _mm512_shuffle_i64x2(low, high, 0x88); /* 8 of each 16 */
+        __m512i second = _mm512_shuffle_i64x2(low, high, 0xdd);
+        _mm512_storeu_si512(out, _mm512_slli_epi32(first, 16));
+        _mm512_storeu_si512(out + 16, _mm512_and_si512(first, odd));
+        _mm512_storeu_si512(out + 32, _mm512_slli_epi32(second, 16));
+        _mm512_storeu_si512(out + 48, _mm512_and_si512(second, odd));
+    }
+}
+
 static inline void hqq_from_pair_order(float *values, int64_t columns)
 {
     for (float *at = values; at < values + columns; at += 64) {

@@ -50,13 +50,13 @@ HQQ_ALWAYS_INLINE int varying_32(uint16_t *out, const uint8_t *bytes, int shift,
                               (q_odd - (hqq_vec)(z & high)) * (hqq_vec)(s & high));
 }
 
-/* 8-bit codes under one zero and scale. */
+/* 8-bit codes under one zero and scale. normal: none of the weights is subnormal. */
 HQQ_ALWAYS_INLINE int constant_32(uint16_t *out, const uint8_t *bytes, hqq_vec zero,
-                                  hqq_vec scale)
+                                  hqq_vec scale, int normal)
 {
     hqq_vec low = (hqq_vec_from_int(hqq_ivec_load_u8(bytes)) - zero) * scale;
     hqq_vec high = (hqq_vec_from_int(hqq_ivec_load_u8(bytes + 16)) - zero) * scale;
-    if (__builtin_expect(any_subnormal(low, high), 0)) return 0;
+    if (!normal && __builtin_expect(any_subnormal(low, high), 0)) return 0;
     _mm512_storeu_si512(out, (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
     return 1;
 }

@@ -50,7 +50,9 @@ INLINE void constant_run(void *out, hqq_dtype dtype, int64_t at, const hqq_run *
     if (dtype == HQQ_BF16 && kind == WHOLE_BYTES) {
         const uint8_t *bytes = run->words;
         uint16_t *to = (uint16_t *)out + at;
-        while (i + 32 <= length && constant_32(to + i, bytes + i, d.zero, d.scale)) i += 32;
+        for (; normal && i + 32 <= length; i += 32)
+            constant_32(to + i, bytes + i, d.zero, d.scale, 1);
+        while (i + 32 <= length && constant_32(to + i, bytes + i, d.zero, d.scale, 0)) i += 32;
     }
 #endif
 #pragma GCC unroll 4
@@ -227,11 +229,12 @@ INLINE void all_rows(const block *b, hqq_dtype dtype, code_kind kind, int axis, 
         }
         hqq_run_cursor cursor = hqq_runs_from(&layout, w->packed, &place, b->columns);
         for (hqq_run run; hqq_runs_next(&run, &cursor); at += run.length) {
-            if (axis == 1)
-                constant_run(b->out, dtype, at, &run, kind, w->nbits,
-                             hqq_load_quick(w->zero, meta, run.group),
-                             hqq_load_quick(w->scale, meta, run.group), 0);
-            else
+            if (axis == 1) {
+                float zero = hqq_load_quick(w->zero, meta, run.group);
+                float scale = hqq_load_quick(w->scale, meta, run.group);
+                int normal = scale == 1.0f && zero == 0.0f; /* codes themselves */
+                constant_run(b->out, dtype, at, &run, kind, w->nbits, zero, scale, normal);
+            } else
                 varying_run(b->out, dtype, at, &run, kind, w, meta);
         }
     }

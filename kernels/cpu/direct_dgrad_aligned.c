@@ -65,6 +65,13 @@ static void load_residue(dgrad_chunk *c, int64_t residue)
     int64_t at = residue * c->job->layout.K + c->column;
     if (residue == c->residue) return;
     c->residue = residue;
+#if HQQ_HAS_PAIRS
+    if (c->job->pairs && w->meta_dtype == HQQ_BF16) {
+        hqq_load_pair_order(c->s.zero, (const uint16_t *)w->zero + at, c->columns);
+        hqq_load_pair_order(c->s.scale, (const uint16_t *)w->scale + at, c->columns);
+        return;
+    }
+#endif
     hqq_load_floats(c->s.zero, w->zero, w->meta_dtype, at, c->columns);
     hqq_load_floats(c->s.scale, w->scale, w->meta_dtype, at, c->columns);
 #if HQQ_HAS_PAIRS
@@ -97,8 +104,9 @@ static int64_t gather_batch(dgrad_chunk *c, add_block *b, int64_t set, int64_t m
 #if HQQ_HAS_PAIRS
     if (job->pairs) gather_dy_pairs(b, l->per);
 #endif
-    /* The words of the next batch: axis 1, behind these rows; axis 0, of the next residue. */
-    b->next = l->K * (l->axis == 1 ? b->rows : 1);
+    /* The next batch's words; behind the last ones are those of the next part. */
+    int64_t after = hqq_least(set + b->rows, job->sets.sets - 1);
+    b->next = (hqq_row_in_slot(&job->sets, after) - hqq_row_in_slot(&job->sets, set)) * l->K;
     return b->rows;
 }
 

@@ -100,6 +100,13 @@ static void load_group_meta(const linear_chunk *c, int64_t p, int64_t g0, int64_
 }
 
 #if HQQ_HAS_PAIRS
+/* 32 columns of a token of x, times scale, rounded to bf16. */
+HQQ_ALWAYS_INLINE __m512i scaled_pairs(const uint16_t *x, const hqq_vec scale[2])
+{
+    return hqq_round_to_pairs(hqq_vec_load_bf16(x) * scale[0],
+                              hqq_vec_load_bf16(x + 16) * scale[1]);
+}
+
 /* Axis 0: x times the scales, rounded to bf16; and of each token, -sum of that times zero, in
  * the lanes in which the codes' products are summed. It comes in two: what zeros are in bf16,
  * from which codes are subtracted exactly, and what is left of them. In one, a lone weight
@@ -115,12 +122,30 @@ static void scale_pairs(const hqq_linear_scratch *s, const uint16_t *x, int MB, 
         for (int part = 0; part < 3; part++) zeros[part] = hqq_take_pairs(zero);
         for (int m = 0; m < MB; m++) {
             int64_t at = k * MB + m * 32;
-            __m512i scaled = hqq_round_to_pairs(hqq_vec_load_bf16(x + at) * scale[0],
-                                                hqq_vec_load_bf16(x + at + 16) * scale[1]);
+            __m512i scaled = scaled_pairs(x + at, scale);
             _mm512_storeu_si512((uint16_t *)s->scaled_x + at, scaled);
             first[m] = hqq_dot_pairs(first[m], scaled, zeros[0]);
             rest[m] = hqq_dot_pairs(rest[m], scaled, zeros[1]);
             rest[m] = hqq_dot_pairs(rest[m], scaled, zeros[2]);
+        }
+    }
+}
+
+/* The same for zeros and scales that are bf16 themselves: nothing is left of a zero. */
+static void scale_pairs_bf16(const hqq_linear_scratch *s, const uint16_t *x, int MB,
+                             int64_t columns, const uint16_t *zeros, const uint16_t *scales)
+{
+    const __m512i sign = _mm512_set1_epi16((short)0x8000);
+    hqq_vec *first = (hqq_vec *)s->constant;
+    for (int i = 0; i < 16; i++) first[i] = hqq_vec_zero();
+    for (int64_t k = 0; k < columns; k += 32) {
+        hqq_vec scale[2] = {hqq_vec_load_bf16(scales + k), hqq_vec_load_bf16(scales + k + 16)};
+        __m512i zero = _mm512_xor_si512(_mm512_loadu_si512(zeros + k), sign);
+        for (int m = 0; m < MB; m++) {
+            int64_t at = k * MB + m * 32;
+            __m512i scaled = scaled_pairs(x + at, scale);
+            _mm512_storeu_si512((uint16_t *)s->scaled_x + at, scaled);
+            first[m] = hqq_dot_pairs(first[m], scaled, zero);
         }
     }
 }
@@ -132,6 +157,13 @@ static void load_residue(const linear_chunk *c, int64_t r, const void *x, int MB
 {
     const hqq_weight *w = c->job->weight;
     int64_t at = r * c->job->layout.K + k0;
+#if HQQ_HAS_PAIRS
+    if (c->job->pairs && w->meta_dtype == HQQ_BF16) {
+        scale_pairs_bf16(&c->s, x, MB, columns, (const uint16_t *)w->zero + at,
+                         (const uint16_t *)w->scale + at);
+        return;
+    }
+#endif
     hqq_load_floats(c->s.zero, w->zero, w->meta_dtype, at, columns);
     hqq_load_floats(c->s.scale, w->scale, w->meta_dtype, at, columns);
     if (c->job->pairs) {
@@ -158,7 +190,7 @@ static void dot_sets(const linear_chunk *c, int64_t m0, int MB, int64_t k0, int6
 #endif
     const void *x =
         (const char *)job->x + (m0 * l->K + k0 * MB) * (job->pairs ? 2 : (int)sizeof(float));
-    dot_block b = {.next = l->K * job->sets.step,
+    dot_block b = {.next = l->K * job->sets.step * 2,
                    .x = x,
                    .constant = (const hqq_vec *)c->s.constant,
                    .zero = c->s.zero,

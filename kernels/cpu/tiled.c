@@ -25,6 +25,7 @@
 #define FORWARD_COLUMNS 1024
 #define FORWARD_TOKENS  128
 #define KEPT_WORDS      98304
+#define SCALED_GROUP    256 /* the longest groups for which x is scaled */
 #define DGRAD_ROWS      500
 #define DGRAD_COLUMNS   256
 #define DGRAD_TOKENS    256
@@ -88,9 +89,46 @@ static size_t linear_scratch(hqq_tiled_chunk *c, void *scratch)
     int64_t slots = job->sets.slots;
     int64_t blocks = job->keeps_input ? column_blocks(job) : 1;
     take_scratch(c, &arena, slots * job->block_sets, job->tokens * blocks, job->block_columns,
-                 slots * HQQ_TILED_SETS);
+                 slots * hqq_tiled_sets(job->sets.slots));
     c->bias = hqq_arena_take(&arena, (size_t)(job->block_sets + 16) * 4); /* whole vectors */
+    if (job->scales_input && job->lora)
+        c->lora_B = hqq_arena_take(&arena, (size_t)(job->sets.cycle * job->lora->rank) * 4);
     return arena.used;
+}
+
+/* Whether x is to be multiplied by the scales of axis 0, for all rows that share them: that
+ * takes a few operations a token, column and G rows of W, where decoding with a zero and a
+ * scale a weight takes as many a weight. */
+static int scales_input(const hqq_tiled_job *job)
+{
+    const hqq_layout *l = &job->layout;
+    return job->pairs && l->axis == 0 && job->weight->meta_dtype == HQQ_BF16 &&
+           hqq_rows_align(l) && hqq_groups_align(l) && l->K % 32 == 0 &&
+           job->sets.cycle % 16 == 0 && l->G <= SCALED_GROUP && 2 * job->M <= l->G;
+}
+
+/* begin_linear where rows that share scales are decoded together: they lie apart, and so do
+ * their rows of B. */
+static hqq_status begin_scaled_linear(hqq_tiled_chunk *c)
+{
+    const hqq_tiled_job *job = c->job;
+    const hqq_row_sets *sets = &job->sets;
+    hqq_context alone = {.isa = job->isa};
+    hqq_lora lora = *job->lora;
+    size_t bytes = (size_t)(lora.rank * hqq_dtype_bytes(lora.dtype));
+    lora.B = c->lora_B;
+    for (int64_t set = c->begin; set < c->end; set += sets->cycle)
+        for (int j = 0; j < sets->slots; j++) {
+            for (int64_t i = 0; i < sets->cycle; i++) {
+                int64_t row = sets->start[j] + hqq_row_in_slot(sets, set + i);
+                memcpy((char *)c->lora_B + (size_t)i * bytes,
+                       (const char *)job->lora->B + (size_t)row * bytes, bytes);
+            }
+            HQQ_TRY(hqq_lora_addend(c->sums + j * job->block_sets + set - c->begin, c->ld_sums,
+                                    HQQ_F32, job->inner + c->m_begin * lora.rank, NULL, HQQ_F32,
+                                    &lora, c->m_end - c->m_begin, 0, sets->cycle, &alone));
+        }
+    return HQQ_OK;
 }
 
 /* The sums of the rows of W, in the order in which they are decoded. */
@@ -102,6 +140,7 @@ static hqq_status begin_linear(hqq_tiled_chunk *c)
     hqq_row_piece pieces[HQQ_MAX_SLOTS];
     hqq_row_pieces(pieces, &job->sets, c->begin, c->end);
     c->add = 1;
+    if (job->scales_input) return begin_scaled_linear(c);
     for (int j = 0; j < job->sets.slots; j++)
         HQQ_TRY(hqq_lora_addend(c->sums + j * job->block_sets, c->ld_sums, HQQ_F32,
                                 job->inner + c->m_begin * job->lora->rank, NULL, HQQ_F32,
@@ -163,11 +202,14 @@ hqq_status hqq_tiled_linear(const hqq_forward *f, const float *xa, void *workspa
     int64_t words = hqq_ceil_div(job.layout.K, job.pairs ? 2 : 1);
     job.block_columns =
         hqq_least(hqq_even_part(words, FORWARD_COLUMNS, 64), (words + 15) / 16 * 16);
+    job.scales_input = scales_input(&job);
     job.keeps_input =
+        !job.scales_input &&
         job.tokens * column_blocks(&job) * hqq_tiled_stride(job.block_columns) <= KEPT_WORDS;
     int64_t rows = FORWARD_ROWS, parts = hqq_ceil_div(job.M, job.tokens);
     while (rows > 16 && job.layout.N / rows * parts < WANTED_CHUNKS) rows -= 16;
-    job.block_sets = sets_for(&job, rows, HQQ_TILED_SETS);
+    job.block_sets = sets_for(
+        &job, rows, job.scales_input ? job.sets.cycle : hqq_tiled_sets(job.sets.slots));
     hqq_tiled_chunk measured = {.job = &job};
     return hqq_for_each_chunk(hqq_ceil_div(job.sets.sets, job.block_sets) * parts, linear_chunk,
                               &job, linear_scratch(&measured, NULL), context);

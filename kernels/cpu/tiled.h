@@ -38,7 +38,10 @@
  *     bf16 forward  494 (293)   621 (458)  699 (610)   775 (735)   762 (811)
  *     bf16 dgrad    396 (172)   565 (289)  671 (440)   764 (612)   767 (732)
  *
- * fp16 is as fast as fp32 (torch: a seventh of that). 8 bits and axis 0 take longest to decode.
+ * fp16 is as fast as fp32 (torch: a seventh of that). Of the bits and axes 8 bits take longest:
+ * 1.3 times the time at 4 bits and axis 1, at twice the bytes. At axis 0 and few tokens in bf16
+ * x takes the scales (tiled_scaled.h): at 4 bits 1.0 to 1.2 times that, where a zero and a
+ * scale a weight took 1.4 times.
  */
 #ifndef HQQ_KERNELS_CPU_TILED_H
 #define HQQ_KERNELS_CPU_TILED_H
@@ -63,8 +66,12 @@ hqq_status hqq_tiled_dgrad(const hqq_backward *b, const float *dyb, void *worksp
 
 /* Of a register tile, at most. */
 #define HQQ_TILED_TOKENS 6
-/* Sets decoded together in a forward pass: of each slot, the rows of a tile. */
-#define HQQ_TILED_SETS 4
+/* Sets decoded together in a forward pass: of each slot, the rows of a tile; where there is one
+ * slot (8 bits), of two tiles, as x is read once for all of them. */
+static inline int64_t hqq_tiled_sets(int slots)
+{
+    return slots == 1 ? 8 : 4;
+}
 
 /* Words (multiply_tile.h) between rows in scratch that hold up to `words` of them: an odd
  * number of cache lines, so that the rows do not fall into one set of L1. */
@@ -91,6 +98,8 @@ typedef struct hqq_tiled_job {
     int64_t block_rows; /* dgrad: of block_sets */
     int pairs;          /* multiply in bf16 */
     int keeps_input;    /* forward: all columns of x are copied once, else block by block */
+    int scales_input;   /* forward: x is multiplied by the scales, W stands for its codes
+                           (tiled_scaled.h); sets are taken cycle by cycle */
     hqq_isa isa;
 } hqq_tiled_job;
 
@@ -106,6 +115,7 @@ typedef struct hqq_tiled_chunk {
     void *weights; /* the decoded block */
     void *rows;    /* dgrad in bf16: [block_rows, block_columns] before they are paired */
     float *bias;   /* forward: [block_rows] */
+    void *lora_B;  /* forward that scales x: [cycle, rank] */
 } hqq_tiled_chunk;
 
 /* y [m_begin:m_end, rows of the sets], dx [m_begin:m_end, begin:end] */

@@ -7,6 +7,7 @@
 #define HQQ_KERNELS_CPU_TILED_FETCH_H
 
 #include "code_runs.h"
+#include "simd.h"
 #include "tiled.h"
 
 typedef struct hqq_strips {
@@ -22,14 +23,14 @@ static inline hqq_strips hqq_strips_of(const hqq_tiled_job *job, int64_t set_beg
     return (hqq_strips){job, set_begin, set_end, column, end - column, set_begin};
 }
 
-static inline void hqq_fetch_bytes(const void *data, int64_t at, int64_t bytes)
+HQQ_ALWAYS_INLINE void hqq_fetch_bytes(const void *data, int64_t at, int64_t bytes)
 {
     const char *from = (const char *)data + at, *end = from + bytes;
     for (; from < end; from += 64) __builtin_prefetch(from, 0, 2);
 }
 
-/* Fetches until `part` of `parts` are on their way. */
-static inline void hqq_fetch_part(hqq_strips *a, int64_t part, int64_t parts)
+/* dgrad: fetches until `part` of `parts` are on their way. */
+HQQ_ALWAYS_INLINE void hqq_fetch_part(hqq_strips *a, int64_t part, int64_t parts)
 {
     const hqq_layout *l = &a->job->layout;
     const hqq_weight *w = a->job->weight;

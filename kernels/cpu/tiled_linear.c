@@ -4,6 +4,9 @@
 #include "integers.h"
 #include "tiled_block.h"
 #include "tiled_fetch.h"
+#if HQQ_HAS_PAIRS
+#include "tiled_scaled.h"
+#endif
 
 HQQ_TILE_TABLE(hqq_multiply_inner);
 
@@ -44,27 +47,57 @@ static void copy_input(const hqq_tiled_chunk *c, const column_block *b)
     }
 }
 
-/* Sets [set, set + 4), or those of them that there are, against all tokens of the chunk. Rows
- * that there are not are multiplied all the same, to sums that nobody reads. */
-static void multiply_sets(const hqq_tiled_chunk *c, const column_block *b, int64_t set,
-                          hqq_strips *next)
+/* One of `parts` of what is decoded next, the sets from `set` on, on its way to the second
+ * cache while the tiles multiply: words, and at axis 1 zeros and scales. Part by part, as the
+ * processor waits for memory where more lines are asked for than it can keep track of. */
+HQQ_ALWAYS_INLINE void fetch_sets(const hqq_tiled_chunk *c, const column_block *b, int64_t set,
+                                  int64_t part, int64_t parts)
+{
+    const hqq_layout *l = &c->job->layout;
+    const hqq_weight *w = c->job->weight;
+    int64_t end = hqq_least(set + hqq_tiled_sets(l->per), c->end);
+    int64_t columns = b->end - b->begin, bytes = hqq_dtype_bytes(w->meta_dtype);
+    int64_t lines = hqq_ceil_div(columns * l->word_bytes, 64);
+    int64_t first = part * lines / parts * 64, last = (part + 1) * lines / parts * 64;
+    for (; set < end; set++) {
+        int64_t row = c->job->scales_input ? hqq_row_in_slot(&c->job->sets, set) : set;
+        int64_t word = row * l->K + b->begin;
+        hqq_fetch_bytes(w->packed, word * l->word_bytes + first, last - first);
+        for (int j = 0; j < l->per && l->axis == 1 && part == 0; j++) {
+            int64_t at = (word + j * l->words) / l->G * bytes;
+            hqq_fetch_bytes(w->zero, at, columns / l->G * bytes);
+            hqq_fetch_bytes(w->scale, at, columns / l->G * bytes);
+        }
+    }
+}
+
+/* The sets from `set` on that are decoded together against all tokens of the chunk. Rows that
+ * there are not are multiplied all the same, to sums that nobody reads. */
+static void multiply_sets(const hqq_tiled_chunk *c, const column_block *b, int64_t set, int add)
 {
     const hqq_tiled_job *job = c->job;
-    int64_t set_end = set + HQQ_TILED_SETS < c->end ? set + HQQ_TILED_SETS : c->end;
-    int64_t rows = job->sets.slots * HQQ_TILED_SETS, ld = hqq_tiled_stride(job->block_columns);
-    int64_t done = 0, all = hqq_ceil_div(c->m_end - c->m_begin, HQQ_TILED_TOKENS);
-    hqq_decode_rows(c->weights, b->ld, HQQ_TILED_SETS, job, set, set_end, b->begin, b->end);
+    int64_t sets = hqq_tiled_sets(job->sets.slots), set_end = hqq_least(set + sets, c->end);
+    int64_t rows = job->sets.slots * sets, ld = hqq_tiled_stride(job->block_columns);
+#if HQQ_HAS_PAIRS
+    if (job->scales_input)
+        decode_codes(c->weights, b->ld, sets, job, set, set_end, b->begin, b->end);
+    else
+#endif
+        hqq_decode_rows(c->weights, b->ld, sets, job, set, set_end, b->begin, b->end);
     for (int64_t r = 0; r < rows && b->begin + b->width > b->end; r++)
         hqq_clear_terms(c->weights, job, r * b->ld + b->end - b->begin, r * b->ld + b->width);
+    int64_t tiles_across = hqq_ceil_div(c->m_end - c->m_begin, HQQ_TILED_TOKENS);
+    int64_t done = 0, all = tiles_across * (rows / HQQ_TILED_SIDE);
     for (int64_t m = c->m_begin; m < c->m_end;) {
         int tokens = hqq_tiled_tokens(c->m_end - m);
         hqq_tile_fn tile = tiles[job->pairs][tokens];
         float *sums = c->sums + (m - c->m_begin) * c->ld_sums + set - c->begin;
         const void *input = hqq_word(input_of(c, b), (m - c->m_begin) * ld);
-        hqq_fetch_part(next, ++done, all);
-        for (int64_t r = 0; r < rows; r += HQQ_TILED_SIDE)
-            tile(sums + r / HQQ_TILED_SETS * job->block_sets + r % HQQ_TILED_SETS, c->ld_sums,
-                 input, ld, hqq_word(c->weights, r * ld), ld, b->steps, c->add || b->begin > 0);
+        for (int64_t r = 0; r < rows; r += HQQ_TILED_SIDE) {
+            fetch_sets(c, b, set + sets, done++, all);
+            tile(sums + r / sets * job->block_sets + r % sets, c->ld_sums, input, ld,
+                 hqq_word(c->weights, r * ld), ld, b->steps, add);
+        }
         m += tokens;
     }
 }
@@ -86,44 +119,42 @@ static void store_chunk(const hqq_tiled_chunk *c)
     }
 }
 
-/* Sets and columns that are multiplied one after the other: of `each` sets all columns, before
- * the next sets. */
-typedef struct place {
-    int64_t begin, set; /* begin: of the `each` sets */
-    column_block block;
-} place;
-
-static place next_place(const hqq_tiled_chunk *c, place p, int64_t each)
+#if HQQ_HAS_PAIRS
+static void multiply_scaled(const hqq_tiled_chunk *c)
 {
     const hqq_tiled_job *job = c->job;
-    p.set += HQQ_TILED_SETS;
-    if (p.set < hqq_least(p.begin + each, c->end)) return p;
-    if (p.block.end < job->layout.K) {
-        p.block = block_at(job, p.block.end);
-    } else {
-        p.begin += each;
-        p.block = block_at(job, 0);
-    }
-    p.set = p.begin;
-    return p;
+    int64_t cycle = job->sets.cycle;
+    column_block b;
+    for (int64_t begin = c->begin; begin < c->end; begin += cycle)
+        for (b = block_at(job, 0); b.begin < job->layout.K; b = block_at(job, b.end)) {
+            scale_input(c, input_of(c, &b), b.ld, b.begin, b.end, begin, c->add || b.begin > 0);
+            for (int64_t set = begin; set < begin + cycle;
+                 set += hqq_tiled_sets(job->sets.slots))
+                multiply_sets(c, &b, set, 1);
+        }
 }
+#endif
 
 void HQQ_ISA_NAME(hqq_tiled_linear_chunk)(const hqq_tiled_chunk *c)
 {
     const hqq_tiled_job *job = c->job;
-    int64_t K = job->layout.K, each = job->keeps_input ? HQQ_TILED_SETS : job->block_sets;
+    int64_t K = job->layout.K, sets = hqq_tiled_sets(job->sets.slots);
+    int64_t each = job->keeps_input ? sets : job->block_sets;
     column_block b;
+#if HQQ_HAS_PAIRS
+    if (job->scales_input) {
+        multiply_scaled(c);
+        store_scattered(c);
+        return;
+    }
+#endif
     for (b = block_at(job, 0); b.begin < K && job->keeps_input; b = block_at(job, b.end))
         copy_input(c, &b);
-    place at = {c->begin, c->begin, block_at(job, 0)};
-    while (K > 0 && at.set < c->end) {
-        place after = next_place(c, at, each);
-        int64_t fetched = hqq_least(after.set + HQQ_TILED_SETS, c->end);
-        hqq_strips next = hqq_strips_of(job, hqq_least(after.set, fetched), fetched,
-                                        after.block.begin, after.block.end);
-        if (!job->keeps_input && at.set == at.begin) copy_input(c, &at.block);
-        multiply_sets(c, &at.block, at.set, &next);
-        at = after;
-    }
+    for (int64_t begin = c->begin; begin < c->end; begin += each)
+        for (b = block_at(job, 0); b.begin < K; b = block_at(job, b.end)) {
+            if (!job->keeps_input) copy_input(c, &b);
+            for (int64_t set = begin; set < hqq_least(begin + each, c->end); set += sets)
+                multiply_sets(c, &b, set, c->add || b.begin > 0);
+        }
     store_chunk(c);
 }

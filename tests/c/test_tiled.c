@@ -213,6 +213,29 @@ static int check_formats(hqq_isa isa)
     return failures;
 }
 
+/* Scales and zeros in bf16 at axis 0, as x takes them in bf16 (tiled_scaled.h): more than eight
+ * tokens, two blocks of columns, several cycles of sets in a chunk, an adapter, a bias. */
+static int check_scaled(hqq_isa isa)
+{
+    static const int64_t cases[][6] = {/* M, N, K, G, R, bits */
+                                       {13, 256, 96, 32, 3, 4},
+                                       {12, 128, 2144, 64, 2, 2},
+                                       {17, 192, 64, 64, 0, 8},
+                                       {7, 2048, 64, 32, 2, 4}};
+    uint64_t state = 53;
+    int failures = 0;
+    for (int i = 0; i < 4; i++)
+        for (int done = 0; !done;) { /* until scales are drawn in bf16 */
+            const int64_t *c = cases[i];
+            problem p =
+                make_problem(&state, c[0], c[1], c[2], c[3], (int)c[5], 0, c[4], HQQ_BF16, isa);
+            done = p.weight.meta_dtype == HQQ_BF16;
+            if (done) failures += check_problem(&p);
+            free_problem(&p);
+        }
+    return failures;
+}
+
 /* x and dy = the identity: the products are W, rounded once, bit for bit. */
 static int check_identity(hqq_isa isa)
 {
@@ -291,7 +314,8 @@ static int check_choice(hqq_isa isa)
 
 static int check_isa(hqq_isa isa)
 {
-    return check_blocks(isa) + check_formats(isa) + check_identity(isa) + check_choice(isa);
+    return check_blocks(isa) + check_formats(isa) + check_scaled(isa) + check_identity(isa) +
+           check_choice(isa);
 }
 
 int main(void)
