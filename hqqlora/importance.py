@@ -16,18 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Of the random tokens: sequences, and tokens of each.
-_SEQUENCES, _LENGTH = 2, 128
+# Of the random tokens: sequences, in one batch, and tokens of each.
+_SEQUENCES, _LENGTH = 8, 64
 
 
 @torch.no_grad()
 def input_importance(
     model: nn.Module, inputs: Iterable[Any] | None = None, *, seed: int = 0
 ) -> dict[str, Tensor]:
-    """Runs the dense `model` and returns, for each nn.Linear that takes part, the mean square of
-    each of its inputs, for `quantize_model(..., importance=...)`.
+    """Runs the dense `model` and returns, for each nn.Linear that takes part, the mean square
+    of each of its inputs, for `quantize_model(..., importance=...)`.
 
-    No data are needed: by default the model reads 256 tokens drawn at random from its
+    No data are needed: by default the model reads 512 tokens drawn at random from its
     vocabulary, which served SmolLM2 better than text did (docs/quantizer.md).
 
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.Linear(32, 8))
@@ -35,8 +35,8 @@ def input_importance(
         >>> {name: list(values.shape) for name, values in importance.items()}
         {'0': [64], '1': [32]}
 
-    The first position of each sequence is left out of inputs [..., sequence, features], if there
-    is another: language models park attention there, with inputs unlike all others.
+    The first position of each sequence is left out of inputs [..., sequence, features], if
+    there is another: language models park attention there, with inputs unlike all others.
 
     Args:
         model: runs in eval mode, and is afterwards in the mode it was in.
@@ -64,7 +64,7 @@ def input_importance(
     return means
 
 
-def _random_tokens(model: nn.Module, seed: int) -> Iterator[dict[str, Tensor]]:
+def _random_tokens(model: nn.Module, seed: int) -> list[dict[str, Tensor]]:
     embeddings: Any = getattr(model, "get_input_embeddings", lambda: None)()
     weight = getattr(embeddings, "weight", None)
     if weight is None:
@@ -72,9 +72,8 @@ def _random_tokens(model: nn.Module, seed: int) -> Iterator[dict[str, Tensor]]:
             f"{type(model).__name__} has no input embeddings for random tokens: give inputs"
         )
     generator = torch.Generator().manual_seed(seed)
-    for _ in range(_SEQUENCES):
-        ids = torch.randint(len(weight), (1, _LENGTH), generator=generator)
-        yield {"input_ids": ids.to(weight.device)}
+    ids = torch.randint(len(weight), (_SEQUENCES, _LENGTH), generator=generator)
+    return [{"input_ids": ids.to(weight.device)}]
 
 
 def _add_squares(

@@ -79,8 +79,8 @@ class HQQLinear(LinearState):
                 `hqqlora.input_importance`). None: all the same.
 
         Raises:
-            ValueError: the group size or importance does not fit, the weight is not finite (names the
-                element), or the configuration is not supported.
+            ValueError: the group size or importance does not fit, the weight is not finite
+                (names the element), or the configuration is not supported.
             TypeError: linear_layer is not an nn.Linear, or a dtype is not float32, float16 or
                 bfloat16.
         """
@@ -271,7 +271,8 @@ class HQQLinear(LinearState):
     @torch.no_grad()
     def requantize(self, weight: Tensor, importance: Tensor | None = None) -> None:
         """Replaces the weight by `weight` [out_features, in_features] (any of float32, float16,
-        bfloat16), quantized with this layer's configuration; `importance` as in the constructor.
+        bfloat16), quantized with this layer's configuration; `importance` as for the
+        constructor.
 
         Raises:
             ValueError: another shape, or an element is not finite; the layer is unchanged.

@@ -19,9 +19,9 @@ def quantize_weight(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Quantizes `weight` [out_features, in_features] and returns (W_q, scale, zero).
 
-    With the `importance` [in_features] of its columns (see `hqqlora.input_importance`) scale and
-    zero are fitted to them after the solver has ended. Down a column (axis 0, where group_size
-    divides out_features) all weights of a group matter the same: nothing is done there.
+    With the `importance` [in_features] of its columns (see `hqqlora.input_importance`) scale
+    and zero are fitted to them after the solver has ended. Down a column (axis 0, where
+    group_size divides out_features) all weights of a group matter the same: nothing is done.
 
     Raises:
         ValueError: the group size does not divide the weight, or an element is not finite;

@@ -44,7 +44,7 @@ def fit_weighted(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(W_q, scale, zero) of axis 1 for `weight` [N, K], from those of another solver, given the
     columns' importance [K] (see `check_importance`)."""
-    N, K = weight.shape
+    K = weight.size(1)
     # A hundredth of the mean keeps a group's line defined where all its columns are never used.
     m = importance.to(weight.device, torch.float32)
     m = m / m.max()
