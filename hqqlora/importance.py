@@ -57,7 +57,7 @@ def input_importance(
     with _in_eval_mode(model), _hooked(model, partial(_add_squares, sums, rows)):
         for batch in batches:
             model(**batch) if isinstance(batch, Mapping) else model(batch)
-    means = {name: total / rows[name] for name, total in sums.items()}
+    means = {name: total / rows[name] for name, total in sums.items() if rows[name]}
     for name, values in means.items():
         if not values.isfinite().all():
             raise ValueError(f"{name}: what goes in is not finite, or its squares are not")
@@ -77,9 +77,14 @@ def _random_tokens(model: nn.Module, seed: int) -> list[dict[str, Tensor]]:
 
 
 def _add_squares(
-    sums: dict[str, Tensor], rows: dict[str, int], name: str, _: nn.Module, given: Any
+    sums: dict[str, Tensor],
+    rows: dict[str, int],
+    name: str,
+    _: nn.Module,
+    positional: tuple[Any, ...],
+    keywords: dict[str, Any],
 ) -> None:
-    x: Tensor = given[0].detach()
+    x: Tensor = (positional[0] if positional else keywords["input"]).detach()
     if x.dim() > 2 and x.size(-2) > 1:
         x = x[..., 1:, :]
     x = x.reshape(-1, x.size(-1)).float()
@@ -91,7 +96,7 @@ def _add_squares(
 @contextmanager
 def _hooked(model: nn.Module, hook: Any) -> Iterator[None]:
     handles = [
-        module.register_forward_pre_hook(partial(hook, name))
+        module.register_forward_pre_hook(partial(hook, name), with_kwargs=True)
         for name, module in model.named_modules()
         if type(module) is nn.Linear
     ]

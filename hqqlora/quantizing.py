@@ -25,7 +25,7 @@ def quantize_weight(
 
     Raises:
         ValueError: the group size does not divide the weight, or an element is not finite;
-            names the element. importance has another shape, is negative or 0 throughout.
+            names the element. importance has another shape, or is negative or not finite.
         TypeError: the weight has no data, or is not float32, float16 or bfloat16.
     """
     if weight.dtype not in META_DTYPES:

@@ -22,15 +22,14 @@ _AT_ONCE = 2**20
 
 
 def check_importance(importance: Tensor, in_features: int) -> None:
-    """Raises ValueError unless it is [in_features], finite, not negative and not all 0, and
-    TypeError unless it is a floating-point tensor."""
+    """Raises ValueError unless it is [in_features], finite and not negative, and TypeError
+    unless it is a floating-point tensor."""
     if not isinstance(importance, Tensor) or importance.dtype not in META_DTYPES:
         raise TypeError("importance must be a tensor of float32, float16 or bfloat16")
     if tuple(importance.shape) != (in_features,):
         raise ValueError(f"importance {list(importance.shape)} is not [{in_features}]")
-    least, most = torch.aminmax(importance)
-    if not (least >= 0 and 0 < most < float("inf")):  # nor NaN
-        raise ValueError("importance must be finite, not negative, and not 0 throughout")
+    if not ((importance >= 0) & importance.isfinite()).all():
+        raise ValueError("importance must be finite and not negative")
 
 
 def fit_weighted(
@@ -45,8 +44,10 @@ def fit_weighted(
     """(W_q, scale, zero) of axis 1 for `weight` [N, K], from those of another solver, given the
     columns' importance [K] (see `check_importance`)."""
     K = weight.size(1)
-    # A hundredth of the mean keeps a group's line defined where all its columns are never used.
     m = importance.to(weight.device, torch.float32)
+    if not (weight.numel() and m.any()):
+        return W_q, scale, zero
+    # A hundredth of the mean keeps a line defined for a group whose columns are never used.
     m = m / m.max()
     m = m + 0.01 * m.mean()
     levels = 2**nbits - 1

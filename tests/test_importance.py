@@ -84,11 +84,15 @@ class TestWeightedFit:
         plain = quantized(weight, 4, None, axis=0)
         assert torch.equal(quantized(weight, 4, uneven(32), axis=0), plain)
 
+    @pytest.mark.parametrize("shape", [(8, 64), (0, 64), (4, 0)])
+    def test_nothing_to_fit(self, shape: tuple[int, int]) -> None:
+        weight, m = normal(*shape), torch.zeros(shape[1])
+        assert torch.equal(quantized(weight, 4, m), quantized(weight, 4, None))
+
     @pytest.mark.parametrize(
         ("bad", "error", "says"),
         [
             (torch.ones(32), ValueError, r"\[32\] is not \[64\]"),
-            (torch.zeros(64), ValueError, "0 throughout"),
             (-torch.ones(64), ValueError, "not negative"),
             (torch.full((64,), float("nan")), ValueError, "finite"),
             (torch.full((64,), float("inf")), ValueError, "finite"),
@@ -119,6 +123,17 @@ class TestInputImportance:
         assert set(found) == {"0", "2"}
         torch.testing.assert_close(found["0"], x.square().mean(0))
         torch.testing.assert_close(found["2"], model[:2](x).square().mean(0).detach())
+
+    def test_by_keyword_and_layers_without_rows(self) -> None:
+        class Twice(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.used, self.empty = nn.Linear(8, 4), nn.Linear(8, 4)
+
+            def forward(self, x: Tensor) -> Tensor:
+                return torch.cat([self.used(input=x), self.empty(x[:0])])
+
+        assert set(input_importance(Twice(), [normal(3, 8)])) == {"used"}
 
     def test_the_first_position_is_left_out(self) -> None:
         model = nn.Sequential(nn.Linear(8, 4))
