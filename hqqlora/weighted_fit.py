@@ -45,7 +45,7 @@ def fit_weighted(
     columns' importance [K] (see `check_importance`)."""
     K = weight.size(1)
     m = importance.to(weight.device, torch.float32)
-    if not (weight.numel() and m.any()):
+    if not m.any():
         return W_q, scale, zero
     # A hundredth of the mean keeps a line defined for a group whose columns are never used.
     m = m / m.max()

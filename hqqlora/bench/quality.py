@@ -86,7 +86,10 @@ def requantizer(case: Case) -> ReadBack:
             weight, *layout, META_DTYPES[case.meta], int(chosen.solver), round_zero=round_zero
         )
         if chosen.weighted and importance is not None:
-            parts = fit_weighted(weight, *parts, *layout[:2], importance)
+            W_q, scale, zero = parts
+            parts = fit_weighted(
+                weight, W_q, scale, zero, case.nbits, case.group_size, importance
+            )
         result: Tensor = torch.ops.hqqlora.dequantize(
             *parts, *weight.shape, *layout, torch.float32
         )
