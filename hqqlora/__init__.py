@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from hqqlora.auto_hqq_model import AutoHQQHFModel, HQQModelForCausalLM
     from hqqlora.gguf import export_gguf, export_gguf_adapter, load_gguf
     from hqqlora.hqq_patch import patch_hqq, unpatch_hqq
+    from hqqlora.importance import input_importance
     from hqqlora.memory import MemoryReport, memory_report
     from hqqlora.nonfinite import find_nonfinite
     from hqqlora.transformers import HqqConfig
@@ -64,6 +65,7 @@ __all__ = [
     "export_gguf",
     "export_gguf_adapter",
     "find_nonfinite",
+    "input_importance",
     "load_adapter",
     "load_gguf",
     "lora_parameters",
@@ -85,6 +87,7 @@ _ON_DEMAND = {
     "export_gguf": "hqqlora.gguf",
     "export_gguf_adapter": "hqqlora.gguf",
     "find_nonfinite": "hqqlora.nonfinite",
+    "input_importance": "hqqlora.importance",
     "load_gguf": "hqqlora.gguf",
     "memory_report": "hqqlora.memory",
     "patch_hqq": "hqqlora.hqq_patch",

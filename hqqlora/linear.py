@@ -61,6 +61,7 @@ class HQQLinear(LinearState):
         initialize: bool = True,
         *,
         meta_dtype: torch.dtype | None = None,
+        importance: Tensor | None = None,
     ) -> None:
         """Quantizes a dense layer.
 
@@ -74,10 +75,12 @@ class HQQLinear(LinearState):
             initialize: False: do not quantize, only make tensors of the right shapes (with a
                 layer) for a checkpoint to fill.
             meta_dtype: of scale and zero. None: compute_dtype.
+            importance: [in_features], how much an error in each column counts (see
+                `hqqlora.input_importance`). None: all the same.
 
         Raises:
-            ValueError: the group size does not fit, the weight is not finite (names the
-                element), or the configuration is not supported.
+            ValueError: the group size or importance does not fit, the weight is not finite
+                (names the element), or the configuration is not supported.
             TypeError: linear_layer is not an nn.Linear, or a dtype is not float32, float16 or
                 bfloat16.
         """
@@ -116,7 +119,7 @@ class HQQLinear(LinearState):
         )
         if not initialize:
             return
-        self.requantize(weight.detach())
+        self.requantize(weight.detach(), importance)
         if linear_layer.bias is not None:
             self.bias.data.copy_(linear_layer.bias.detach())
         if del_orig:
@@ -266,9 +269,10 @@ class HQQLinear(LinearState):
         return dense
 
     @torch.no_grad()
-    def requantize(self, weight: Tensor) -> None:
+    def requantize(self, weight: Tensor, importance: Tensor | None = None) -> None:
         """Replaces the weight by `weight` [out_features, in_features] (any of float32, float16,
-        bfloat16), quantized with this layer's configuration.
+        bfloat16), quantized with this layer's configuration; `importance` as for the
+        constructor.
 
         Raises:
             ValueError: another shape, or an element is not finite; the layer is unchanged.
@@ -279,7 +283,7 @@ class HQQLinear(LinearState):
                 f"weight {list(weight.shape)} is not [{m.out_features}, {m.in_features}]"
             )
         W_q, scale, zero = quantize_weight(
-            weight.to(self.W_q.device), m.settings, self.scale.dtype
+            weight.to(self.W_q.device), m.settings, self.scale.dtype, importance
         )
         self.W_q.data, self.scale.data, self.zero.data = W_q, scale, zero
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from hqqlora.expert_weights import HQQExpertWeights
@@ -32,6 +32,8 @@ def quantize_model(
     meta_dtype: torch.dtype | None = None,
     progress: bool = True,
     device: torch.device | str | int | None = None,
+    *,
+    importance: Mapping[str, Tensor] | None = None,
 ) -> nn.Module:
     """Replaces every nn.Linear of `model` by an `HQQLinear`, in place, and every projection of
     a transformers experts module, which is a 3-D parameter, by an `HQQExpertWeights`.
@@ -65,6 +67,9 @@ def quantize_model(
         progress: show a progress bar on stderr.
         device: where each layer is quantized and then lives; None: where it is. (What is not
             quantized stays.)
+        importance: how much an error in each column of a layer counts, by the layers' names, as
+            `input_importance` gives it; layers it does not name, and experts, are quantized
+            without. None: none.
 
     Returns:
         model.
@@ -78,6 +83,7 @@ def quantize_model(
     if type(model) is nn.Linear:
         raise TypeError("model is itself an nn.Linear: use HQQLinear(model, config)")
     plan = layers_to_quantize(model, config, tuple(skip_modules))
+    given = importance or {}
     for name in tqdm(list(plan), desc="quantizing", unit="layer", disable=not progress):
         places, settings = plan.pop(name)
         try:
@@ -99,6 +105,7 @@ def quantize_model(
                 compute_dtype=compute_dtype or dense.weight.dtype,
                 meta_dtype=meta_dtype,
                 device=device,
+                importance=next((given[place] for place in places if place in given), None),
             )
         except (TypeError, ValueError) as error:
             raise type(error)(f"{name}: {error}") from error

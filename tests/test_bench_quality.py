@@ -7,9 +7,9 @@ from hqqlora.cli import main
 
 
 def test_each_solver_is_what_its_name_says():
-    weight = torch.randn(32, 128) * 0.02
+    weight, importance = torch.randn(32, 128) * 0.02, torch.rand(128)
     read = {
-        name: quality.requantizer(quality.Case(4, 64, "fp16", name))(weight)
+        name: quality.requantizer(quality.Case(4, 64, "fp16", name))(weight, importance)
         for name in quality.QUANTIZERS
     }
     for name, value in read.items():

