@@ -52,7 +52,13 @@ static void fetch_part(strips *a, int64_t part, int64_t parts)
     int64_t end = a->first + (a->set_end - a->first) * part / parts;
     for (; a->set < end; a->set++) {
         int64_t word = a->set * l->K + a->column, bytes = hqq_dtype_bytes(w->meta_dtype);
-        fetch_bytes(w->packed, word * l->word_bytes, a->columns * l->word_bytes);
+        if (l->planes) {
+            hqq_plane_row row = hqq_plane_row_of(w->packed, l, a->set);
+            fetch_bytes(row.twos, a->column, a->columns);
+            fetch_bytes(row.ones, a->column, a->columns);
+        } else {
+            fetch_bytes(w->packed, word * l->word_bytes, a->columns * l->word_bytes);
+        }
         if (l->axis == 0) {
             int64_t at = word % l->groups * bytes;
             fetch_bytes(w->zero, at, a->columns * bytes);
