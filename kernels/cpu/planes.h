@@ -1,6 +1,17 @@
 /* 3 bits in planes to the bytes of 4 bits (kernels/format.h), a stretch of a packed row at a
  * time, into the first cache: two loads, two shifts, two operations of logic and a store for
- * 128 weights. Included by ISA sources only. */
+ * 128 weights. Included by ISA sources only.
+ *
+ * 4096 x 4096 in bf16, G = 64, a Zen 4, one thread, cold: times the speed of 4 bits, axis 1, by
+ * tokens; hqq's words beside it:
+ *
+ *                            1            16           128           512
+ *     axis 1 forward   0.63 (0.21)   0.98 (0.64)   0.94 (0.80)   0.98 (0.92)
+ *            dgrad     1.00 (0.23)   0.94 (0.65)   0.99 (0.81)   0.98 (0.86)
+ *     axis 0 forward   0.51 (0.15)   0.82 (0.75)   0.92 (0.87)   0.96 (0.92)
+ *            dgrad     1.16 (0.28)   0.90 (0.83)   0.93 (0.82)   0.98 (0.87)
+ *
+ * Without the prefetching, forward at 1 token (axis 1) is 0.47. */
 #ifndef HQQ_KERNELS_CPU_PLANES_H
 #define HQQ_KERNELS_CPU_PLANES_H
 
