@@ -3,9 +3,9 @@
 #include <math.h>
 
 #include "dtype.h"
-#include "format.h"
 #include "integers.h"
 #include "status.h"
+#include "weight_layout.h"
 
 typedef long long ll;
 
@@ -49,7 +49,28 @@ hqq_status hqq_check_shape(const hqq_weight *w)
                         "weight",
                         (ll)w->group_size, (ll)elements, (ll)w->out_features,
                         (ll)w->in_features);
+    HQQ_TRY(hqq_check_packing("weight.packing", w->packing, w));
     return hqq_check_dtype("weight.meta_dtype", w->meta_dtype);
+}
+
+hqq_status hqq_check_packing(const char *name, hqq_packing packing, const hqq_weight *w)
+{
+    if (packing == HQQ_PACKING_HQQ) return HQQ_OK;
+    if (packing != HQQ_PACKING_PLANES)
+        return hqq_fail(HQQ_INVALID,
+                        "%s is %d; expected HQQ_PACKING_HQQ (0) or HQQ_PACKING_PLANES (1)",
+                        name, (int)packing);
+    hqq_layout l = hqq_layout_packed_as(w, HQQ_PACKING_HQQ);
+    if (hqq_planes_fit(&l)) return HQQ_OK;
+    if (w->nbits != 3)
+        return hqq_fail(HQQ_INVALID, "%s is HQQ_PACKING_PLANES (1) with nbits %d; expected 3",
+                        name, w->nbits);
+    return hqq_fail(HQQ_INVALID,
+                    "%s is HQQ_PACKING_PLANES (1), for which 8 must divide out_features %lld "
+                    "and %s %lld",
+                    name, (ll)w->out_features,
+                    w->axis == 1 ? "the number of groups" : "group_size",
+                    (ll)(w->axis == 1 ? l.groups : l.G));
 }
 
 hqq_status hqq_check_aligned(const char *name, const void *data, int64_t bytes)
@@ -57,6 +78,11 @@ hqq_status hqq_check_aligned(const char *name, const void *data, int64_t bytes)
     if ((uintptr_t)data % (uintptr_t)bytes == 0) return HQQ_OK;
     return hqq_fail(HQQ_INVALID, "%s at %p is not aligned to its elements of %lld bytes", name,
                     data, (ll)bytes);
+}
+
+hqq_status hqq_check_packed(const hqq_weight *w)
+{
+    return hqq_check_aligned("weight.packed", w->packed, hqq_stored_layout(w).word_bytes);
 }
 
 hqq_status hqq_check_weight(const hqq_weight *w)
@@ -68,7 +94,7 @@ hqq_status hqq_check_weight(const hqq_weight *w)
                         !w->packed  ? "packed"
                         : !w->scale ? "scale"
                                     : "zero");
-    HQQ_TRY(hqq_check_aligned("weight.packed", w->packed, hqq_word_bytes(w->nbits)));
+    HQQ_TRY(hqq_check_packed(w));
     HQQ_TRY(hqq_check_aligned("weight.scale", w->scale, hqq_dtype_bytes(w->meta_dtype)));
     return hqq_check_aligned("weight.zero", w->zero, hqq_dtype_bytes(w->meta_dtype));
 }

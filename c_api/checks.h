@@ -8,7 +8,14 @@
  * enough from overflow for byte counts. */
 int hqq_too_many(int64_t rows, int64_t columns);
 
-/* N, K, G, nbits, axis and meta_dtype fit together and N*K does not overflow. */
+/* `packing` is one that there is, and that fits the weight, whose shape must have been checked.
+ */
+hqq_status hqq_check_packing(const char *name, hqq_packing packing, const hqq_weight *weight);
+
+/* weight->packed is aligned to its words. */
+hqq_status hqq_check_packed(const hqq_weight *weight);
+
+/* N, K, G, nbits, axis, packing and meta_dtype fit together and N*K does not overflow. */
 hqq_status hqq_check_shape(const hqq_weight *weight);
 
 /* And the arrays are there. */

@@ -99,7 +99,15 @@ typedef enum hqq_solver {
     HQQ_SOLVER_MINMAX = 2     /* the range of each group alone (hqq's optimize=False) */
 } hqq_solver;
 
-/* A frozen HQQ weight, in hqq's own layout (see hqq_layout_of). */
+/* How codes lie in memory. Planes are for 3 bits alone, at exactly 3 bits a weight where hqq's
+ * words take 3.2, and fast: E/4 bytes with q >> 1 as hqq packs 2 bits, then E/8 bytes with q &
+ * 1 as hqq packs 1 bit, E = N*K. 8 must divide N, and E/G for axis 1 or G for axis 0. */
+typedef enum hqq_packing {
+    HQQ_PACKING_HQQ = 0,   /* hqq's own words, as in checkpoints */
+    HQQ_PACKING_PLANES = 1 /* 3 bits in memory: see hqq_repack */
+} hqq_packing;
+
+/* A frozen HQQ weight, in hqq's own layout (see hqq_layout_of) or in planes. */
 typedef struct hqq_weight {
     int64_t out_features; /* N */
     int64_t in_features;  /* K */
@@ -107,7 +115,8 @@ typedef struct hqq_weight {
     int32_t nbits;        /* 8, 4, 3, 2 or 1 */
     int32_t axis;         /* 1: a group runs along a row; 0: down a column */
     hqq_dtype meta_dtype; /* of scale and zero */
-    const void *packed;   /* [words] uint8, or int32 for 3 bits */
+    hqq_packing packing;  /* of packed; 0: hqq's own */
+    const void *packed;   /* [words] uint8, or int32 for 3 bits in hqq's own packing */
     const void *scale;    /* [N*K/G] */
     const void *zero;     /* [N*K/G] */
 } hqq_weight;
@@ -200,8 +209,8 @@ HQQ_API hqq_kernel hqq_choose_kernel(const hqq_weight *weight, int64_t M, hqq_dt
 /* ---- format ----------------------------------------------------------------------- */
 
 /* Sizes of the arrays behind a weight: `words` packed words of `word_bytes` bytes each (1,
- * or 4 for 3 bits) and `groups` scales and zeros. Uses out_features, in_features,
- * group_size, nbits and axis. Any output may be NULL. */
+ * or 4 for 3 bits in hqq's own packing) and `groups` scales and zeros. Uses out_features,
+ * in_features, group_size, nbits, axis and packing. Any output may be NULL. */
 HQQ_API hqq_status hqq_layout_of(int64_t *words, int64_t *word_bytes, int64_t *groups,
                                  const hqq_weight *weight);
 
@@ -212,7 +221,7 @@ HQQ_API hqq_quantize_options hqq_quantize_defaults(void);
 
 /* Quantizes W [N,K] (contiguous, any dtype). `weight` gives N, K, G, nbits, axis and
  * meta_dtype; its pointers are not read.
- *   packed  = [words], of hqq_layout_of; tail slots are zero
+ *   packed  = [words], of hqq_layout_of, in hqq's own packing alone; tail slots are zero
  *   scale   = [groups] in meta_dtype
  *   zero    = [groups] in meta_dtype
  * HQQ_NON_FINITE, with nothing written, if W has a NaN or an infinity. */
@@ -227,6 +236,11 @@ HQQ_API hqq_status hqq_pack(void *packed, const uint8_t *codes, const hqq_weight
 
 /* The inverse: codes [N*K] = the codes of `weight`. */
 HQQ_API hqq_status hqq_unpack(uint8_t *codes, const hqq_weight *weight,
+                              const hqq_context *context);
+
+/* packed [words of that packing] = the codes of `weight` in `packing`; they must not overlap.
+ * HQQ_INVALID where planes do not fit the weight. */
+HQQ_API hqq_status hqq_repack(void *packed, hqq_packing packing, const hqq_weight *weight,
                               const hqq_context *context);
 
 /* ---- frozen weight ---------------------------------------------------------------- */

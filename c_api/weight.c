@@ -3,8 +3,8 @@
 
 #include "checks.h"
 #include "backend.h"
-#include "format.h"
 #include "status.h"
+#include "weight_layout.h"
 
 #define HQQ_STRING_(x) #x
 #define HQQ_STRING(x)  HQQ_STRING_(x)
@@ -15,11 +15,6 @@ const char *hqq_version(void)
         HQQ_VERSION_PATCH);
 }
 
-static hqq_layout layout_of(const hqq_weight *w)
-{
-    return hqq_layout_make(w->out_features, w->in_features, w->group_size, w->nbits, w->axis);
-}
-
 hqq_status hqq_layout_of(int64_t *words, int64_t *word_bytes, int64_t *groups,
                          const hqq_weight *weight)
 {
@@ -28,7 +23,7 @@ hqq_status hqq_layout_of(int64_t *words, int64_t *word_bytes, int64_t *groups,
     HQQ_TRY(hqq_check_aligned("words", words, sizeof *words));
     HQQ_TRY(hqq_check_aligned("word_bytes", word_bytes, sizeof *word_bytes));
     HQQ_TRY(hqq_check_aligned("groups", groups, sizeof *groups));
-    hqq_layout layout = layout_of(weight);
+    hqq_layout layout = hqq_stored_layout(weight);
     if (words) *words = layout.words;
     if (word_bytes) *word_bytes = layout.word_bytes;
     if (groups) *groups = layout.groups;
@@ -77,6 +72,11 @@ hqq_status hqq_quantize(void *packed, void *scale, void *zero, const void *W, hq
     HQQ_TRY(hqq_check_shape(weight));
     HQQ_TRY(hqq_check_dtype("W_dtype", W_dtype));
     HQQ_TRY(check_options(options, weight->nbits));
+    if (weight->packing != HQQ_PACKING_HQQ)
+        return hqq_fail(HQQ_UNSUPPORTED,
+                        "weight.packing is %d; hqq_quantize writes hqq's own words (%d), which "
+                        "hqq_repack then puts into another packing",
+                        (int)weight->packing, HQQ_PACKING_HQQ);
     HQQ_TRY(hqq_check_context(context));
     if (weight->out_features == 0 || weight->in_features == 0) return HQQ_OK;
     HQQ_TRY(hqq_check_matrix("W", W, weight->out_features, weight->in_features,
@@ -95,7 +95,7 @@ hqq_status hqq_pack(void *packed, const uint8_t *codes, const hqq_weight *weight
     hqq_clear_error();
     HQQ_TRY(hqq_check_shape(weight));
     HQQ_TRY(hqq_check_context(context));
-    hqq_layout layout = layout_of(weight);
+    hqq_layout layout = hqq_stored_layout(weight);
     if (layout.elements == 0) return HQQ_OK;
     if (!packed || !codes)
         return hqq_fail(HQQ_INVALID, "%s is NULL", packed ? "codes" : "packed");
@@ -111,8 +111,24 @@ hqq_status hqq_unpack(uint8_t *codes, const hqq_weight *weight, const hqq_contex
     if (weight->out_features == 0 || weight->in_features == 0) return HQQ_OK;
     if (!codes || !weight->packed)
         return hqq_fail(HQQ_INVALID, "%s is NULL", codes ? "weight.packed" : "codes");
-    HQQ_TRY(hqq_check_aligned("weight.packed", weight->packed, hqq_word_bytes(weight->nbits)));
+    HQQ_TRY(hqq_check_packed(weight));
     return hqq_backend_unpack(codes, weight, context);
+}
+
+hqq_status hqq_repack(void *packed, hqq_packing packing, const hqq_weight *weight,
+                      const hqq_context *context)
+{
+    hqq_clear_error();
+    HQQ_TRY(hqq_check_shape(weight));
+    HQQ_TRY(hqq_check_packing("packing", packing, weight));
+    HQQ_TRY(hqq_check_context(context));
+    hqq_layout layout = hqq_layout_packed_as(weight, packing);
+    if (layout.elements == 0) return HQQ_OK;
+    if (!packed || !weight->packed)
+        return hqq_fail(HQQ_INVALID, "%s is NULL", packed ? "weight.packed" : "packed");
+    HQQ_TRY(hqq_check_aligned("packed", packed, layout.word_bytes));
+    HQQ_TRY(hqq_check_packed(weight));
+    return hqq_backend_repack(packed, packing, weight, context);
 }
 
 static hqq_status check_range(const char *name, int64_t begin, int64_t end, int64_t size)

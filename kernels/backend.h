@@ -85,6 +85,9 @@ hqq_status hqq_backend_pack(void *packed, const uint8_t *codes, const hqq_weight
                             const hqq_context *context);
 hqq_status hqq_backend_unpack(uint8_t *codes, const hqq_weight *weight,
                               const hqq_context *context);
+/* From one packing to another. */
+hqq_status hqq_backend_repack(void *packed, hqq_packing packing, const hqq_weight *weight,
+                              const hqq_context *context);
 
 /* See hqq_quantize. */
 hqq_status hqq_backend_quantize(void *packed, void *scale, void *zero, const void *W,

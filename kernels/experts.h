@@ -4,7 +4,7 @@
 
 #include "backend.h"
 #include "dtype.h"
-#include "format.h"
+#include "weight_layout.h"
 
 /* The weight and adapter that `forward` and `backward` point to; so it must not be copied. */
 typedef struct hqq_expert {
@@ -33,8 +33,7 @@ static inline void *hqq_element_mut(void *data, hqq_dtype dtype, int64_t i)
 static inline void hqq_weight_of_expert(hqq_weight *out, const hqq_weight *first, int64_t e)
 {
     *out = *first;
-    hqq_layout layout = hqq_layout_make(first->out_features, first->in_features,
-                                        first->group_size, first->nbits, first->axis);
+    hqq_layout layout = hqq_stored_layout(first);
     if (!first->packed) return;
     out->packed = (const char *)first->packed + e * layout.words * layout.word_bytes;
     out->scale = hqq_element(first->scale, first->meta_dtype, e * layout.groups);

@@ -13,7 +13,14 @@
  *                        e = w   | e = w + words          (= n and n + N/2 at the same k)
  *     3 bits, int32 w:   31 30 (unused) | 29..27: e = w | 26..24: e = w + words | ... | 2..0
  *
- * Slots past the last element are zero. Element e belongs to group
+ * Slots past the last element are zero. In memory, not in checkpoints, 3 bits may also be in
+ * "planes" (hqq_packing of hqqlora.h), exactly 3 bits a weight, both planes packed as above:
+ *
+ *     E/4 bytes: q >> 1, as 2 bits     then E/8 bytes: q & 1, as 1 bit
+ *
+ * That is for weights whose rows align in both: then one byte of each plane and a shift each
+ * make the byte that 4 bits would have for the same codes ("nibbles", hqq_plane_row), so that
+ * whatever serves 4 bits serves planes. Element e belongs to group
  *     axis 1:  e div G                     axis 0:  e mod (E/G)
  */
 #ifndef HQQ_KERNELS_FORMAT_H
@@ -73,6 +80,7 @@ typedef struct hqq_layout {
     int nbits, axis;
     int per;        /* slots in a word */
     int word_bytes; /* 1 or 4 */
+    int planes;     /* 3 bits in planes: `words` are their bytes, and per is 0 */
 } hqq_layout;
 
 /* Shapes must have been checked: nbits and axis valid, G > 0 and dividing N*K. */
@@ -91,7 +99,64 @@ HQQ_INLINE hqq_layout hqq_layout_make(int64_t N, int64_t K, int64_t G, int nbits
     int64_t rows = axis == 1 ? l.groups : G;
     int64_t cols = axis == 1 ? G : l.groups;
     l.words = (rows + l.per - 1) / l.per * cols;
+    l.planes = 0;
     return l;
+}
+
+/* Whether a 3-bit weight may be in planes: no slot of a byte is partly empty, and a packed row
+ * holds whole rows of W. */
+HQQ_INLINE int hqq_planes_fit(const hqq_layout *l)
+{
+    int64_t rows = l->axis == 1 ? l->groups : l->G;
+    return l->nbits == 3 && l->N % 8 == 0 && rows % 8 == 0;
+}
+
+/* The layout of the same weight in planes; they must fit. */
+HQQ_INLINE hqq_layout hqq_layout_in_planes(hqq_layout l)
+{
+    l.words = l.elements / 8 * 3;
+    l.word_bytes = 1;
+    l.per = 0;
+    l.planes = 1;
+    return l;
+}
+
+/* How kernels see planes: as the 4-bit bytes that hqq_plane_row's rows make. */
+HQQ_INLINE hqq_layout hqq_layout_of_nibbles(const hqq_layout *planes)
+{
+    hqq_layout l = hqq_layout_make(planes->N, planes->K, planes->G, 4, planes->axis);
+    l.planes = 1;
+    return l;
+}
+
+/* What makes row p of the nibbles, which holds row p of W in its upper halves and row p + N/2
+ * in its lower ones. The 2-bit slots of row p mod N/4 are rows 0, 1, 2, 3 times N/4 behind it;
+ * the 1-bit slots of row p mod N/8 likewise eighths:
+ *
+ *     p < N/4    2 bits   [p] . . .  [p + N/2] . . .   >> 1       1 bit, s = p div N/8:
+ *                         7 6 5 4     3 2 1 0                      7-s and 3-s >> 3 - s
+ *     else       2 bits   . . [p] .  . . [p + N/2] .   << 1
+ *
+ *     nibbles = (twos >> 1 or twos << 1) & 0x66  |  ones >> (3 - s) & 0x11 */
+typedef struct hqq_plane_row {
+    const uint8_t *twos, *ones;
+    int twos_left; /* 0: they are shifted right */
+    int ones_right;
+} hqq_plane_row;
+
+enum { HQQ_TWOS_MASK = 0x66, HQQ_ONES_MASK = 0x11 };
+
+/* l: either layout of planes. */
+HQQ_INLINE hqq_plane_row hqq_plane_row_of(const void *packed, const hqq_layout *l, int64_t p)
+{
+    const uint8_t *planes = (const uint8_t *)packed;
+    int64_t quarter = l->N / 4, eighth = l->N / 8, s = p / eighth;
+    hqq_plane_row row;
+    row.twos = planes + (p < quarter ? p : p - quarter) * l->K;
+    row.ones = planes + l->elements / 4 + (p - s * eighth) * l->K;
+    row.twos_left = p >= quarter;
+    row.ones_right = 3 - (int)s;
+    return row;
 }
 
 HQQ_INLINE int64_t hqq_group_of(const hqq_layout *l, int64_t e)
@@ -119,9 +184,16 @@ HQQ_INLINE uint32_t hqq_word_at(const void *packed, int nbits, int64_t word)
                                       : ((const uint8_t *)packed)[word];
 }
 
-/* The code of element e. One at a time: for references and tails. */
+/* The code of element e, of words or in planes. One at a time: for references and tails. */
 HQQ_INLINE int hqq_code_at(const void *packed, const hqq_layout *l, int64_t e)
 {
+    if (l->planes) {
+        const uint8_t *twos = (const uint8_t *)packed;
+        int64_t quarter = l->elements / 4, eighth = l->elements / 8;
+        int high = twos[e % quarter] >> hqq_slot_shift(2, (int)(e / quarter)) & 3;
+        int low = twos[quarter + e % eighth] >> hqq_slot_shift(1, (int)(e / eighth)) & 1;
+        return high << 1 | low;
+    }
     int slot = (int)(e / l->words);
     uint32_t word = hqq_word_at(packed, l->nbits, e % l->words);
     return (int)(word >> hqq_slot_shift(l->nbits, slot)) & hqq_max_code(l->nbits);

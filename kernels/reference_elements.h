@@ -6,12 +6,12 @@
 #include "backend.h"
 #include "dropout.h"
 #include "dtype.h"
+#include "weight_layout.h"
 
 /* W[n,k] in fp32: (q - zero) * scale, each step rounded. */
 HQQ_INLINE float hqq_reference_element(const hqq_weight *w, int64_t n, int64_t k)
 {
-    hqq_layout layout =
-        hqq_layout_make(w->out_features, w->in_features, w->group_size, w->nbits, w->axis);
+    hqq_layout layout = hqq_stored_layout(w);
     int64_t e = n * layout.K + k;
     int64_t group = hqq_group_of(&layout, e);
     float zero = hqq_load(w->zero, w->meta_dtype, group);

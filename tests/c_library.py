@@ -11,6 +11,7 @@ import numpy as np
 from format_oracle import Format
 
 F32, F16, BF16 = 0, 1, 2
+HQQS_OWN = 0
 OK, INVALID, UNSUPPORTED, NO_MEMORY, NON_FINITE, CALLBACK = range(6)
 
 
@@ -24,6 +25,7 @@ class Weight(ct.Structure):
         ("nbits", ct.c_int32),
         ("axis", ct.c_int32),
         ("meta_dtype", ct.c_int),
+        ("packing", ct.c_int),
         ("packed", ct.c_void_p),
         ("scale", ct.c_void_p),
         ("zero", ct.c_void_p),
@@ -72,9 +74,8 @@ def descriptor(
     zero: np.ndarray | None = None,
 ) -> Weight:
     """An hqq_weight; it borrows the arrays."""
-    return Weight(
-        f.N, f.K, f.G, f.nbits, f.axis, F32, pointer(packed), pointer(scale), pointer(zero)
-    )
+    arrays = (pointer(packed), pointer(scale), pointer(zero))
+    return Weight(f.N, f.K, f.G, f.nbits, f.axis, F32, HQQS_OWN, *arrays)
 
 
 def check(status: int) -> None:

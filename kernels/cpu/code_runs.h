@@ -15,8 +15,7 @@
 #ifndef HQQ_KERNELS_CPU_CODE_RUNS_H
 #define HQQ_KERNELS_CPU_CODE_RUNS_H
 
-#include "format.h"
-#include "hqqlora.h"
+#include "weight_layout.h"
 
 typedef struct hqq_run {
     const void *words; /* the word of the first element */
@@ -35,9 +34,11 @@ typedef struct hqq_run_cursor {
     int shift;
 } hqq_run_cursor;
 
+/* As the kernels see the weight: planes as the nibbles that they make (planes.h). */
 static inline hqq_layout hqq_weight_layout(const hqq_weight *w)
 {
-    return hqq_layout_make(w->out_features, w->in_features, w->group_size, w->nbits, w->axis);
+    hqq_layout l = hqq_stored_layout(w);
+    return l.planes ? hqq_layout_of_nibbles(&l) : l;
 }
 
 /* Where an element lies: what a row starts from. */

@@ -22,8 +22,8 @@
 static inline int hqq_rows_decode_in_pairs(const hqq_tiled_job *job)
 {
     const hqq_layout *l = &job->layout;
-    return l->axis == 1 && l->nbits <= 4 && hqq_rows_align(l) && hqq_groups_align(l) &&
-           l->G % 32 == 0;
+    return l->axis == 1 && l->nbits <= 4 && !l->planes && hqq_rows_align(l) &&
+           hqq_groups_align(l) && l->G % 32 == 0;
 }
 
 /* Where a row's codes and groups are, from some column on. */

@@ -17,6 +17,7 @@
 #include "decode.h"
 #include "decode_bf16.h"
 #include "look_up_16.h"
+#include "planes.h"
 
 #define INLINE HQQ_ALWAYS_INLINE
 
@@ -116,7 +117,7 @@ INLINE void prefetch_row(const block *b, const hqq_layout *l, const hqq_place *p
 {
     const int64_t rows_ahead = 8, narrow = 1024;
     int64_t bytes = b->columns * l->word_bytes;
-    if (bytes > narrow) return;
+    if (bytes > narrow || l->planes) return;
     int64_t word = place->word + rows_ahead * step->word;
     if (word >= l->words) return;
     const char *words = (const char *)b->weight->packed + word * l->word_bytes;
@@ -183,13 +184,14 @@ INLINE int64_t usual_groups(void *out, hqq_dtype dtype, int64_t at, const hqq_ru
     return 0;
 }
 
-/* The columns of a row that begin with a group, all in one slot: groups follow one another. */
+/* The columns of a row that begin with a group, all in one slot: groups follow one another.
+ * words: of the first. */
 INLINE void whole_groups(void *out, hqq_dtype dtype, int64_t at, const hqq_weight *w,
-                         const hqq_layout *l, const hqq_place *place, int64_t columns,
-                         code_kind kind)
+                         const hqq_layout *l, const hqq_place *place, const void *words,
+                         int64_t columns, code_kind kind)
 {
     float zero[META_AT_ONCE], scale[META_AT_ONCE];
-    hqq_run run = {.words = (const char *)w->packed + place->word * l->word_bytes,
+    hqq_run run = {.words = words,
                    .group = place->turn,
                    .length = l->G,
                    .shift = hqq_slot_shift(l->nbits, (int)place->slot)};
@@ -213,6 +215,32 @@ INLINE void whole_groups(void *out, hqq_dtype dtype, int64_t at, const hqq_weigh
     }
 }
 
+/* Some columns of a row. words: where the one at `place` is, and the ones behind it. */
+INLINE void decode_columns(void *out, hqq_dtype dtype, int64_t at, const hqq_weight *w,
+                           const hqq_layout *l, const hqq_place *place, const void *words,
+                           int64_t columns, code_kind kind, int axis, hqq_dtype meta)
+{
+    if (axis == 1 && place->rest == 0 && place->word + columns <= l->words) {
+        whole_groups(out, dtype, at, w, l, place, words, columns, kind);
+        return;
+    }
+    hqq_run_cursor cursor = hqq_runs_from(l, w->packed, place, columns);
+    if (l->planes) cursor.packed = words, cursor.word = 0; /* its rows end with the words */
+    for (hqq_run run; hqq_runs_next(&run, &cursor); at += run.length) {
+        if (axis == 1) {
+            float zero = hqq_load_quick(w->zero, meta, run.group);
+            float scale = hqq_load_quick(w->scale, meta, run.group);
+            int normal = scale == 1.0f && zero == 0.0f; /* codes themselves */
+            constant_run(out, dtype, at, &run, kind, w->nbits, zero, scale, normal);
+        } else {
+            varying_run(out, dtype, at, &run, kind, w, meta);
+        }
+    }
+}
+
+/* Columns of planes that are made bytes of 4 bits at a time. */
+#define NIBBLES 1024
+
 /* Every row of the block; dtype, kind and axis are constants here, meta is one for axis 0. */
 INLINE void all_rows(const block *b, hqq_dtype dtype, code_kind kind, int axis, hqq_dtype meta)
 {
@@ -221,21 +249,29 @@ INLINE void all_rows(const block *b, hqq_dtype dtype, code_kind kind, int axis, 
     hqq_place place = hqq_place_of(&layout, b->row * layout.K + b->column);
     hqq_place step = hqq_place_of(&layout, b->row_step * layout.K);
     for (int64_t i = 0; i < b->rows; i++, place = hqq_place_add(&layout, place, &step)) {
-        int64_t at = i * b->ld;
+        const char *words = w->packed;
+        int64_t columns = b->columns, at = i * b->ld;
+        hqq_place from = place;
+        uint8_t nibbles[NIBBLES];
         prefetch_row(b, &layout, &place, &step);
-        if (axis == 1 && place.rest == 0 && place.word + b->columns <= layout.words) {
-            whole_groups(b->out, dtype, at, w, &layout, &place, b->columns, kind);
+        if (!layout.planes) {
+            words += place.word * layout.word_bytes;
+            decode_columns(b->out, dtype, at, w, &layout, &from, words, columns, kind, axis,
+                           meta);
             continue;
         }
-        hqq_run_cursor cursor = hqq_runs_from(&layout, w->packed, &place, b->columns);
-        for (hqq_run run; hqq_runs_next(&run, &cursor); at += run.length) {
-            if (axis == 1) {
-                float zero = hqq_load_quick(w->zero, meta, run.group);
-                float scale = hqq_load_quick(w->scale, meta, run.group);
-                int normal = scale == 1.0f && zero == 0.0f; /* codes themselves */
-                constant_run(b->out, dtype, at, &run, kind, w->nbits, zero, scale, normal);
-            } else
-                varying_run(b->out, dtype, at, &run, kind, w, meta);
+        if (kind != SMALL_BYTES) return;
+        int64_t p = (b->row + i * b->row_step) % (layout.N / 2);
+        hqq_plane_row row = hqq_plane_row_of(w->packed, &layout, p);
+        int64_t next = b->row_step * layout.K * (columns <= NIBBLES ? 8 : 1);
+        for (int64_t k = 0; k < columns; k += NIBBLES) {
+            int64_t n = columns - k < NIBBLES ? columns - k : NIBBLES;
+            if (k > 0)
+                from = hqq_place_of(&layout,
+                                    (b->row + i * b->row_step) * layout.K + b->column + k);
+            hqq_nibbles_of_planes(nibbles, &row, b->column + k, n, next);
+            decode_columns(b->out, dtype, at + k, w, &layout, &from, nibbles, n, kind, axis,
+                           meta);
         }
     }
 }
@@ -278,7 +314,12 @@ INLINE void of_meta(const block *b, hqq_dtype dtype, code_kind kind)
     {                                                  \
         switch (b->weight->nbits) {                    \
         case 8: name##_from_whole_bytes(b); break;     \
-        case 3: name##_from_words(b); break;           \
+        case 3:                                        \
+            if (b->weight->packing == HQQ_PACKING_HQQ) \
+                name##_from_words(b);                  \
+            else                                       \
+                name##_from_bytes(b);                  \
+            break;                                     \
         case 4:                                        \
         case 2:                                        \
         case 1: name##_from_bytes(b); break;           \

@@ -98,6 +98,7 @@ static void add_tile(float *sums, int64_t ld, const float *tile, const float *co
 INLINE void prefetch_words(const hqq_weight *w, const hqq_layout *l, int64_t row,
                            int64_t column, int64_t columns)
 {
+    if (l->planes) return;
     const char *words =
         (const char *)w->packed + (row * l->K + column) % l->words * l->word_bytes;
     for (int64_t b = 0; b < columns * l->word_bytes; b += 64) __builtin_prefetch(words + b);

@@ -30,6 +30,7 @@
 #include "direct_tile.h"
 #include "dot_floats.h"
 #include "multiply_tile.h"
+#include "planes.h"
 #if HQQ_HAS_PAIRS
 #include "dot_pairs.h"
 #endif
@@ -197,7 +198,12 @@ static void dot_sets(const linear_chunk *c, int64_t m0, int MB, int64_t k0, int6
                    .scale = c->s.scale,
                    .columns = columns,
                    .G = l->G};
-    int64_t g0 = k0 / l->G, residue = -1;
+    int64_t g0 = k0 / l->G, residue = -1, next = b.next;
+    if (l->planes) {
+        if (l->axis == 1) next = l->K;
+        b.words = c->s.nibbles;
+        b.next = 0;
+    }
     if (l->axis == 1) {
         b.group_left = (g0 + 1) * l->G - k0;
         b.stride = (k0 + columns - 1) / l->G - g0 + 1;
@@ -206,7 +212,12 @@ static void dot_sets(const linear_chunk *c, int64_t m0, int MB, int64_t k0, int6
     }
     for (int64_t set = c->set_begin; set < c->set_end; set++) {
         int64_t p = hqq_row_in_slot(&job->sets, set);
-        b.words = (const uint8_t *)job->weight->packed + p * l->K + k0;
+        if (l->planes) {
+            hqq_plane_row row = hqq_plane_row_of(job->weight->packed, l, p);
+            hqq_nibbles_of_planes(c->s.nibbles, &row, k0, columns, next);
+        } else {
+            b.words = (const uint8_t *)job->weight->packed + p * l->K + k0;
+        }
         if (l->axis == 1) {
             load_group_meta(c, p, g0, b.stride);
         } else if (set / job->sets.cycle != residue) {

@@ -10,7 +10,8 @@
  *     4 bits, even N:  set s = {s, s + N/2}            8 bits:  set s = {s}
  *
  * Sets come in an order in which neighbours also share scales: for axis 0 the rows n = r
- * mod N/G, that is G / per sets, follow one another.
+ * mod N/G, that is G / per sets, follow one another. Or share bytes: in planes (axis 1) those
+ * whose rows are N/8 apart.
  */
 #ifndef HQQ_KERNELS_CPU_ROW_SETS_H
 #define HQQ_KERNELS_CPU_ROW_SETS_H
@@ -21,7 +22,7 @@
 
 typedef struct hqq_row_sets {
     int64_t sets;
-    int64_t cycle; /* sets in succession that share scales; 1: in plain order */
+    int64_t cycle; /* sets in succession that share scales or bytes; 1: in plain order */
     int64_t step;  /* from a set's rows to the next set's, within a cycle or in plain order */
     int64_t start[HQQ_MAX_SLOTS + 1]; /* of the rows of each slot */
     int slots;
@@ -37,6 +38,9 @@ static inline hqq_row_sets hqq_row_sets_of(const hqq_layout *l)
     }
     if (l->axis == 0 && hqq_rows_align(l) && hqq_groups_align(l) && l->G > l->per) {
         s.cycle = l->G / l->per;
+        s.step = s.sets / s.cycle;
+    } else if (l->axis == 1 && l->planes) {
+        s.cycle = 4;
         s.step = s.sets / s.cycle;
     }
     return s;

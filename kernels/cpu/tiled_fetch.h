@@ -29,6 +29,22 @@ HQQ_ALWAYS_INLINE void hqq_fetch_bytes(const void *data, int64_t at, int64_t byt
     for (; from < end; from += 64) __builtin_prefetch(from, 0, 2);
 }
 
+/* Bytes [first, last) of the codes of columns from `column` on of the rows that are `row` in
+ * their slots. */
+HQQ_ALWAYS_INLINE void hqq_fetch_codes(const hqq_tiled_job *job, int64_t row, int64_t column,
+                                       int64_t first, int64_t last)
+{
+    const hqq_layout *l = &job->layout;
+    if (l->planes) {
+        hqq_plane_row planes = hqq_plane_row_of(job->weight->packed, l, row);
+        hqq_fetch_bytes(planes.twos, column + first, last - first);
+        hqq_fetch_bytes(planes.ones, column + first, last - first);
+    } else {
+        int64_t at = (row * l->K + column) * l->word_bytes + first;
+        hqq_fetch_bytes(job->weight->packed, at, last - first);
+    }
+}
+
 /* dgrad: fetches until `part` of `parts` are on their way. */
 HQQ_ALWAYS_INLINE void hqq_fetch_part(hqq_strips *a, int64_t part, int64_t parts)
 {
@@ -37,7 +53,7 @@ HQQ_ALWAYS_INLINE void hqq_fetch_part(hqq_strips *a, int64_t part, int64_t parts
     int64_t end = a->first + (a->set_end - a->first) * part / parts;
     for (; a->set < end; a->set++) {
         int64_t word = a->set * l->K + a->column, bytes = hqq_dtype_bytes(w->meta_dtype);
-        hqq_fetch_bytes(w->packed, word * l->word_bytes, a->columns * l->word_bytes);
+        hqq_fetch_codes(a->job, a->set, a->column, 0, a->columns * l->word_bytes);
         if (l->axis == 0) {
             int64_t at = word % l->groups * bytes;
             hqq_fetch_bytes(w->zero, at, a->columns * bytes);

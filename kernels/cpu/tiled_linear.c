@@ -62,7 +62,7 @@ HQQ_ALWAYS_INLINE void fetch_sets(const hqq_tiled_chunk *c, const column_block *
     for (; set < end; set++) {
         int64_t row = c->job->scales_input ? hqq_row_in_slot(&c->job->sets, set) : set;
         int64_t word = row * l->K + b->begin;
-        hqq_fetch_bytes(w->packed, word * l->word_bytes + first, last - first);
+        hqq_fetch_codes(c->job, row, b->begin, first, last);
         for (int j = 0; j < l->per && l->axis == 1 && part == 0; j++) {
             int64_t at = (word + j * l->words) / l->G * bytes;
             hqq_fetch_bytes(w->zero, at, columns / l->G * bytes);

@@ -263,6 +263,7 @@ static int runs_kernel_serves(const dequantize_job *job, hqq_dtype dtype)
 {
     const hqq_layout *l = &job->layout;
     int bytes = hqq_dtype_bytes(dtype), run = 16 / bytes;
+    if (job->weight.packing != HQQ_PACKING_HQQ) return 0;
     if (l->K % run || job->column_begin % run || job->columns % run || l->words % run) return 0;
     if (l->axis == 1 ? l->G % run : l->groups % run) return 0;
     return hqq_rows_aligned(job->out, job->ld_out, bytes) &&

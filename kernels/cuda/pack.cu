@@ -15,7 +15,7 @@
 #include "pack.h"
 
 #include "cuda.cuh"
-#include "format.h"
+#include "weight_layout.h"
 
 enum { PACK_THREADS = 256 };
 
@@ -114,10 +114,61 @@ __global__ void __launch_bounds__(PACK_THREADS)
     }
 }
 
-static hqq_layout layout_of(const hqq_weight *w)
+/* ---- from and to planes: a word of the result, or a code, at a time -------------------- */
+
+/* Codes, or where there are none a weight's. */
+typedef struct code_source {
+    const uint8_t *codes;
+    const void *packed;
+    hqq_layout layout;
+} code_source;
+
+HQQ_DEVICE_INLINE uint32_t code_of(const code_source *from, int64_t e)
 {
-    return hqq_layout_make(w->out_features, w->in_features, w->group_size, w->nbits, w->axis);
+    if (from->codes) return static_cast<uint32_t>(from->codes[e] & hqq_max_code(3));
+    return static_cast<uint32_t>(hqq_code_at(from->packed, &from->layout, e));
 }
+
+/* Byte w of the planes. */
+HQQ_DEVICE_INLINE uint8_t plane_byte(const code_source *from, const hqq_layout *l, int64_t w)
+{
+    int64_t quarter = l->elements / 4;
+    int bits = w < quarter ? 2 : 1;
+    int64_t bytes = bits == 2 ? quarter : quarter / 2, first = bits == 2 ? w : w - quarter;
+    uint32_t byte = 0;
+    for (int slot = 0; slot < 8 / bits; slot++) {
+        uint32_t code = code_of(from, slot * bytes + first);
+        byte |= (bits == 2 ? code >> 1 : code & 1) << hqq_slot_shift(bits, slot);
+    }
+    return static_cast<uint8_t>(byte);
+}
+
+__global__ void __launch_bounds__(PACK_THREADS)
+    hqq_repack_kernel(void *packed, hqq_layout l, code_source from)
+{
+    for (int64_t w = first_word(1); w < l.words; w += word_stride(1)) {
+        if (l.planes) {
+            static_cast<uint8_t *>(packed)[w] = plane_byte(&from, &l, w);
+            continue;
+        }
+        uint32_t word = 0;
+        for (int slot = 0; slot < l.per && slot * l.words + w < l.elements; slot++)
+            word |= code_of(&from, slot * l.words + w) << hqq_slot_shift(l.nbits, slot);
+        if (l.word_bytes == 1)
+            static_cast<uint8_t *>(packed)[w] = static_cast<uint8_t>(word);
+        else
+            static_cast<uint32_t *>(packed)[w] = word;
+    }
+}
+
+__global__ void __launch_bounds__(PACK_THREADS)
+    hqq_unpack_planes_kernel(uint8_t *codes, code_source from)
+{
+    for (int64_t e = first_word(1); e < from.layout.elements; e += word_stride(1))
+        codes[e] = static_cast<uint8_t>(code_of(&from, e));
+}
+
+/* ----------------------------------------------------------------------------------------- */
 
 static int by_fours(const hqq_layout *l, const void *codes, const void *packed)
 {
@@ -125,33 +176,48 @@ static int by_fours(const hqq_layout *l, const void *codes, const void *packed)
     return l->words % 4 == 0 && at % 4 == 0;
 }
 
-static dim3 blocks_for(const hqq_layout *l, int run)
+static dim3 blocks_for(int64_t words, int run)
 {
     const int64_t most = 1 << 16;
-    int64_t blocks = (l->words / run + PACK_THREADS - 1) / PACK_THREADS;
+    int64_t blocks = (words / run + PACK_THREADS - 1) / PACK_THREADS;
     return dim3(static_cast<unsigned>(blocks < most ? blocks : most));
 }
 
 extern "C" hqq_status hqq_cuda_pack(void *packed, const uint8_t *codes,
                                     const hqq_weight *weight, void *stream)
 {
-    hqq_layout l = layout_of(weight);
+    hqq_layout l = hqq_stored_layout(weight);
     if (l.words == 0) return HQQ_OK;
     dim3 threads(PACK_THREADS);
-    return by_fours(&l, codes, packed) ? hqq_launch(hqq_pack_kernel<4>, blocks_for(&l, 4),
+    if (l.planes)
+        return hqq_launch(hqq_repack_kernel, blocks_for(l.words, 1), threads, 0, stream, packed,
+                          l, code_source{codes, NULL, l});
+    return by_fours(&l, codes, packed) ? hqq_launch(hqq_pack_kernel<4>, blocks_for(l.words, 4),
                                                     threads, 0, stream, packed, codes, l)
-                                       : hqq_launch(hqq_pack_kernel<1>, blocks_for(&l, 1),
+                                       : hqq_launch(hqq_pack_kernel<1>, blocks_for(l.words, 1),
                                                     threads, 0, stream, packed, codes, l);
 }
 
 extern "C" hqq_status hqq_cuda_unpack(uint8_t *codes, const hqq_weight *weight, void *stream)
 {
-    hqq_layout l = layout_of(weight);
+    hqq_layout l = hqq_stored_layout(weight);
     if (l.words == 0) return HQQ_OK;
     dim3 threads(PACK_THREADS);
+    if (l.planes)
+        return hqq_launch(hqq_unpack_planes_kernel, blocks_for(l.elements, 1), threads, 0,
+                          stream, codes, code_source{NULL, weight->packed, l});
     return by_fours(&l, codes, weight->packed)
-               ? hqq_launch(hqq_unpack_kernel<4>, blocks_for(&l, 4), threads, 0, stream, codes,
-                            weight->packed, l)
-               : hqq_launch(hqq_unpack_kernel<1>, blocks_for(&l, 1), threads, 0, stream, codes,
-                            weight->packed, l);
+               ? hqq_launch(hqq_unpack_kernel<4>, blocks_for(l.words, 4), threads, 0, stream,
+                            codes, weight->packed, l)
+               : hqq_launch(hqq_unpack_kernel<1>, blocks_for(l.words, 1), threads, 0, stream,
+                            codes, weight->packed, l);
+}
+
+extern "C" hqq_status hqq_cuda_repack(void *packed, hqq_packing packing,
+                                      const hqq_weight *weight, void *stream)
+{
+    hqq_layout l = hqq_layout_packed_as(weight, packing), from = hqq_stored_layout(weight);
+    if (l.words == 0) return HQQ_OK;
+    return hqq_launch(hqq_repack_kernel, blocks_for(l.words, 1), dim3(PACK_THREADS), 0, stream,
+                      packed, l, code_source{NULL, weight->packed, from});
 }

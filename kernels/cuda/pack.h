@@ -17,6 +17,10 @@ hqq_status hqq_cuda_pack(void *packed, const uint8_t *codes, const hqq_weight *w
 /* codes [N*K] = those of weight. */
 hqq_status hqq_cuda_unpack(uint8_t *codes, const hqq_weight *weight, void *stream);
 
+/* packed [words of that packing] = the codes of weight. */
+hqq_status hqq_cuda_repack(void *packed, hqq_packing packing, const hqq_weight *weight,
+                           void *stream);
+
 #ifdef __cplusplus
 }
 #endif

@@ -271,6 +271,12 @@ hqq_status hqq_backend_unpack(uint8_t *codes, const hqq_weight *weight,
     return hqq_cuda_unpack(codes, weight, stream_of(context));
 }
 
+hqq_status hqq_backend_repack(void *packed, hqq_packing packing, const hqq_weight *weight,
+                              const hqq_context *context)
+{
+    return hqq_cuda_repack(packed, packing, weight, stream_of(context));
+}
+
 hqq_status hqq_backend_quantize(void *packed, void *scale, void *zero, const void *W,
                                 hqq_dtype W_dtype, const hqq_weight *weight,
                                 const hqq_quantize_options *options, const hqq_context *context)

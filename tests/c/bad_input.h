@@ -23,7 +23,8 @@ static struct {
     size_t bytes;
 } outputs, pristine;
 
-static const hqq_weight weight = {N, K, G, 4, 1, HQQ_F32, words_in, scale_in, zero_in};
+static const hqq_weight weight = {N,        K,        G,      4, 1, HQQ_F32, HQQ_PACKING_HQQ,
+                                  words_in, scale_in, zero_in};
 static const hqq_lora lora = {R, HQQ_F32, A, B, 0.5f, 0.0f, NULL, 0};
 
 static int failures;

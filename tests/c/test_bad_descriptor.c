@@ -5,47 +5,54 @@
 
 #define BIG (INT64_C(1) << 40)
 
+#define OWN HQQ_PACKING_HQQ
+
 static const struct {
     const char *says;
     hqq_weight weight;
 } bad_shapes[] = {
-    {"nbits is 0", {N, K, G, 0, 1, HQQ_F32, words_in, scale_in, zero_in}},
-    {"nbits is 5", {N, K, G, 5, 1, HQQ_F32, words_in, scale_in, zero_in}},
-    {"nbits is 16", {N, K, G, 16, 1, HQQ_F32, words_in, scale_in, zero_in}},
-    {"nbits is -4", {N, K, G, -4, 1, HQQ_F32, words_in, scale_in, zero_in}},
-    {"2147483647", {N, K, G, INT32_MAX, 1, HQQ_F32, words_in, scale_in, zero_in}},
-    {"axis is 2", {N, K, G, 4, 2, HQQ_F32, words_in, scale_in, zero_in}},
-    {"axis is -1", {N, K, G, 4, -1, HQQ_F32, words_in, scale_in, zero_in}},
-    {"-12 x 32", {-N, K, G, 4, 1, HQQ_F32, words_in, scale_in, zero_in}},
-    {"12 x -32", {N, -K, G, 4, 1, HQQ_F32, words_in, scale_in, zero_in}},
-    {"-12 x -32", {-N, -K, G, 4, 1, HQQ_F32, words_in, scale_in, zero_in}},
-    {"-9223372036854775808", {INT64_MIN, K, G, 4, 1, HQQ_F32, words_in, scale_in, zero_in}},
+    {"nbits is 0", {N, K, G, 0, 1, HQQ_F32, OWN, words_in, scale_in, zero_in}},
+    {"nbits is 5", {N, K, G, 5, 1, HQQ_F32, OWN, words_in, scale_in, zero_in}},
+    {"nbits is 16", {N, K, G, 16, 1, HQQ_F32, OWN, words_in, scale_in, zero_in}},
+    {"nbits is -4", {N, K, G, -4, 1, HQQ_F32, OWN, words_in, scale_in, zero_in}},
+    {"2147483647", {N, K, G, INT32_MAX, 1, HQQ_F32, OWN, words_in, scale_in, zero_in}},
+    {"axis is 2", {N, K, G, 4, 2, HQQ_F32, OWN, words_in, scale_in, zero_in}},
+    {"axis is -1", {N, K, G, 4, -1, HQQ_F32, OWN, words_in, scale_in, zero_in}},
+    {"-12 x 32", {-N, K, G, 4, 1, HQQ_F32, OWN, words_in, scale_in, zero_in}},
+    {"12 x -32", {N, -K, G, 4, 1, HQQ_F32, OWN, words_in, scale_in, zero_in}},
+    {"-12 x -32", {-N, -K, G, 4, 1, HQQ_F32, OWN, words_in, scale_in, zero_in}},
+    {"-9223372036854775808",
+     {INT64_MIN, K, G, 4, 1, HQQ_F32, OWN, words_in, scale_in, zero_in}},
     {"1099511627776 x 1099511627776",
-     {BIG, BIG, G, 4, 1, HQQ_F32, words_in, scale_in, zero_in}},
-    {"9223372036854775807", {INT64_MAX, 2, G, 4, 1, HQQ_F32, words_in, scale_in, zero_in}},
-    {"9223372036854775807", {INT64_MAX, 1, 1, 4, 1, HQQ_F32, words_in, scale_in, zero_in}},
-    {"1099511627776 x 4194304", {BIG, 1 << 22, 1, 4, 1, HQQ_F32, words_in, scale_in, zero_in}},
-    {"9223372036854775807 x 0", {INT64_MAX, 0, G, 4, 1, HQQ_F32, words_in, scale_in, zero_in}},
-    {"0 x 9223372036854775807", {0, INT64_MAX, G, 4, 1, HQQ_F32, words_in, scale_in, zero_in}},
-    {"group_size is 9223372036854775807", {0, K, INT64_MAX, 4, 0, HQQ_F32, NULL, NULL, NULL}},
-    {"group_size is 0", {N, K, 0, 4, 1, HQQ_F32, words_in, scale_in, zero_in}},
-    {"group_size is -8", {N, K, -G, 4, 1, HQQ_F32, words_in, scale_in, zero_in}},
+     {BIG, BIG, G, 4, 1, HQQ_F32, OWN, words_in, scale_in, zero_in}},
+    {"9223372036854775807", {INT64_MAX, 2, G, 4, 1, HQQ_F32, OWN, words_in, scale_in, zero_in}},
+    {"9223372036854775807", {INT64_MAX, 1, 1, 4, 1, HQQ_F32, OWN, words_in, scale_in, zero_in}},
+    {"1099511627776 x 4194304",
+     {BIG, 1 << 22, 1, 4, 1, HQQ_F32, OWN, words_in, scale_in, zero_in}},
+    {"9223372036854775807 x 0",
+     {INT64_MAX, 0, G, 4, 1, HQQ_F32, OWN, words_in, scale_in, zero_in}},
+    {"0 x 9223372036854775807",
+     {0, INT64_MAX, G, 4, 1, HQQ_F32, OWN, words_in, scale_in, zero_in}},
+    {"group_size is 9223372036854775807",
+     {0, K, INT64_MAX, 4, 0, HQQ_F32, OWN, NULL, NULL, NULL}},
+    {"group_size is 0", {N, K, 0, 4, 1, HQQ_F32, OWN, words_in, scale_in, zero_in}},
+    {"group_size is -8", {N, K, -G, 4, 1, HQQ_F32, OWN, words_in, scale_in, zero_in}},
     {"group_size is -9223372036854775808",
-     {N, K, INT64_MIN, 4, 1, HQQ_F32, words_in, scale_in, zero_in}},
-    {"7|384|12 x 32", {N, K, 7, 4, 1, HQQ_F32, words_in, scale_in, zero_in}},
-    {"768|384", {N, K, 768, 4, 0, HQQ_F32, words_in, scale_in, zero_in}},
-    {"meta_dtype is 3", {N, K, G, 4, 1, (hqq_dtype)3, words_in, scale_in, zero_in}},
-    {"meta_dtype is -1", {N, K, G, 4, 1, (hqq_dtype)-1, words_in, scale_in, zero_in}},
+     {N, K, INT64_MIN, 4, 1, HQQ_F32, OWN, words_in, scale_in, zero_in}},
+    {"7|384|12 x 32", {N, K, 7, 4, 1, HQQ_F32, OWN, words_in, scale_in, zero_in}},
+    {"768|384", {N, K, 768, 4, 0, HQQ_F32, OWN, words_in, scale_in, zero_in}},
+    {"meta_dtype is 3", {N, K, G, 4, 1, (hqq_dtype)3, OWN, words_in, scale_in, zero_in}},
+    {"meta_dtype is -1", {N, K, G, 4, 1, (hqq_dtype)-1, OWN, words_in, scale_in, zero_in}},
 };
 
 static const struct {
     const char *says;
     hqq_weight weight;
 } bad_arrays[] = {
-    {"packed is NULL", {N, K, G, 4, 1, HQQ_F32, NULL, scale_in, zero_in}},
-    {"scale is NULL", {N, K, G, 4, 1, HQQ_F32, words_in, NULL, zero_in}},
-    {"zero is NULL", {N, K, G, 4, 1, HQQ_F32, words_in, scale_in, NULL}},
-    {"not aligned", {N, K, G, 3, 1, HQQ_F32, (char *)words_in + 1, scale_in, zero_in}},
+    {"packed is NULL", {N, K, G, 4, 1, HQQ_F32, OWN, NULL, scale_in, zero_in}},
+    {"scale is NULL", {N, K, G, 4, 1, HQQ_F32, OWN, words_in, NULL, zero_in}},
+    {"zero is NULL", {N, K, G, 4, 1, HQQ_F32, OWN, words_in, scale_in, NULL}},
+    {"not aligned", {N, K, G, 3, 1, HQQ_F32, OWN, (char *)words_in + 1, scale_in, zero_in}},
 };
 
 static hqq_status layout_of(const hqq_weight *w)

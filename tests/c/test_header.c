@@ -24,6 +24,7 @@ static const function entries[] = {
     (function)hqq_quantize,
     (function)hqq_pack,
     (function)hqq_unpack,
+    (function)hqq_repack,
     (function)hqq_dequantize,
     (function)hqq_workspace_size,
     (function)hqq_linear,

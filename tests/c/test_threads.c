@@ -58,7 +58,8 @@ static int32_t two_threads(int64_t begin, int64_t end, int64_t grain,
 
 static hqq_status run(results *r, int nbits, int axis, const hqq_context *context)
 {
-    hqq_weight weight = {N, K, G, nbits, axis, HQQ_F32, r->packed, r->scale, r->zero};
+    hqq_weight weight = {N,         K,        G,      nbits, axis, HQQ_F32, HQQ_PACKING_HQQ,
+                         r->packed, r->scale, r->zero};
     hqq_quantize_options options = hqq_quantize_defaults();
     hqq_status status =
         hqq_quantize(r->packed, r->scale, r->zero, W, HQQ_F32, &weight, &options, context);
@@ -90,7 +91,7 @@ static void *thread_main(void *data)
         /* a wrong group size that only this thread uses in this round */
         int64_t wrong = 1000003 + 1000 * thread + round;
         char expected[64];
-        hqq_weight bad = {N, K, wrong, 4, 1, HQQ_F32, x, x, x};
+        hqq_weight bad = {N, K, wrong, 4, 1, HQQ_F32, HQQ_PACKING_HQQ, x, x, x};
         hqq_status status =
             hqq_linear(mine->y, x, K, &bad, NULL, HQQ_F32, M, HQQ_F32, NULL, 0, context);
         snprintf(expected, sizeof expected, "group_size %lld", (long long)wrong);
