@@ -189,8 +189,7 @@ static void choose_chunk(hqq_gemm_plan *plan)
     plan->row_chunks = hqq_ceil_div(m, plan->mc);
     plan->column_chunks = hqq_ceil_div(n, plan->nc);
     plan->B_in_place = plan->row_chunks == 1 && fits_right_tiles(plan);
-    plan->A_in_place = !plan->B_in_place && readable_in_place(&plan->g.A);
-    plan->share_A = share_A && plan->column_chunks > 1 && !plan->A_in_place;
+    plan->share_A = share_A && plan->column_chunks > 1;
     plan->share_B = share_B && plan->row_chunks > 1;
 }
 
@@ -347,29 +346,6 @@ static void store_tile(const hqq_gemm_plan *plan, int64_t i, int64_t j, const fl
     }
 }
 
-/* Elements [p, p + kc) of the rows [begin, end) of a view, for the next tile: a slab of a row
- * is too short for the processor's prefetchers to notice. */
-static void fetch_rows(const hqq_view *v, int64_t begin, int64_t end, int64_t p, int64_t kc)
-{
-    for (int64_t i = begin; i < end; i++)
-        for (int64_t k = 0; k < kc; k += 64 / hqq_dtype_bytes(v->dtype))
-            __builtin_prefetch(hqq_at(v->data, v->dtype, i * v->row_stride + p + k));
-}
-
-/* A full tile, its rows of A in place. */
-static void run_left(float *sums, const hqq_gemm_plan *plan, int64_t i, int64_t p,
-                     const float *B, int64_t kc)
-{
-    const hqq_view *v = &plan->g.A;
-    const left_tile *tile = &left_tiles[plan->vectors - 1];
-    for (int64_t r = 0; r < plan->rows; r += tile->rows) {
-        fetch_rows(v, i + r + tile->rows, hqq_least(i + r + 2 * tile->rows, plan->g.m), p, kc);
-        tile->run[v->dtype == HQQ_BF16](sums + r * plan->columns,
-                                        hqq_at(v->data, v->dtype, (i + r) * v->row_stride + p),
-                                        v->row_stride, B, kc, p > 0);
-    }
-}
-
 /* A tile of one vector whose columns of B are in place. */
 static void run_right(float *sums, const hqq_gemm_plan *plan, int64_t i, int64_t panel,
                       const float *A, int64_t p, int64_t kc)
@@ -401,17 +377,14 @@ void HQQ_ISA_NAME(hqq_gemm_chunk)(const hqq_gemm_plan *plan, int64_t chunk, void
                         last);
         float *sums = (float *)scratch + s.sums;
         for (int64_t i = i0; i < i1; i += plan->rows) {
-            int in_place = plan->A_in_place && g->m - i >= plan->rows;
             if (plan->share_A)
                 A = shared_rows(plan, slab, i / plan->rows);
-            else if (!in_place)
+            else
                 pack_rows(own_A, plan, i, p, kc);
             for (int64_t panel = first; panel < last; panel++) {
                 float *tile_sums = sums + (panel - first) * plan->rows * plan->columns;
                 const float *packed = B + (panel - first) * kc * plan->columns;
-                if (in_place)
-                    run_left(tile_sums, plan, i, p, packed, kc);
-                else if (plan->B_in_place && (panel + 1) * plan->columns <= g->n)
+                if (plan->B_in_place && (panel + 1) * plan->columns <= g->n)
                     run_right(tile_sums, plan, i, panel, A, p, kc);
                 else
                     variant_for(plan->vectors, g->m - i)->run(tile_sums, A, packed, kc, p > 0);

@@ -20,12 +20,12 @@ typedef struct hqq_gemm_plan {
     int64_t slabs, row_tiles, panels; /* how many of each: k, m, n */
     int64_t mc, nc;                   /* of a chunk of C, in multiples of the tile */
     int64_t row_chunks, column_chunks;
-    int share_A, share_B;       /* packed once for all chunks; else each chunk packs its own */
-    int A_in_place, B_in_place; /* full tiles read it where it is (gemm_in_place.h) */
-    float *packed;              /* the shared packings, B before A */
-    int64_t packed_A_offset;    /* in floats */
-    size_t packed_bytes;        /* 0: nothing is shared */
-    size_t scratch_bytes;       /* of a chunk */
+    int share_A, share_B;    /* packed once for all chunks; else each chunk packs its own */
+    int B_in_place;          /* tiles read it where it is (gemm_in_place.h) */
+    float *packed;           /* the shared packings, B before A */
+    int64_t packed_A_offset; /* in floats */
+    size_t packed_bytes;     /* 0: nothing is shared */
+    size_t scratch_bytes;    /* of a chunk */
 } hqq_gemm_plan;
 
 /* Fills in everything but `packed`. k > 0. */
