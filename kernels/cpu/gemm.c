@@ -31,6 +31,8 @@ static hqq_status multiply_chunk(int64_t chunk, void *scratch, void *data)
 
 /* Elements that one chunk packs for all: some ten microseconds. */
 #define HQQ_PACK_ELEMENTS (INT64_C(1) << 16)
+/* As many are packed in the time that other threads take to begin. */
+#define HQQ_PACK_ALONE (INT64_C(1) << 14)
 
 static hqq_status run_chunks(gemm_job *job, const hqq_context *context)
 {
@@ -38,7 +40,9 @@ static hqq_status run_chunks(gemm_job *job, const hqq_context *context)
     if (plan->packed) {
         int64_t elements = (int64_t)(plan->packed_bytes / sizeof(float)) / plan->slabs;
         job->parts = (elements + HQQ_PACK_ELEMENTS - 1) / HQQ_PACK_ELEMENTS;
-        HQQ_TRY(hqq_for_each_chunk(plan->slabs * job->parts, pack_chunk, job, 0, context));
+        int alone = plan->slabs * elements <= HQQ_PACK_ALONE;
+        HQQ_TRY(hqq_for_each_chunk(plan->slabs * job->parts, pack_chunk, job, 0,
+                                   alone ? NULL : context));
     }
     return hqq_for_each_chunk(plan->row_chunks * plan->column_chunks, multiply_chunk, job,
                               plan->scratch_bytes, context);

@@ -31,6 +31,7 @@
  */
 #include "gemm_tile.h"
 
+#include "gemm_in_place.h"
 #include "gemm_pack.h"
 #include "integers.h"
 #include "multiply_tile.h"
@@ -125,14 +126,19 @@ static int64_t tile_cost(int64_t rows, int64_t vectors)
     return (multiplies > 8 ? multiplies : 8) + 1;
 }
 
+/* Half cycles for a step of k of packing a vector of B. */
+#define HQQ_PACK_COST 3
+
 /* The tile shape that takes the least time for all of C. */
 static void choose_tile(hqq_gemm_plan *plan)
 {
     int64_t m = plan->g.m, n = plan->g.n, best = INT64_MAX;
+    int in_place = readable_in_place(&plan->g.B);
     for (int vectors = HQQ_MAX_VECTORS; vectors >= 1; vectors--) {
         int64_t rows = variants[vectors - 1][0].rows, columns = vectors * HQQ_LANES;
         int64_t cost = m / rows * tile_cost(rows, vectors);
         if (m % rows) cost += tile_cost(variant_for(vectors, m % rows)->rows, vectors);
+        if (vectors > 1 || !in_place) cost += HQQ_PACK_COST * vectors;
         cost *= hqq_ceil_div(n, columns);
         if (cost >= best) continue;
         best = cost;
@@ -140,6 +146,14 @@ static void choose_tile(hqq_gemm_plan *plan)
         plan->rows = (int)rows;
         plan->columns = columns;
     }
+}
+
+/* Whether there are tiles that read B in place, of the rows that tiles of one vector have. */
+static int fits_right_tiles(const hqq_gemm_plan *plan)
+{
+    int64_t last = plan->g.m % plan->rows;
+    return plan->vectors == 1 && readable_in_place(&plan->g.B) && right_tile_of(plan->rows) &&
+           (last == 0 || right_tile_of(variant_for(1, last)->rows));
 }
 
 /* Chunks of about 1/32 of the work, but at least ten microseconds (2^20 multiply-adds) and at
@@ -174,6 +188,7 @@ static void choose_chunk(hqq_gemm_plan *plan)
     plan->nc = columns * plan->columns;
     plan->row_chunks = hqq_ceil_div(m, plan->mc);
     plan->column_chunks = hqq_ceil_div(n, plan->nc);
+    plan->B_in_place = plan->row_chunks == 1 && fits_right_tiles(plan);
     plan->share_A = share_A && plan->column_chunks > 1;
     plan->share_B = share_B && plan->row_chunks > 1;
 }
@@ -331,6 +346,16 @@ static void store_tile(const hqq_gemm_plan *plan, int64_t i, int64_t j, const fl
     }
 }
 
+/* A tile of one vector whose columns of B are in place. */
+static void run_right(float *sums, const hqq_gemm_plan *plan, int64_t i, int64_t panel,
+                      const float *A, int64_t p, int64_t kc)
+{
+    const hqq_view *v = &plan->g.B;
+    int64_t rows = variant_for(1, hqq_least(plan->rows, plan->g.m - i))->rows;
+    const void *B = hqq_at(v->data, v->dtype, p * v->row_stride + panel * HQQ_LANES);
+    right_tile_of(rows)->run[v->dtype == HQQ_BF16](sums, A, B, v->row_stride, kc, p > 0);
+}
+
 void HQQ_ISA_NAME(hqq_gemm_chunk)(const hqq_gemm_plan *plan, int64_t chunk, void *scratch)
 {
     const hqq_gemm *g = &plan->g;
@@ -345,18 +370,24 @@ void HQQ_ISA_NAME(hqq_gemm_chunk)(const hqq_gemm_plan *plan, int64_t chunk, void
         const float *A = own_A, *B = own_B;
         if (plan->share_B)
             B = shared_panel(plan, slab, first);
-        else
+        else if (!plan->B_in_place)
             pack_panels(own_B, plan, p, kc, first, last);
+        else if (last * plan->columns > g->n) /* the last columns */
+            pack_panels(own_B + (last - 1 - first) * kc * plan->columns, plan, p, kc, last - 1,
+                        last);
         float *sums = (float *)scratch + s.sums;
         for (int64_t i = i0; i < i1; i += plan->rows) {
-            const tile_variant *variant = variant_for(plan->vectors, g->m - i);
             if (plan->share_A)
                 A = shared_rows(plan, slab, i / plan->rows);
             else
                 pack_rows(own_A, plan, i, p, kc);
             for (int64_t panel = first; panel < last; panel++) {
                 float *tile_sums = sums + (panel - first) * plan->rows * plan->columns;
-                variant->run(tile_sums, A, B + (panel - first) * kc * plan->columns, kc, p > 0);
+                const float *packed = B + (panel - first) * kc * plan->columns;
+                if (plan->B_in_place && (panel + 1) * plan->columns <= g->n)
+                    run_right(tile_sums, plan, i, panel, A, p, kc);
+                else
+                    variant_for(plan->vectors, g->m - i)->run(tile_sums, A, packed, kc, p > 0);
                 if (slab == plan->slabs - 1)
                     store_tile(plan, i, panel * plan->columns, tile_sums,
                                (float *)scratch + s.turned, s.ld_turned);

@@ -21,6 +21,7 @@ typedef struct hqq_gemm_plan {
     int64_t mc, nc;                   /* of a chunk of C, in multiples of the tile */
     int64_t row_chunks, column_chunks;
     int share_A, share_B;    /* packed once for all chunks; else each chunk packs its own */
+    int B_in_place;          /* tiles read it where it is (gemm_in_place.h) */
     float *packed;           /* the shared packings, B before A */
     int64_t packed_A_offset; /* in floats */
     size_t packed_bytes;     /* 0: nothing is shared */
