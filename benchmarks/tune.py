@@ -29,9 +29,9 @@ KERNELS = ("direct", "tiled", "blocked")
 PASSES = ("forward", "dgrad")
 ROWS = (1, 2, 4, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128, 192, 256, 512, 1024, 2048)
 LEAST_ROUNDS, MOST_ROUNDS = 7, 50
-# A kernel is not timed again once it takes that many times the fastest: direct, whose time grows
-# with the tokens, and from 64 tokens on blocked, where torch has no fast GEMM of the dtype (fp16
-# without AVX512_FP16: a second for 2048 tokens).
+# A kernel is not timed again once it takes that many times the fastest: direct, whose time
+# grows with the tokens, and from 64 tokens on blocked, where torch has no fast GEMM of the
+# dtype (fp16 without AVX512_FP16: a second for 2048 tokens).
 HOPELESS = {"direct": (2.0, 1), "blocked": (4.0, 64)}
 
 

@@ -131,6 +131,7 @@ def test_the_table(finished, capsys):
         ["--bits", "3", "--axis", "0", "--rslora", "--schedule", "cosine"],
         ["--bits", "8", "--group-size", "none", "--target-modules", "q_proj", "v_proj"],
         ["--bits", "2", "--group-size", "16", "--target-modules", r".*\.mlp\..*"],
+        ["--importance"],
     ],
     ids=lambda more: " ".join(more[:2]),
 )
@@ -139,6 +140,8 @@ def test_other_options(place, finished, capsys, more):
     assert main(train(place, output, *more, "--sample-tokens", "0", "--prompt", "x")) == 0
     log = json.loads((place / output / "train_log.json").read_text())
     assert log["perplexity"]["fine_tuned"] < 0.5 * log["perplexity"]["quantized"]
+    if "--importance" in more:  # other scales and zeros
+        assert log["perplexity"]["quantized"] != finished[1]["perplexity"]["quantized"]
     if "--gradient-checkpointing" in more:  # changes memory, not results
         expected = [step["loss"] for step in finished[1]["steps"]]
         assert [step["loss"] for step in log["steps"]] == pytest.approx(expected, rel=1e-5)

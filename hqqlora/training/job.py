@@ -189,6 +189,7 @@ class _Run:
                     axis=options.axis,
                     solver=options.solver,
                 ),
+                importance=hqqlora.input_importance(model) if options.importance else None,
             )
         self.facts["linear_layers"] = linear_layer_sizes(model, dense)
         self.fingerprints["model"] = model_fingerprint(model)

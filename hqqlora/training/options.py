@@ -90,6 +90,13 @@ class TrainOptions:
         "group's range",
         choices=SOLVERS,
     )
+    importance: bool = _option(
+        _FORMAT,
+        False,
+        "then fit them to what random tokens send through each layer: a better model, without "
+        "data (axis 1). --resume needs the same processor and number of threads",
+        action="store_true",
+    )
 
     rank: int = _option(_ADAPTER, 16, "rank of the adapter", type=positive_integer, metavar="R")
     alpha: float = _option(

@@ -51,6 +51,17 @@ static hqq_status unpack(fuzz_case *c)
     return hqq_unpack(codes, case_weight(c), case_context(c));
 }
 
+static hqq_status repack(fuzz_case *c)
+{
+    hqq_weight other = c->weight;
+    int64_t words, word_bytes;
+    other.packing = (hqq_packing)decode_enum(c->fields.repacking, 2);
+    if (c->words < 0 || hqq_layout_of(&words, &word_bytes, NULL, &other) != HQQ_OK)
+        words = -1, word_bytes = 1;
+    void *packed = case_output(c, OUT, words, (int)word_bytes);
+    return hqq_repack(packed, other.packing, case_weight(c), case_context(c));
+}
+
 static hqq_status dequantize(fuzz_case *c)
 {
     const fuzz_fields *f = &c->fields;
@@ -293,5 +304,6 @@ const fuzz_entry fuzz_entries[] = {
     {"lora_linear_from_xa", lora_linear_from_xa, 0},
     {"lora_factor_gradients", lora_factor_gradients, 0},
     {"lora_input_gradients", lora_input_gradients, 0},
+    {"repack", repack, 0},
 };
 const int fuzz_entry_count = (int)(sizeof fuzz_entries / sizeof *fuzz_entries);

@@ -113,7 +113,8 @@ void make_case(fuzz_case *c, const fuzz_fields *f, int grouped)
                              .group_size = decode_group_size(f->G, c->N, c->K),
                              .nbits = decode_nbits(f->nbits),
                              .axis = decode_axis(f->axis),
-                             .meta_dtype = (hqq_dtype)decode_enum(f->meta_dtype, 3)};
+                             .meta_dtype = (hqq_dtype)decode_enum(f->meta_dtype, 3),
+                             .packing = (hqq_packing)decode_enum(f->packing, 2)};
     if (hqq_layout_of(&c->words, &c->word_bytes, &c->groups, &c->weight) != HQQ_OK) {
         c->words = c->groups = -1;
         c->word_bytes = 1;

@@ -91,6 +91,20 @@ TENSOR_CORES = {
     for bits, code in NBITS.items() if bits != 3
     for axis in (0, 1) for M, dtype in ((2, 1), (12, 2), (30, 1))
 }  # fmt: skip
+PLANES = {
+    **{f"planes-axis-{axis}": {"nbits": NBITS[3], "axis": axis, "N": 16, "packing": 1}
+       for axis in (0, 1)},
+    "planes-long": {"nbits": NBITS[3], "N": 64, "K": 96, "M": 20, "packing": 1},
+    "planes-that-do-not-fit": {"nbits": NBITS[3], "packing": 1},
+    "planes-of-4-bits": {"N": 16, "packing": 1},
+    "packing-none": {"packing": OFF_ENUM},
+}  # fmt: skip
+REPACKINGS = {
+    "to-planes": {"nbits": NBITS[3], "N": 16, "repacking": 1},
+    "from-planes": {"nbits": NBITS[3], "N": 16, "packing": 1},
+    "to-planes-that-do-not-fit": {"nbits": NBITS[3], "repacking": 1},
+    "to-none": {"nbits": NBITS[3], "N": 16, "repacking": OFF_ENUM},
+}
 ADAPTERS = {
     "rank-0": {"rank": 0},
     "rank-256": {"rank": 0x7040, "N": 8, "K": 8, "M": 2},
@@ -158,6 +172,10 @@ def seeds_of(entry: str) -> dict[str, dict[str, int]]:
         seeds |= ROUTINGS
     if entry in ("linear", "linear_dgrad"):
         seeds |= TENSOR_CORES
+    if thorough or entry in ("linear", "linear_dgrad", "pack", "unpack", "repack"):
+        seeds |= PLANES
+    if entry == "repack":
+        seeds |= REPACKINGS
     if entry == "quantize":
         seeds |= SOLVERS
     if entry == "dequantize":
