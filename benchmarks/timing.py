@@ -10,6 +10,8 @@ from dataclasses import dataclass
 # A contender's work in round i; it may use another copy of its data each round. What it returns
 # is what it computed, which check.py compares.
 Contender = Callable[[int], object]
+# A contender of a second a round gets few rounds: torch's fp16 product of 2048 tokens is one.
+SLOW = 2.0
 # The seconds of one contender's work in round i.
 Measure = Callable[[Contender, int], float]
 
@@ -64,7 +66,7 @@ def take_turns(
 
     Each gets `at_least` rounds. A contender that has used more than half of the time by itself
     then sits out, so that a slow one does not cost the others their repetitions; one that has
-    used all of it and more sits out from its first round on.
+    used SLOW seconds more than all of it sits out from then on.
     """
     names = list(contenders)
     for i, name in enumerate(names):
@@ -79,7 +81,7 @@ def take_turns(
         turn = len(rounds) % len(names)  # nobody is always first
         times = {}
         for name in names[turn:] + names[:turn]:
-            if spent[name] > (seconds / 2 if len(rounds) >= at_least else 2 * seconds):
+            if spent[name] > (seconds / 2 if len(rounds) >= at_least else seconds + SLOW):
                 continue
             times[name] = measure(contenders[name], len(rounds))
             spent[name] += times[name]

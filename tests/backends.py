@@ -13,7 +13,7 @@ from pathlib import Path
 import c_library
 import pytest
 import torch
-from c_library import Weight
+from c_library import HQQS_OWN, Weight
 from torch import Tensor
 
 from hqqlora.ops import PackedWeight, meta_shape, packed_shape
@@ -142,6 +142,7 @@ class LibraryOps:
             nbits,
             axis,
             DTYPES[scale.dtype],
+            HQQS_OWN,
             pointer(W_q),
             pointer(scale),
             pointer(zero),

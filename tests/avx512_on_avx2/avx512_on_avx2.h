@@ -202,6 +202,10 @@ EMU __m512 emu_shuffle_f32x4(__m512 a, __m512 b, int imm)
     }
     return out;
 }
+EMU __m512i emu_shuffle_i64x2(__m512i a, __m512i b, int imm)
+{
+    return (__m512i)emu_shuffle_f32x4((__m512)a, (__m512)b, imm);
+}
 EMU __m512i emu_shuffle_epi32(__m512i a, int imm)
 {
     return (__m512i)emu_shuffle_ps((__m512)a, (__m512)a, imm);
@@ -334,7 +338,11 @@ EMU __m512 emu_most(__m512 a, __m512 b)
 #undef _mm512_cmp_ps_mask
 #undef _mm512_fpclass_ps_mask
 #undef _mm512_shuffle_f32x4
+#undef _mm512_shuffle_i64x2
 #define _mm512_shuffle_f32x4                 emu_shuffle_f32x4
+#define _mm512_shuffle_i64x2                 emu_shuffle_i64x2
+#define _mm512_and_si512(a, b)               ((__m512i)((emu_uvec)(a) & (emu_uvec)(b)))
+#define _mm512_xor_si512(a, b)               ((__m512i)((emu_uvec)(a) ^ (emu_uvec)(b)))
 #define _mm512_shuffle_ps                    emu_shuffle_ps
 #define _mm512_shuffle_epi32                 emu_shuffle_epi32
 #define _mm512_broadcast_i64x4               emu_broadcast_256
