@@ -188,10 +188,12 @@ HQQ_INLINE uint32_t hqq_word_at(const void *packed, int nbits, int64_t word)
 HQQ_INLINE int hqq_code_at(const void *packed, const hqq_layout *l, int64_t e)
 {
     if (l->planes) {
-        const uint8_t *twos = (const uint8_t *)packed;
-        int64_t quarter = l->elements / 4, eighth = l->elements / 8;
-        int high = twos[e % quarter] >> hqq_slot_shift(2, (int)(e / quarter)) & 3;
-        int low = twos[quarter + e % eighth] >> hqq_slot_shift(1, (int)(e / eighth)) & 1;
+        /* the 1-bit slot says the rest: a 2-bit slot is two of them */
+        const uint8_t *planes = (const uint8_t *)packed;
+        int64_t eighth = l->elements / 8, rest = e % eighth;
+        int slot = (int)(e / eighth);
+        int high = planes[slot % 2 * eighth + rest] >> hqq_slot_shift(2, slot / 2) & 3;
+        int low = planes[2 * eighth + rest] >> hqq_slot_shift(1, slot) & 1;
         return high << 1 | low;
     }
     int slot = (int)(e / l->words);
