@@ -46,27 +46,22 @@ HQQ_ALWAYS_INLINE void pair_group(uint32_t *out, const uint8_t *even, const uint
     }
 }
 
-/* The table of a group: as hqq_pair_table, without what all groups share. */
-HQQ_ALWAYS_INLINE __m512i group_table(const hqq_weight *w, hqq_dtype meta, int64_t group,
-                                      hqq_vec code)
+HQQ_ALWAYS_INLINE __m512i group_table(const hqq_tiled_job *job, hqq_dtype meta, int64_t group)
 {
-    hqq_vec zero = hqq_vec_set1(hqq_load_quick(w->zero, meta, group));
-    hqq_vec scale = hqq_vec_set1(hqq_load_quick(w->scale, meta, group));
-    hqq_vec values = (code - zero) * scale;
-    return hqq_round_to_pairs(values, values);
+    return hqq_pair_table(job->layout.nbits, hqq_load_quick(job->weight->zero, meta, group),
+                          hqq_load_quick(job->weight->scale, meta, group));
 }
 
 /* Two rows, from column `begin` of W on. */
 HQQ_ALWAYS_INLINE void pair_two_rows(uint32_t *out, const hqq_tiled_job *job, hqq_dtype meta,
-                                     coded_row even, coded_row odd, hqq_vec code, __m512i shift,
+                                     coded_row even, coded_row odd, __m512i shift,
                                      int64_t begin, int64_t columns)
 {
     int64_t G = job->layout.G, left = G - begin % G;
     for (int64_t k = 0; k < columns; k += left, left = G, even.group++, odd.group++) {
         if (left > columns - k) left = columns - k;
-        pair_group(out + k, even.bytes + k, odd.bytes + k,
-                   group_table(job->weight, meta, even.group, code),
-                   group_table(job->weight, meta, odd.group, code), shift, left);
+        pair_group(out + k, even.bytes + k, odd.bytes + k, group_table(job, meta, even.group),
+                   group_table(job, meta, odd.group), shift, left);
     }
 }
 
@@ -76,14 +71,13 @@ HQQ_ALWAYS_INLINE void pair_piece(uint32_t *out, int64_t ld, const hqq_tiled_job
 {
     const hqq_layout *l = &job->layout;
     const uint8_t *bytes = job->weight->packed;
-    hqq_vec code = hqq_code_of_lane(l->nbits);
     __m512i shift = _mm512_set1_epi16((int16_t)hqq_slot_shift(l->nbits, slot));
     for (int64_t r = 0; r < piece.count; r += 2) {
         int64_t n = piece.first + r;
         coded_row even = {bytes + (n - slot * (l->N / l->per)) * l->K + begin,
                           (n * l->K + begin) / l->G};
         coded_row odd = {even.bytes + l->K, even.group + l->K / l->G};
-        pair_two_rows(out + r / 2 * ld, job, meta, even, odd, code, shift, begin, columns);
+        pair_two_rows(out + r / 2 * ld, job, meta, even, odd, shift, begin, columns);
     }
 }
 

@@ -2,7 +2,7 @@
  * time, into the first cache: two loads, two shifts, two operations of logic and a store for
  * 128 weights. Included by ISA sources only.
  *
- * 4096 x 4096 in bf16, G = 64, a Zen 4, one thread, cold: times the speed of 4 bits, axis 1, by
+ * 4096 x 4096 in bf16, G = 64, a Zen 5, one thread, cold: times the speed of 4 bits, axis 1, by
  * tokens; hqq's words beside it:
  *
  *                            1            16           128           512
