@@ -178,6 +178,7 @@ static int check_blocks(hqq_isa isa)
         {130, 24, 1088, 64, 2, 2, 1}, /* x is too large to be copied whole */
         {5, 1300, 70, 35, 0, 8, 1}, /* rows of dgrad; an odd number of them in the last block */
         {9, 600, 272, 24, 1, 4, 0}, /* columns of dgrad */
+        {9, 40, 192, 96, 1, 4, 1},  /* that begin within a group */
         {13, 33, 27, 9, 3, 3, 1},   /* slots that begin within rows and lack some */
         {6, 1, 64, 64, 1, 4, 1},    /* one row: the second slot has none */
     };
