@@ -47,6 +47,8 @@ test-c: $(VENV)/built
 	$(BIN)/cmake --build build/release
 	$(BIN)/ctest --test-dir build/release --output-on-failure --parallel $(TEST_PROCESSES)
 
+# all that is allocated begins as NaN: what was not written shows
+asan: export ASAN_OPTIONS := max_malloc_fill_size=1073741824:malloc_fill_byte=255
 asan: $(VENV)/built
 	$(BIN)/cmake -S . -B build/asan -G Ninja -DHQQLORA_TORCH=OFF -DHQQLORA_CUDA=OFF \
 	  -DCMAKE_BUILD_TYPE=Debug -DHQQLORA_SANITIZE=address,undefined >build/asan-configure.log

@@ -10,9 +10,10 @@
  * Measured on 4096 x 4096, 4 bits, G = 64, cold, against torch's GEMM:
  *
  * AVX-512 BF16: a Zen 5, two threads, and 14336 x 4096, 4096 x 14336 and 1536 x 576 beside
- * that; where they disagree, what loses least. In bf16 forward, tiled takes 0.9 to 1.04 of the
- * time of blocked at 256 tokens and 0.88 to 1.18 at 512; in dgrad 0.93 to 1.1 at 1024. In fp32
- * it takes half of it at any M; in fp16, which torch multiplies without vectors, a seventh.
+ * that; where they disagree, what loses least. In bf16 forward, tiled takes 0.79 to 0.93 of the
+ * time of blocked up to 2048 tokens, but 1.07 at 1536 x 576; in dgrad 0.93 to 1.1 at 1024. In
+ * fp32 it takes half of it at any M; in fp16, which torch multiplies without vectors, a
+ * seventh.
  *
  * AMX: a Xeon, two threads. In bf16 tiled passes direct at 6 tokens forward and 7 in dgrad, is
  * half of direct's time at 16, and takes 0.4 to 0.7 of the time of blocked, with torch's GEMM
@@ -40,7 +41,7 @@ static const thresholds_by_dtype table[][2] = {
     [HQQ_ISA_PORTABLE] = {{{8, 0}, {8, 0}, {8, 0}}, {{8, 0}, {8, 0}, {8, 0}}},
     [HQQ_ISA_AVX2] = {{{24, ANY}, {16, ANY}, {16, ANY}}, {{16, ANY}, {12, ANY}, {12, ANY}}},
     [HQQ_ISA_AVX512] = {{{12, ANY}, {12, ANY}, {12, ANY}}, {{16, ANY}, {16, ANY}, {16, ANY}}},
-    [HQQ_ISA_AVX512_BF16] = {{{5, ANY}, {12, ANY}, {8, 256}},
+    [HQQ_ISA_AVX512_BF16] = {{{5, ANY}, {12, ANY}, {8, ANY}},
                              {{32, ANY}, {16, ANY}, {6, 1024}}},
     [HQQ_ISA_AMX] = {{{12, ANY}, {16, ANY}, {5, ANY}}, {{16, ANY}, {16, ANY}, {6, ANY}}},
 };

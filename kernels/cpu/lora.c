@@ -48,6 +48,23 @@ hqq_status hqq_lora_addend(void *out, int64_t ld_out, hqq_dtype out_dtype, const
     return hqq_gemm_run(&g, context);
 }
 
+hqq_status hqq_lora_addend_turned(float *out, int64_t ld_out, const float *xa,
+                                  const hqq_lora *lora, int64_t M, int64_t n_begin,
+                                  int64_t n_end, const hqq_context *context)
+{
+    int64_t R = lora->rank;
+    hqq_gemm g = {.C = out,
+                  .ldc = ld_out,
+                  .C_dtype = HQQ_F32,
+                  .m = n_end - n_begin,
+                  .n = M,
+                  .k = R,
+                  .alpha = lora->scaling};
+    g.A = hqq_view_rows(hqq_at(lora->B, lora->dtype, n_begin * R), lora->dtype, R);
+    g.B = hqq_view_transposed(hqq_view_rows(xa, HQQ_F32, R));
+    return hqq_gemm_run(&g, context);
+}
+
 hqq_status hqq_lora_dyb(float *dyb, const void *dy, int64_t lddy, hqq_dtype dtype,
                         const hqq_lora *lora, int64_t M, int64_t N, const hqq_context *context)
 {

@@ -18,6 +18,12 @@ hqq_status hqq_lora_addend(void *out, int64_t ld_out, hqq_dtype out_dtype, const
                            int64_t M, int64_t n_begin, int64_t n_end,
                            const hqq_context *context);
 
+/* Rows n_begin to n_end of scaling * B xa^T [N,M], in fp32, row n - n_begin at
+ * out + (n - n_begin) * ld_out: hqq_lora_addend without a bias, turned. */
+hqq_status hqq_lora_addend_turned(float *out, int64_t ld_out, const float *xa,
+                                  const hqq_lora *lora, int64_t M, int64_t n_begin,
+                                  int64_t n_end, const hqq_context *context);
+
 /* dyb [M,R] fp32 = dy B */
 hqq_status hqq_lora_dyb(float *dyb, const void *dy, int64_t lddy, hqq_dtype dtype,
                         const hqq_lora *lora, int64_t M, int64_t N, const hqq_context *context);

@@ -8,6 +8,7 @@
 #include "lora.h"
 #include "parallel.h"
 #include "status.h"
+#include "turned.h"
 #include "workspace.h"
 
 /*
@@ -181,8 +182,8 @@ size_t hqq_tiled_workspace(const hqq_weight *weight, int64_t M, hqq_dtype dtype,
 #if HQQ_HAS_AMX
     if (in_amx_tiles(M, dtype, isa)) return hqq_amx_workspace(weight, M, dtype, transpose);
 #endif
-    (void)weight, (void)M, (void)dtype, (void)transpose, (void)isa;
-    return 0;
+    if (transpose || !hqq_turns_input(M)) return 0;
+    return hqq_turned_workspace(weight, M, dtype, isa);
 }
 
 hqq_status hqq_tiled_linear(const hqq_forward *f, const float *xa, void *workspace,
@@ -192,7 +193,7 @@ hqq_status hqq_tiled_linear(const hqq_forward *f, const float *xa, void *workspa
     if (in_amx_tiles(f->M, f->dtype, hqq_isa_in_use(context)))
         return hqq_amx_linear(f, xa, workspace, context);
 #endif
-    (void)workspace;
+    if (hqq_turns_input(f->M)) return hqq_turned_linear(f, xa, workspace, context);
     hqq_tiled_job job = job_of(f->weight, f->M, f->dtype, f->lora, xa, FORWARD_TOKENS, context);
     job.out = f->y;
     job.in = f->x;

@@ -1,7 +1,8 @@
 /*
  * Medium M, and any M where the lent GEMM is the slower one: a block of W is decoded into a
  * buffer that stays in the second cache, and a register tile multiplies with it there. The
- * weight is read once, packed; no GEMM is called.
+ * weight is read once, packed; no GEMM is called. Forward, from about 48 tokens on, is
+ * turned.h's.
  *
  *   forward   a chunk is some sets of rows of W (row_sets.h), against up to 128 tokens:
  *

@@ -165,8 +165,8 @@ static int check_problem(problem *p)
     return failures;
 }
 
-/* More than one block and chunk in each direction: of tokens (128, 256), of columns (1024
- * words; 256), of rows (256; 500). */
+/* More than one block and chunk in each direction: of tokens (128; 512 where x is turned; 256),
+ * of columns (1024 words; 256), of rows (256, 96; 500). */
 static int check_blocks(hqq_isa isa)
 {
     static const struct {
@@ -175,12 +175,19 @@ static int check_blocks(hqq_isa isa)
     } cases[] = {
         {7, 12, 2120, 8, 1, 4, 1},    /* columns forward: three blocks in fp32, two in bf16 */
         {270, 40, 48, 16, 3, 4, 1},   /* tokens, with a dropout mask in each chunk */
-        {130, 24, 1088, 64, 2, 2, 1}, /* x is too large to be copied whole */
+        {116, 24, 1088, 64, 2, 2, 1}, /* x is too large to be copied whole */
         {5, 1300, 70, 35, 0, 8, 1}, /* rows of dgrad; an odd number of them in the last block */
         {9, 600, 272, 24, 1, 4, 0}, /* columns of dgrad */
         {9, 40, 192, 96, 1, 4, 1},  /* that begin within a group */
         {13, 33, 27, 9, 3, 3, 1},   /* slots that begin within rows and lack some */
         {6, 1, 64, 64, 1, 4, 1},    /* one row: the second slot has none */
+        /* x is turned: two parts of the tokens, the last panel of each shorter; half a word */
+        {545, 12, 35, 35, 2, 4, 1},
+        {48, 12, 2120, 8, 1, 4, 1},  /* columns, as above */
+        {64, 600, 48, 24, 1, 4, 0},  /* rows */
+        {61, 33, 27, 9, 3, 3, 1},    /* slots, as above */
+        {129, 16, 130, 26, 0, 8, 1}, /* one slot; panels of two and three vectors */
+        {260, 2, 8200, 8, 0, 4, 1},  /* fewer tokens in a part, as K is long */
     };
     uint64_t state = 41;
     int failures = 0;
@@ -195,7 +202,8 @@ static int check_blocks(hqq_isa isa)
     return failures;
 }
 
-static int check_formats(hqq_isa isa)
+/* extra: tokens more than the few that there are. */
+static int check_formats(hqq_isa isa, int64_t extra)
 {
     static const int64_t shapes[][3] = {{64, 128, 64}, {30, 65, 13}, {16, 192, 8}};
     uint64_t state = 43;
@@ -203,8 +211,7 @@ static int check_formats(hqq_isa isa)
     for (int s = 0; s < 3; s++)
         for (int b = 0; b < BIT_WIDTHS; b++)
             for (int axis = 0; axis < 2; axis++) {
-                int64_t M = 1 + random_bits(&state) % 13, R = random_bits(&state) % 4;
-                if (isa == HQQ_ISA_AMX && b % 2) M += 127; /* in tiles, whatever the dtype */
+                int64_t M = 1 + random_bits(&state) % 13 + extra, R = random_bits(&state) % 4;
                 problem p = make_problem(&state, M, shapes[s][0], shapes[s][1], shapes[s][2],
                                          all_bits[b], axis, R,
                                          all_dtypes[random_bits(&state) % 3], isa);
@@ -315,8 +322,8 @@ static int check_choice(hqq_isa isa)
 
 static int check_isa(hqq_isa isa)
 {
-    return check_blocks(isa) + check_formats(isa) + check_scaled(isa) + check_identity(isa) +
-           check_choice(isa);
+    return check_blocks(isa) + check_formats(isa, 0) + check_formats(isa, 128) +
+           check_scaled(isa) + check_identity(isa) + check_choice(isa);
 }
 
 int main(void)
