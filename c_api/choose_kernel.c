@@ -40,7 +40,7 @@ static const thresholds_by_dtype table[][2] = {
     [HQQ_ISA_PORTABLE] = {{{8, 0}, {8, 0}, {8, 0}}, {{8, 0}, {8, 0}, {8, 0}}},
     [HQQ_ISA_AVX2] = {{{24, ANY}, {16, ANY}, {16, ANY}}, {{16, ANY}, {12, ANY}, {12, ANY}}},
     [HQQ_ISA_AVX512] = {{{12, ANY}, {12, ANY}, {12, ANY}}, {{16, ANY}, {16, ANY}, {16, ANY}}},
-    [HQQ_ISA_AVX512_BF16] = {{{5, ANY}, {12, ANY}, {8, 256}},
+    [HQQ_ISA_AVX512_BF16] = {{{5, ANY}, {12, ANY}, {8, 4096}},
                              {{32, ANY}, {16, ANY}, {6, 1024}}},
     [HQQ_ISA_AMX] = {{{12, ANY}, {16, ANY}, {5, ANY}}, {{16, ANY}, {16, ANY}, {6, ANY}}},
 };
