@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import hqqlora
 from hqqlora.command.errors import RunError, describe
+from hqqlora.command.freed_memory import keep_freed_memory
 from hqqlora.command.options import OneLineParser
 from hqqlora.command.thread_waiting import wait_asleep_if_busy
 
@@ -242,6 +243,8 @@ COMMANDS: dict[tuple[str, ...], Command] = {
         "the whole quantized model has to fit",
     ),
 }
+# Those that take step after step.
+TRAINING = {("train",), ("bench", "finetune")}
 # Words that only lead to commands.
 GROUPS = {
     ("bench",): "measure this library against others",
@@ -268,6 +271,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         work, threads = command.prepare(_parser(name).parse_args(words))
         if argv is None and threads not in (None, 1):
             wait_asleep_if_busy()
+        if argv is None and name in TRAINING:
+            keep_freed_memory()
         work()
 
     return _guarded(" ".join(("hqqlora", *name)), command.less_memory, run)

@@ -67,6 +67,7 @@ def test_the_command_begins_again_where_others_are_busy(
     monkeypatch.setattr(sys, "argv", words)
     monkeypatch.setattr(sys, "orig_argv", ["python", *words])
     monkeypatch.setattr(thread_waiting, "busy_fraction", lambda: busy)
+    monkeypatch.setattr(cli, "keep_freed_memory", lambda: None)
     monkeypatch.setattr(os, "execve", lambda *arguments: begun.append(arguments))
     assert cli.main() == 2  # as if execve had failed: the run goes on
     assert len(begun) == restarts

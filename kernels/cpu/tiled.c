@@ -6,6 +6,7 @@
 #include "dtype.h"
 #include "integers.h"
 #include "lora.h"
+#include "panels.h"
 #include "parallel.h"
 #include "status.h"
 #include "turned.h"
@@ -187,6 +188,8 @@ size_t hqq_tiled_workspace(const hqq_weight *weight, int64_t M, hqq_dtype dtype,
 #if HQQ_HAS_AMX
     if (in_amx_tiles(M, dtype, isa)) return hqq_amx_workspace(weight, M, dtype, transpose);
 #endif
+    if (hqq_panels_serve(weight, M, dtype, transpose, isa))
+        return hqq_panels_workspace(weight, dtype, transpose);
     if (transpose || !hqq_turns_input(M)) return 0;
     return hqq_turned_workspace(weight, M, dtype, isa);
 }
@@ -198,6 +201,8 @@ hqq_status hqq_tiled_linear(const hqq_forward *f, const float *xa, void *workspa
     if (in_amx_tiles(f->M, f->dtype, hqq_isa_in_use(context)))
         return hqq_amx_linear(f, xa, workspace, context);
 #endif
+    if (hqq_panels_serve(f->weight, f->M, f->dtype, 0, hqq_isa_in_use(context)))
+        return hqq_panels_linear(f, xa, workspace, context);
     if (hqq_turns_input(f->M)) return hqq_turned_linear(f, xa, workspace, context);
     hqq_tiled_job job = job_of(f->weight, f->M, f->dtype, f->lora, xa, FORWARD_TOKENS, context);
     job.out = f->y;
@@ -262,7 +267,8 @@ hqq_status hqq_tiled_dgrad(const hqq_backward *b, const float *dyb, void *worksp
     if (in_amx_tiles(b->M, b->dtype, hqq_isa_in_use(context)))
         return hqq_amx_dgrad(b, dyb, workspace, context);
 #endif
-    (void)workspace;
+    if (hqq_panels_serve(b->weight, b->M, b->dtype, 1, hqq_isa_in_use(context)))
+        return hqq_panels_dgrad(b, dyb, workspace, context);
     hqq_tiled_job job = job_of(b->weight, b->M, b->dtype, b->lora, dyb, DGRAD_TOKENS, context);
     job.out = b->dx;
     job.in = b->dy;

@@ -183,6 +183,8 @@ static int check_blocks(hqq_isa isa)
         {6, 1, 64, 64, 1, 4, 1},    /* one row: the second slot has none */
         /* x is turned: two parts of the tokens, the last panel of each shorter; half a word */
         {545, 12, 35, 35, 2, 4, 1},
+        {520, 70, 36, 12, 3, 4, 1},  /* panels (panels.h) forward, too, the last not full */
+        {64, 2048, 600, 8, 1, 4, 1}, /* two blocks of panels */
         {48, 12, 2120, 8, 1, 4, 1},  /* columns, as above */
         {64, 600, 48, 24, 1, 4, 0},  /* rows */
         {61, 33, 27, 9, 3, 3, 1},    /* slots, as above */
@@ -323,7 +325,8 @@ static int check_choice(hqq_isa isa)
 static int check_isa(hqq_isa isa)
 {
     return check_blocks(isa) + check_formats(isa, 0) + check_formats(isa, 128) +
-           check_scaled(isa) + check_identity(isa) + check_choice(isa);
+           check_formats(isa, 512) + check_scaled(isa) + check_identity(isa) +
+           check_choice(isa);
 }
 
 int main(void)

@@ -1,0 +1,68 @@
+/*
+ * Many tokens: W is decoded once, into panels of 64 columns of the product that lie as a
+ * register tile reads them, and all tokens are multiplied with a panel where they are.
+ *
+ *   forward   y [m, n]  = x [m, :] . W [n, :]      a panel is 64 rows of W, transposed
+ *   dgrad     dx [m, k] = dy [m, :] . W [:, k]     a panel is 64 columns of W
+ *
+ *     decode:    panel [steps][64 words]           a chunk a panel; then, behind a barrier,
+ *     multiply:  for each 6 tokens: a tile of 24 registers of sums, over all steps; begun with
+ *                the adapter's part, in fp32, and rounded once as it is stored
+ *
+ * A word is a float, or with AVX-512 BF16 a pair of bf16 (multiply_tile.h). Against tiled.h:
+ * W is decoded once and not once for every 256 tokens; x and dy are not copied; sums never
+ * leave their registers, neither for the adapter's part nor at the end; and forward has no
+ * lanes to add up, for which the panels are transposed. In exchange the panels take memory and
+ * a second parallel region, and x is read again for each panel.
+ *
+ * A block of panels, 4 MB at most, is decoded at a time.
+ */
+#ifndef HQQ_KERNELS_CPU_PANELS_H
+#define HQQ_KERNELS_CPU_PANELS_H
+
+#include <stddef.h>
+
+#include "backend.h"
+#include "isa.h"
+#include "tiled.h"
+
+/* Whether products of M tokens are for panels, and take hqq_panels_workspace bytes. */
+int hqq_panels_serve(const hqq_weight *weight, int64_t M, hqq_dtype dtype, int transpose,
+                     hqq_isa isa);
+size_t hqq_panels_workspace(const hqq_weight *weight, hqq_dtype dtype, int transpose);
+
+/* As hqq_tiled_linear and hqq_tiled_dgrad, of what hqq_panels_serve says yes to. */
+hqq_status hqq_panels_linear(const hqq_forward *f, const float *xa, void *workspace,
+                             const hqq_context *context);
+hqq_status hqq_panels_dgrad(const hqq_backward *b, const float *dyb, void *workspace,
+                            const hqq_context *context);
+
+/* ---- between the driver and the kernels --------------------------------------------- */
+
+#define HQQ_PANEL_COLUMNS 64
+/* Rows of W that are decoded before they are turned or paired. */
+#define HQQ_PANEL_STRIP 16
+
+typedef struct hqq_panels_job {
+    hqq_tiled_job product; /* out, in, weight, layout, adapter, bias, M, tokens, pairs, isa */
+    int transpose;         /* dgrad */
+    int64_t columns;       /* of out */
+    int64_t reduction;     /* columns of in */
+    int64_t steps;         /* words of the reduction */
+    int64_t begin, end;    /* the block's columns of out */
+    void *panels;          /* [panels of the block][steps][HQQ_PANEL_COLUMNS] words */
+} hqq_panels_job;
+
+/* Bytes that a chunk needs: of decoding, and of multiplying. */
+size_t hqq_panels_decode_scratch(const hqq_panels_job *job);
+size_t hqq_panels_multiply_scratch(const hqq_panels_job *job);
+
+/* Panel number `panel` of the block. */
+HQQ_ISA_DECLARE(void, hqq_panels_decode,
+                (const hqq_panels_job *job, int64_t panel, void *scratch));
+/* Rows [m_begin, m_end) of out, the columns of that panel. */
+HQQ_ISA_DECLARE(void, hqq_panels_multiply,
+                (const hqq_panels_job *job, int64_t panel, int64_t m_begin, int64_t m_end,
+                 void *scratch));
+
+#endif
