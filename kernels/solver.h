@@ -199,6 +199,32 @@ HQQ_INLINE hqq_candidate hqq_candidate_at(int i, int j, float levels)
     return c;
 }
 
+/* Where some columns of the weight matter more (hqq_quantize_options.importance), an error in
+ * an element counts by its share, of importance m in a group of n elements:
+ *
+ *     share = max(m / largest, 0.01 * sum of (m / largest) / n)
+ *
+ * At least one is 1 and none above, so that no sum overflows; the floor keeps a hundredth of
+ * the whole for the elements beside a single one that counts, and so a line defined. Where all
+ * are equal, 0 included, each is 1, and the results are those without importance, bit for bit.
+ */
+typedef struct hqq_importance {
+    hqq_lane largest, floor;
+} hqq_importance;
+
+HQQ_INLINE hqq_lane hqq_share(const hqq_importance *i, hqq_lane m)
+{
+    hqq_lane_mask unused = i->largest < 0x1p-126f;
+    hqq_lane share = hqq_lane_max(m / i->largest, i->floor);
+    return hqq_lane_select(unused, hqq_lane_set(1.0f), share);
+}
+
+/* The floor from the sum of all m / largest. */
+HQQ_INLINE hqq_lane hqq_share_floor(hqq_lane sum, float n)
+{
+    return sum / n * 0.01f;
+}
+
 /* t less its nearest code, but for the sign of 0. */
 HQQ_INLINE hqq_lane hqq_off_code(hqq_lane t, float levels)
 {
@@ -211,6 +237,12 @@ HQQ_INLINE hqq_lane hqq_cubed_error(hqq_lane t, float levels)
 {
     hqq_lane e = hqq_off_code(t, levels);
     return e * e * hqq_lane_abs(e);
+}
+
+HQQ_INLINE hqq_lane hqq_weighted_cubed_error(hqq_lane t, hqq_lane share, float levels)
+{
+    hqq_lane e = hqq_off_code(t, levels);
+    return e * e * (hqq_lane_abs(e) * share);
 }
 
 /* Whether a candidate may leave the codes by half a step or more. Its ends are 0.45 * slope
@@ -244,6 +276,17 @@ HQQ_INLINE void hqq_moments_add(hqq_moments *m, hqq_lane t, float levels)
     m->vr = m->vr + v * r;
 }
 
+HQQ_INLINE void hqq_moments_add_weighted(hqq_moments *m, hqq_lane t, hqq_lane share,
+                                         float levels)
+{
+    hqq_lane q = hqq_nearest_code(t, levels);
+    hqq_lane v = q - levels * 0.5f, r = t - q, shared = share * v;
+    m->v = m->v + shared;
+    m->r = m->r + share * r;
+    m->vv = m->vv + shared * v;
+    m->vr = m->vr + shared * r;
+}
+
 HQQ_INLINE void hqq_moments_join(hqq_moments *total, const hqq_moments *part)
 {
     total->v = total->v + part->v;
@@ -252,14 +295,14 @@ HQQ_INLINE void hqq_moments_join(hqq_moments *total, const hqq_moments *part)
     total->vr = total->vr + part->vr;
 }
 
-/* The least-squares line t = q + a v + b through n elements becomes the new fit, unless the
- * codes hardly vary. */
-HQQ_INLINE hqq_fit hqq_refit(hqq_fit fit, const hqq_moments *m, float n, float levels)
+/* The least-squares line t = q + a v + b through n elements, or elements whose shares add up to
+ * n, becomes the new fit, unless the codes hardly vary. */
+HQQ_INLINE hqq_fit hqq_refit(hqq_fit fit, const hqq_moments *m, hqq_lane n, float levels)
 {
     hqq_lane variance = m->vv * n - m->v * m->v;
     hqq_lane a = (m->vr * n - m->v * m->r) / variance;
     hqq_lane b = (m->r - a * m->v) / n;
-    hqq_lane_mask good = (hqq_lane_set(1e-6f * n * n) < variance) & (hqq_lane_set(-0.999f) < a);
+    hqq_lane_mask good = (hqq_lane_set(1e-6f) * n * n < variance) & (hqq_lane_set(-0.999f) < a);
     hqq_lane slope = 1.0f / (a + 1.0f);
     hqq_fit next;
     next.slope = hqq_lane_select(good, fit.slope * slope, fit.slope);
