@@ -165,9 +165,7 @@ def check_importance(
     )
     check(
         solver == 0,
-        lambda: (
-            f"options.importance needs the default solver (0); options.solver is {solver}"
-        ),
+        lambda: f"options.importance needs the default solver (0); options.solver is {solver}",
     )
 
 
