@@ -170,14 +170,16 @@ typedef struct hqq_fit {
 } hqq_fit;
 
 /* The recipe: 8, 4 and 2 bits search the range and do 4 rounds of least squares; 3 and 1 bit
- * start from the full range and do 8. */
-HQQ_INLINE int hqq_searches_range(int nbits)
+ * start from the full range and do 8. Weighted by importance, 3 bits do as 4 do: on SmolLM2
+ * that takes 4 to 11 % off the divergence from the dense model, which it would add to
+ * unweighted. */
+HQQ_INLINE int hqq_searches_range(int nbits, int weighted)
 {
-    return nbits != 3 && nbits != 1;
+    return nbits != 1 && (nbits != 3 || weighted);
 }
-HQQ_INLINE int hqq_least_squares_rounds(int nbits)
+HQQ_INLINE int hqq_least_squares_rounds(int nbits, int weighted)
 {
-    return hqq_searches_range(nbits) ? 4 : 8;
+    return hqq_searches_range(nbits, weighted) ? 4 : 8;
 }
 
 /* Candidate (i, j) of the range search: the lower end moved up by i and the upper one down by j

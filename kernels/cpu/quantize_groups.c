@@ -148,10 +148,26 @@ static hqq_tile_shares *shares_of(hqq_tile_shares *shares, const hqq_tile *tiles
     return &shares[k];
 }
 
+/* Groups whose elements all count the same become what they are without importance, where that
+ * begins otherwise. */
+static void solve_even(hqq_tile *t, hqq_tile_shares *shares, hqq_fit *fit, float levels)
+{
+    int nbits = t->job->layout.nbits;
+    hqq_lane_mask even = shares->total == (float)t->job->layout.G;
+    if (hqq_searches_range(nbits, 0) == hqq_searches_range(nbits, 1) || !hqq_lane_any(even))
+        return;
+    hqq_fit own = {hqq_lane_set(1.0f), hqq_lane_set(0.0f)};
+    for (int round = 0; round < hqq_least_squares_rounds(nbits, 0); round++)
+        own = least_squares(t, shares, own, levels);
+    fit->slope = hqq_lane_select(even, own.slope, fit->slope);
+    fit->offset = hqq_lane_select(even, own.offset, fit->offset);
+}
+
 /* shares [HQQ_TILES_MOST], or NULL: all are 1 */
 HQQ_ALWAYS_INLINE void solve(hqq_tile *tiles, int count, hqq_tile_shares *shares)
 {
     int nbits = tiles->job->layout.nbits, any = 0;
+    int rounds = hqq_least_squares_rounds(nbits, shares != NULL);
     float levels = (float)hqq_max_code(nbits);
     hqq_units units[HQQ_TILES_MOST];
     hqq_fit fits[HQQ_TILES_MOST];
@@ -165,15 +181,17 @@ HQQ_ALWAYS_INLINE void solve(hqq_tile *tiles, int count, hqq_tile_shares *shares
         own[k] = shares ? shares_of(shares, tiles, k) : NULL;
         if (!hqq_lane_any(units[k].flat == 0)) continue;
         any = 1;
-        if (hqq_searches_range(nbits))
+        if (hqq_searches_range(nbits, shares != NULL))
             fits[k] =
                 hqq_search_clips(levels)
                     ? search_range(&tiles[k], shares ? own[k] : NULL, units[k].flat, levels, 1)
                     : search_range(&tiles[k], shares ? own[k] : NULL, units[k].flat, levels, 0);
     }
-    for (int round = 0; any && round < hqq_least_squares_rounds(nbits); round++)
+    for (int round = 0; any && round < rounds; round++)
         for (int k = 0; k < count; k++)
             fits[k] = least_squares(&tiles[k], shares ? own[k] : NULL, fits[k], levels);
+    for (int k = 0; any && shares && k < count; k++)
+        solve_even(&tiles[k], own[k], &fits[k], levels);
     for (int k = 0; k < count; k++) store_solution(&tiles[k], &fits[k], &units[k], levels);
 }
 

@@ -83,11 +83,28 @@ HQQ_DEVICE_INLINE hqq_fit least_squares(hqq_tile *t, hqq_tile_shares *shares,
     return hqq_refit(fit, &total, n, levels);
 }
 
+/* Groups whose elements all count the same become what they are without importance, where that
+ * begins otherwise. All lanes go together: long groups are loaded by all. */
+HQQ_DEVICE_INLINE void solve_even(hqq_tile *t, hqq_tile_shares *shares,
+                                  const hqq_quantize_job *job, hqq_fit *fit)
+{
+    int nbits = job->layout.nbits;
+    if (hqq_searches_range(nbits, 0) == hqq_searches_range(nbits, 1)) return;
+    int even = shares->total == static_cast<float>(job->layout.G);
+    if (!__any_sync(~0u, even)) return;
+    hqq_fit own = {1.0f, 0.0f};
+#pragma unroll 1
+    for (int round = 0; round < hqq_least_squares_rounds(nbits, 0); round++)
+        own = least_squares<true>(t, shares, job, own);
+    if (even) *fit = own;
+}
+
 template <bool weighted>
 __global__ void __launch_bounds__(HQQ_TILE_LANES, HQQ_TILE_WARPS)
     hqq_quantize_default_kernel(const __grid_constant__ default_job arguments)
 {
     const hqq_quantize_job *job = &arguments.job;
+    int nbits = job->layout.nbits;
     for (int64_t index = blockIdx.x; index < job->tiles; index += gridDim.x) {
         hqq_tile tile = hqq_tile_make(job, index);
         hqq_tile_span span = hqq_tile_range(&tile, job);
@@ -99,15 +116,16 @@ __global__ void __launch_bounds__(HQQ_TILE_LANES, HQQ_TILE_WARPS)
             span.finite = span.finite && shares.finite;
         }
         hqq_fit fit = {1.0f, 0.0f};
-        if (hqq_searches_range(job->layout.nbits)) {
+        if (hqq_searches_range(nbits, weighted)) {
             float best = HUGE_VALF;
 #pragma unroll 1
             for (int i = 0; i < HQQ_SEARCH; i++)
                 search_row<weighted>(&tile, &shares, job, arguments.search[i], &best, &fit);
         }
 #pragma unroll 1
-        for (int round = 0; round < hqq_least_squares_rounds(job->layout.nbits); round++)
+        for (int round = 0; round < hqq_least_squares_rounds(nbits, weighted); round++)
             fit = least_squares<weighted>(&tile, &shares, job, fit);
+        if constexpr (weighted) solve_even(&tile, &shares, job, &fit);
         hqq_stored stored = hqq_store_fit(&fit, &units, job->levels, job->meta_dtype);
         if (__any_sync(~0u, hqq_units_unsaturate(&units, &stored, job->meta_dtype)))
             hqq_tile_forget(&tile, &units);

@@ -96,11 +96,13 @@ static void plain_least_squares(plain_group *p)
 static void plain_solve(plain_group *p, int nbits)
 {
     double low = INFINITY, high = -INFINITY;
+    int even = 1; /* all count the same: as without importance */
     for (int i = 0; i < p->n; i++) {
+        even &= p->share[i] == 1;
         low = fmin(low, (double)p->w[i]);
         high = fmax(high, (double)p->w[i]);
     }
-    int searches = nbits != 3 && nbits != 1;
+    int searches = nbits != 1 && (nbits != 3 || !even);
     double step = (high - low) / p->levels;
     p->scale = step;
     p->zero = -low / step;
