@@ -13,7 +13,7 @@ static const shape shapes[] = {
     {1, 1, 1},         {3, 5, 5},      {7, 9, 3},         {5, 64, 16},  {48, 64, 64},
     {9, 33, 11},       {33, 31, 31},   {2, 13, 26},       {1, 70, 35},  {64, 96, 32},
     {257, 3, 3},       {70, 130, 26},  {12, 96, 36},      {40, 24, 64}, {2, 1700, 850},
-    {1, 20000, 20000}, {9, 1000, 600}, {3, 30000, 18000}, {40, 256, 64}};
+    {1, 20000, 20000}, {9, 1000, 600}, {3, 24000, 18000}, {40, 256, 64}};
 
 /* Up to 1 and down to 1e-6 of it. */
 static float *random_importance(uint64_t *state, int64_t K)
@@ -175,7 +175,8 @@ static int check_format(const shape *s, int nbits, int axis, hqq_isa isa, uint64
         fprintf(stderr, "one column a group, and importance makes a difference\n");
     }
     static const float equal[] = {0.0f, 3.0f, 1e-30f, 1e-42f, FLT_MAX};
-    for (size_t i = 0; i < sizeof equal / sizeof *equal && !failed; i++) {
+    size_t equals = s->K > 1000 ? 1 : sizeof equal / sizeof *equal;
+    for (size_t i = 0; i < equals && !failed; i++) {
         for (int64_t k = 0; k < s->K; k++) importance[k] = equal[i];
         result even = quantize(W, HQQ_F32, w, &with, &context);
         if (!same_result(&none, &even)) {
@@ -198,10 +199,12 @@ static int check_formats(hqq_isa isa)
     int quick = getenv("HQQLORA_TEST_QUICK") != NULL;
     uint64_t state = 88172645463325252u;
     int failures = 0;
-    for (size_t s = quick; s < sizeof shapes / sizeof *shapes; s += quick ? 4 : 1)
+    for (size_t s = quick; s < sizeof shapes / sizeof *shapes; s += quick ? 4 : 1) {
+        if (quick && shapes[s].K > 1000) continue;
         for (int b = 0; b < BIT_WIDTHS; b++)
             for (int axis = 0; axis < 2; axis++)
                 failures += check_format(&shapes[s], all_bits[b], axis, isa, &state);
+    }
     return failures;
 }
 
