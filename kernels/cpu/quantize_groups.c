@@ -10,7 +10,9 @@
  * for the ends, 4 rounds of least squares x 13, 22 to load, convert and store: 158 operations,
  * 79 cycles, 4.9 a weight. On a Xeon the search attains that, and all takes 100 cycles. A tile
  * of 64 steps is 4 KB and never leaves L1; memory moves each weight once more than needed (the
- * check for NaN).
+ * check for NaN). Weighted by importance, a candidate takes one operation more and a round
+ * three, and the shares are loaded, for all slots of a word at once: 1.1 to 1.4 times the
+ * cycles, at 3 bits, which then search, 1.75.
  */
 #include "quantize_shares.h"
 #include "quantize_store.h"

@@ -16,7 +16,8 @@
  * Memory: 2 bytes of W and 0.56 of words, scale and zero a weight, each once: 1.3e12 weights/s
  * at 3.3 TB/s. So arithmetic is the limit, and 70e9 weights take 0.75 s at best (predicted).
  * Shared memory: 16 bytes a lane and four weights in each pass, 4 of 15 to 38 cycles of a
- * multiprocessor. 8.7 KB a warp; the registers allow 19 warps a multiprocessor.
+ * multiprocessor. 8.7 KB a warp; the registers allow 19 warps a multiprocessor. Shares of
+ * importance take as much again, so that 13 warps fit (by arithmetic; not run on a GPU).
  */
 #include "quantize_shares.cuh"
 #include "quantize_tile.cuh"
