@@ -37,7 +37,8 @@
  *     loads cuBLASLt. It holds the numbers of these arguments, and follows the memory behind
  *     their pointers: so each replay's dropout mask is that of the seed it finds.
  *   - Nobody looks at the values: hqq_pack does not refuse codes of too many bits, and
- *     hqq_quantize gives a group that is not finite NaN for scale and zero, not HQQ_NON_FINITE.
+ *     hqq_quantize gives NaN for scale and zero, not HQQ_NON_FINITE or HQQ_INVALID, to a group
+ *     whose weights are not finite, or whose importance is neither finite nor at least 0.
  *   - context->parallel_for and isa are not used. A gemm that is lent must enqueue on stream.
  */
 #ifndef HQQLORA_H
@@ -174,13 +175,18 @@ typedef struct hqq_context {
 
 typedef struct hqq_quantize_options {
     hqq_solver solver;
-    /* The rest is read by the reference solver alone (round_zero: also by minmax). */
+    /* Up to kappa, read by the reference solver alone (round_zero: also by minmax). */
     int32_t iters;      /* 20 */
     int32_t early_stop; /* 1: stop when the mean error of the whole matrix stops falling */
     int32_t round_zero; /* 1: round the start value of zero; only for 4 bits */
     float lp_norm;      /* 0.7; in (0, 1] */
     float beta;         /* 10 */
     float kappa;        /* 1; beta is multiplied by it each step. hqq 0.2.8 keeps beta fixed */
+    /* [in_features], for the default solver alone: how much an error in each column counts
+     * beside the others (say, the mean square of that input; the unit is of no matter). NULL:
+     * as much everywhere, as where all are equal or 0. Of no effect where no group has elements
+     * of two columns: at axis 0 if group_size divides out_features. */
+    const float *importance;
 } hqq_quantize_options;
 
 /* ---- library ---------------------------------------------------------------------- */
@@ -224,7 +230,9 @@ HQQ_API hqq_quantize_options hqq_quantize_defaults(void);
  *   packed  = [words], of hqq_layout_of, in hqq's own packing alone; tail slots are zero
  *   scale   = [groups] in meta_dtype
  *   zero    = [groups] in meta_dtype
- * HQQ_NON_FINITE, with nothing written, if W has a NaN or an infinity. */
+ * HQQ_NON_FINITE, with nothing written, if W has a NaN or an infinity; HQQ_INVALID if an
+ * options->importance is negative or not finite, or comes with another solver than the default.
+ */
 HQQ_API hqq_status hqq_quantize(void *packed, void *scale, void *zero, const void *W,
                                 hqq_dtype W_dtype, const hqq_weight *weight,
                                 const hqq_quantize_options *options,

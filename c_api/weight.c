@@ -40,6 +40,7 @@ hqq_quantize_options hqq_quantize_defaults(void)
         .lp_norm = 0.7f,
         .beta = 10.0f,
         .kappa = 1.0f,
+        .importance = NULL,
     };
 }
 
@@ -61,7 +62,12 @@ static hqq_status check_options(const hqq_quantize_options *o, int32_t nbits)
         return hqq_fail(HQQ_INVALID, "options.kappa is %g; expected a finite value above 0",
                         (double)o->kappa);
     (void)nbits;
-    return HQQ_OK;
+    if (o->importance && o->solver != HQQ_SOLVER_DEFAULT)
+        return hqq_fail(
+            HQQ_INVALID,
+            "options.importance needs the default solver (%d); options.solver is %d",
+            HQQ_SOLVER_DEFAULT, (int)o->solver);
+    return hqq_check_aligned("options.importance", o->importance, sizeof *o->importance);
 }
 
 hqq_status hqq_quantize(void *packed, void *scale, void *zero, const void *W, hqq_dtype W_dtype,

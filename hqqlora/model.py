@@ -68,8 +68,8 @@ def quantize_model(
         device: where each layer is quantized and then lives; None: where it is. (What is not
             quantized stays.)
         importance: how much an error in each column of a layer counts, by the layers' names, as
-            `input_importance` gives it; layers it does not name, and experts, are quantized
-            without. None: none.
+            `input_importance` gives it, for solver "default"; layers it does not name, and
+            experts, are quantized without. None: none.
 
     Returns:
         model.

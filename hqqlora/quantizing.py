@@ -8,7 +8,6 @@ from torch import Tensor
 from hqqlora.config import QuantSettings
 from hqqlora.ops import Solver
 from hqqlora.state_encoding import META_DTYPES
-from hqqlora.weighted_fit import check_importance, fit_weighted
 
 
 def quantize_weight(
@@ -19,24 +18,26 @@ def quantize_weight(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Quantizes `weight` [out_features, in_features] and returns (W_q, scale, zero).
 
-    With the `importance` [in_features] of its columns (see `hqqlora.input_importance`) scale
-    and zero are fitted to them after the solver has ended. Down a column (axis 0, where
-    group_size divides out_features) all weights of a group matter the same: nothing is done.
+    With the `importance` [in_features] of its columns (see `hqqlora.input_importance`) the
+    solver's sums are weighted by it. Down a column (axis 0, where group_size divides
+    out_features) all weights of a group matter the same: it makes no difference.
 
     Raises:
         ValueError: the group size does not divide the weight, or an element is not finite;
-            names the element. importance has another shape, or is negative or not finite.
-        TypeError: the weight has no data, or is not float32, float16 or bfloat16.
+            names the element. importance has another shape, is negative or not finite, or the
+            solver is not the default.
+        TypeError: the weight has no data, or it or importance is not float32, float16 or
+            bfloat16.
     """
     if weight.dtype not in META_DTYPES:
         raise TypeError(f"a {weight.dtype} weight cannot be quantized")
     if weight.is_meta:
         raise TypeError("a weight on the meta device has no data to quantize")
     if importance is not None:
-        check_importance(importance, weight.size(1))
+        importance = _checked_importance(importance, weight, settings)
     group_size = settings.group_size_for(weight.size(0), weight.size(1))
     try:
-        W_q, scale, zero = torch.ops.hqqlora.quantize(
+        parts: tuple[Tensor, Tensor, Tensor] = torch.ops.hqqlora.quantize(
             weight.contiguous(),
             settings.nbits,
             group_size,
@@ -44,13 +45,27 @@ def quantize_weight(
             meta_dtype,
             int(Solver[settings.effective_solver.upper()]),
             round_zero=settings.round_zero,
+            importance=importance,
         )
     except RuntimeError:
         _check_finite(weight)
         raise
-    if importance is None or settings.axis != 1:
-        return W_q, scale, zero
-    return fit_weighted(weight, W_q, scale, zero, settings.nbits, group_size, importance)
+    return parts
+
+
+def _checked_importance(importance: Tensor, weight: Tensor, settings: QuantSettings) -> Tensor:
+    """As the op takes it."""
+    if not isinstance(importance, Tensor) or importance.dtype not in META_DTYPES:
+        raise TypeError("importance must be a tensor of float32, float16 or bfloat16")
+    if tuple(importance.shape) != (weight.size(1),):
+        raise ValueError(f"importance {list(importance.shape)} is not [{weight.size(1)}]")
+    if not ((importance >= 0) & importance.isfinite()).all():
+        raise ValueError("importance must be finite and not negative")
+    if settings.effective_solver != "default":
+        raise ValueError(
+            f"importance needs solver 'default', not {settings.effective_solver!r}"
+        )
+    return importance.to(weight.device, torch.float32)
 
 
 def _check_finite(weight: Tensor) -> None:

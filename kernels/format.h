@@ -178,6 +178,12 @@ HQQ_INLINE int hqq_groups_align(const hqq_layout *l)
     return l->axis == 1 ? l->K % l->G == 0 : l->N % l->G == 0;
 }
 
+/* Whether some group has elements of several columns of W. */
+HQQ_INLINE int hqq_columns_differ(const hqq_layout *l)
+{
+    return l->axis == 1 || l->N % l->G != 0;
+}
+
 HQQ_INLINE uint32_t hqq_word_at(const void *packed, int nbits, int64_t word)
 {
     return hqq_word_bytes(nbits) == 4 ? ((const uint32_t *)packed)[word]

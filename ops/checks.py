@@ -147,6 +147,28 @@ def check_quantize_options(
         )
 
 
+def check_importance(
+    importance: Tensor, solver: int, in_features: int, device: torch.device
+) -> None:
+    """How much each column of a weight to quantize counts."""
+    check_device("importance", importance, device)
+    check(
+        importance.dtype == torch.float32,
+        lambda: f"importance must be float32, got {name_of(importance.dtype)}",
+    )
+    check(
+        tuple(importance.shape) == (in_features,),
+        lambda: (
+            f"importance must have shape [in_features] = [{in_features}], got "
+            f"{shape_of(importance)}"
+        ),
+    )
+    check(
+        solver == 0,
+        lambda: f"options.importance needs the default solver (0); options.solver is {solver}",
+    )
+
+
 def check_weight(
     W_q: Tensor,
     scale: Tensor,

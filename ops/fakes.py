@@ -17,6 +17,7 @@ from .checks import (
     check_floating,
     check_format,
     check_given,
+    check_importance,
     check_quantize_options,
     check_routing,
     check_rows,
@@ -42,6 +43,7 @@ def quantize(
     lp_norm: float = 0.7,
     beta: float = 10.0,
     kappa: float = 1.0,
+    importance: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """weight [N,K] -> W_q, scale, zero."""
     check_floating("weight", weight.dtype)
@@ -53,6 +55,8 @@ def quantize(
     check_format(out_features, in_features, nbits, group_size, axis)
     check_floating("meta_dtype", meta_dtype)
     check_quantize_options(solver, iters, lp_norm, beta, kappa)
+    if importance is not None:
+        check_importance(importance, solver, in_features, weight.device)
     packed = packed_shape(out_features, in_features, nbits, group_size, axis)
     meta = meta_shape(out_features, in_features, group_size, axis)
     return (

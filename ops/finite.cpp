@@ -44,13 +44,27 @@ double number(const Tensor &t)
     return value;
 }
 
+/* Where t is not finite: [count, dimensions], in the order of the elements. */
+Tensor non_finite(const Tensor &t)
+{
+    return call("aten::nonzero", call("aten::logical_not", call("aten::isfinite", t)));
+}
+
 } // namespace
 
-void check_finite(const Tensor &W, const Tensor &scale)
+void check_finite(const Tensor &W, const Tensor &scale, const OptionalTensor &importance)
 {
     if (!any(call("aten::isnan", scale))) return;
-    /* [count, 2], in the order of the elements */
-    Tensor bad = call("aten::nonzero", call("aten::logical_not", call("aten::isfinite", W)));
+    if (importance) { /* the square root of a negative number is NaN */
+        Tensor bad = non_finite(call("aten::sqrt", *importance));
+        if (bad.size(0) != 0) {
+            int64_t k = integer(element(bad, 0, 0));
+            HQQ_CHECK(false, "options.importance[", k, "] is ",
+                      number(torch::stable::select(*importance, 0, k)),
+                      "; expected a finite value of at least 0");
+        }
+    }
+    Tensor bad = non_finite(W);
     if (bad.size(0) == 0) return;
     int64_t row = integer(element(bad, 0, 0)), column = integer(element(bad, 0, 1));
     HQQ_CHECK(false, "W[", row, ", ", column, "] is ", number(element(W, row, column)),

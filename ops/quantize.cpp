@@ -24,10 +24,21 @@ std::vector<int64_t> meta_shape(const hqq_weight &weight, const PackedSizes &siz
                             : std::vector<int64_t>{1, sizes.groups};
 }
 
+void check_importance(const Tensor &importance, int64_t in_features, const Device &device)
+{
+    check_device("importance", importance, device);
+    HQQ_CHECK(importance.scalar_type() == ScalarType::Float, "importance must be float32, got ",
+              name_of(importance.scalar_type()));
+    HQQ_CHECK(importance.dim() == 1 && importance.size(0) == in_features,
+              "importance must have shape [in_features] = [", in_features, "], got ",
+              shape_of(importance));
+}
+
 std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor &W, int64_t nbits, int64_t group_size,
                                             int64_t axis, ScalarType meta_dtype, int64_t solver,
                                             int64_t iters, bool early_stop, bool round_zero,
-                                            double lp_norm, double beta, double kappa)
+                                            double lp_norm, double beta, double kappa,
+                                            const OptionalTensor &importance)
 {
     Device device = device_of(W);
     hqq_dtype dtype = dtype_of("weight", W);
@@ -47,6 +58,13 @@ std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor &W, int64_t nbits, int6
     options.beta = static_cast<float>(beta);
     options.kappa = static_cast<float>(kappa);
 
+    OptionalTensor columns;
+    if (importance) {
+        check_importance(*importance, W.size(1), device);
+        columns = as_contiguous(*importance);
+        options.importance = static_cast<const float *>(columns->const_data_ptr());
+    }
+
     PackedSizes sizes = packed_sizes(weight);
     Tensor source = as_contiguous(W);
     Tensor W_q = empty(packed_shape(weight, sizes), sizes.word_dtype, device);
@@ -56,7 +74,7 @@ std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor &W, int64_t nbits, int6
     context.check(hqq_quantize(W_q.mutable_data_ptr(), scale.mutable_data_ptr(),
                                zero.mutable_data_ptr(), source.const_data_ptr(), dtype, &weight,
                                &options, context));
-    if (context.enqueues()) check_finite(source, scale);
+    if (context.enqueues()) check_finite(source, scale, columns);
     return {W_q, scale, zero};
 }
 

@@ -14,7 +14,7 @@ STABLE_TORCH_LIBRARY(hqqlora, m)
 {
     m.def("quantize(Tensor weight, int nbits, int group_size, int axis, ScalarType meta_dtype, "
           "int solver=0, int iters=20, bool early_stop=True, bool round_zero=False, "
-          "float lp_norm=0.7, float beta=10.0, float kappa=1.0) "
+          "float lp_norm=0.7, float beta=10.0, float kappa=1.0, Tensor? importance=None) "
           "-> (Tensor W_q, Tensor scale, Tensor zero)");
     m.def("dequantize(" WEIGHT ", " FORMAT ", ScalarType dtype) -> Tensor");
     m.def("linear(Tensor x, " WEIGHT ", Tensor? bias, " FORMAT ") -> Tensor");

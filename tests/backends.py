@@ -65,6 +65,7 @@ class QuantizeOptions(ct.Structure):
         ("lp_norm", ct.c_float),
         ("beta", ct.c_float),
         ("kappa", ct.c_float),
+        ("importance", ct.c_void_p),
     )
 
 
@@ -183,7 +184,7 @@ class LibraryOps:
 
     def quantize(
         self, weight, nbits, group_size, axis, meta_dtype, solver=0, iters=20, early_stop=True,
-        round_zero=False, lp_norm=0.7, beta=10.0, kappa=1.0,
+        round_zero=False, lp_norm=0.7, beta=10.0, kappa=1.0, importance=None,
     ):  # fmt: skip
         N, K = weight.shape
         dense = weight.contiguous()
@@ -198,8 +199,9 @@ class LibraryOps:
         )
         described = self.weight(W_q, scale, zero, N, K, nbits, group_size, axis)
         options = QuantizeOptions(
-            int(solver), iters, early_stop, round_zero, lp_norm, beta, kappa
-        )
+            int(solver), iters, early_stop, round_zero, lp_norm, beta, kappa,
+            pointer(importance),
+        )  # fmt: skip
         self.check(
             self.lib.hqq_quantize(
                 pointer(W_q),

@@ -99,7 +99,7 @@ class TrainCheckpoint(Writer):
             model = nn.ModuleDict({"fc": LoRALinear(_layer(), r=4, init_lora_weights=False)})
             optimizer = torch.optim.AdamW(hqqlora.lora_parameters(model))
             progress = Progress(losses=[0.5] * step, facts={"of": "a test"})
-            self.checkpoints.append(take_checkpoint({}, {}, progress, model, optimizer))
+            self.checkpoints.append(take_checkpoint({}, {}, progress, model, optimizer, {}))
 
     def write_old(self, folder: Path) -> None:
         write_checkpoint(self.checkpoints[0], folder / "checkpoint.pt")

@@ -211,6 +211,30 @@ def test_quantized_to_the_bytes_of_the_cpu(ops, nbits, axis, solver):
             assert torch.equal(found, right), name
 
 
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("nbits", test_ops.BITS)
+def test_quantized_by_importance_to_the_bytes_of_the_cpu(ops, nbits, axis):
+    for N, K, G in ((64, 96, 32), (33, 70, 35), (40, 50, 125), (3, 1700, 1700)):
+        W, importance = torch.randn(N, K) * 0.05, torch.rand(K) ** 8
+        options = {"importance": importance}
+        ours = ops.quantize(W, nbits, G, axis, torch.float32, **options)
+        theirs = cpu.quantize(W, nbits, G, axis, torch.float32, **options)
+        for name, found, right in zip(("W_q", "scale", "zero"), ours, theirs, strict=True):
+            assert torch.equal(found, right), name
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
+def test_a_group_of_unsound_importance_is_nan(ops, value):
+    W, importance = torch.randn(4, 64), torch.rand(64)
+    sound = ops.quantize(W, 4, 8, 1, torch.float32, importance=importance)
+    importance[21] = value
+    found = ops.quantize(W, 4, 8, 1, torch.float32, importance=importance)
+    bad = torch.arange(4 * 8) % 8 == 21 // 8
+    for before, after in zip(sound[1:], found[1:], strict=True):
+        assert after[bad].isnan().all()
+        assert torch.equal(after[~bad], before[~bad])
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("solver", list(Solver), ids=str)
 @pytest.mark.parametrize("axis", [0, 1])

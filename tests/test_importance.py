@@ -32,7 +32,7 @@ def quantized(weight: Tensor, nbits: int, importance: Tensor | None, **format: A
     return result
 
 
-class TestWeightedFit:
+class TestQuantizeWeight:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
     @pytest.mark.parametrize("nbits", [8, 4, 3, 2, 1])
     def test_the_weighted_error_falls(self, nbits: int, dtype: torch.dtype) -> None:
@@ -46,14 +46,6 @@ class TestWeightedFit:
         weight, m = normal(6, 96), uneven(96)
         plain, weighted = quantized(weight, 4, None), quantized(weight, 4, m)
         assert ((weighted - weight) ** 2 * m).sum() < 0.9 * ((plain - weight) ** 2 * m).sum()
-
-    def test_many_groups_at_a_time_or_few_are_the_same(
-        self, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        weight, m = normal(10, 192), uneven(192)
-        whole = quantized(weight, 3, m)
-        monkeypatch.setattr("hqqlora.weighted_fit._AT_ONCE", 7 * 64)
-        assert torch.equal(quantized(weight, 3, m), whole)
 
     def test_codes_are_the_nearest_under_what_is_stored(self) -> None:
         weight = normal(16, 64)
@@ -84,9 +76,10 @@ class TestWeightedFit:
         plain = quantized(weight, 4, None, axis=0)
         assert torch.equal(quantized(weight, 4, uneven(32), axis=0), plain)
 
-    def test_a_layer_that_is_never_used_is_as_without(self) -> None:
-        weight = normal(8, 64)
-        assert torch.equal(quantized(weight, 4, torch.zeros(64)), quantized(weight, 4, None))
+    @pytest.mark.parametrize("value", [0.0, 0.3, 1e30])
+    def test_columns_that_matter_the_same_are_as_without(self, value: float) -> None:
+        weight, m = normal(8, 64), torch.full((64,), value)
+        assert torch.equal(quantized(weight, 4, m), quantized(weight, 4, None))
 
     @pytest.mark.parametrize(
         ("bad", "error", "says"),
@@ -102,6 +95,11 @@ class TestWeightedFit:
     def test_bad_importance(self, bad: Any, error: type[Exception], says: str) -> None:
         with pytest.raises(error, match=says):
             quantized(normal(4, 64), 4, bad)
+
+    @pytest.mark.parametrize("solver", ["reference", "minmax"])
+    def test_another_solver_is_refused(self, solver: str) -> None:
+        with pytest.raises(ValueError, match=f"default', not '{solver}'"):
+            quantized(normal(4, 64), 4, uneven(64), solver=solver)
 
 
 class Reader(Model):

@@ -167,6 +167,21 @@ MISTAKES = [
         "solver must be 0 (default), 1 (reference) or 2 (minmax), got 3",
     ),
     (ops.quantize, {"iters": -1}, "iters must be 0 to 2147483647, got -1"),
+    (
+        ops.quantize,
+        {"importance": torch.ones(40, dtype=torch.float64)},
+        "importance must be float32, got float64",
+    ),
+    (
+        ops.quantize,
+        {"importance": torch.ones(39)},
+        "importance must have shape [in_features] = [40], got [39]",
+    ),
+    (
+        ops.quantize,
+        {"importance": torch.ones(40), "solver": 1},
+        "options.importance needs the default solver (0); options.solver is 1",
+    ),
     (ops.lora_linear, {"A": half}, "A must be float32 or float32 as x, got float16"),
     (
         ops.lora_linear,

@@ -26,7 +26,12 @@ from tiny_models import (  # noqa: E402
     tiny_t5,
 )
 
-from hqqlora import BaseQuantizeConfig, HqqConfig, quantize_model  # noqa: E402
+from hqqlora import (  # noqa: E402
+    BaseQuantizeConfig,
+    HqqConfig,
+    input_importance,
+    quantize_model,
+)
 from hqqlora.cli import main  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -69,6 +74,44 @@ def test_it_writes_what_from_pretrained_and_save_pretrained_do(
     assert quantize(tmp_path / "dense", tmp_path / "q", "--group-size", "32") == 0
     assert_same_checkpoint(tmp_path / "q", tmp_path / "expected")
     assert_same_model(loaded(model, tmp_path / "q", dtype="auto"), expected)
+
+
+def test_with_importance_it_writes_what_quantize_model_makes(
+    llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(llama, dtype=torch.bfloat16)
+    config = BaseQuantizeConfig(nbits=4, group_size=32)
+    importance = input_importance(model)
+    quantize_model(model, config, progress=False, importance=importance)
+    model.save_pretrained(tmp_path / "expected")
+    assert quantize(llama, tmp_path / "q", "--group-size", "32", "--importance") == 0
+    assert f"importance: of {len(importance) - 1} layers" in capsys.readouterr().out
+    expected = stored_tensors(tmp_path / "expected")
+    mine = stored_tensors(tmp_path / "q")
+    for name, tensor in mine.items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def test_layers_that_tokens_do_not_reach(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_tiny(tiny_llava(), tmp_path / "dense", torch.float32)
+    options = ("--group-size", "32", "--importance")
+    assert quantize(tmp_path / "dense", tmp_path / "q", *options) == 0
+    said = capsys.readouterr().out
+    assert "importance: of 7 layers" in said
+    assert "the other 14 are quantized without, such as" in said
+
+
+def test_importance_that_cannot_be_had(
+    llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--importance", "--solver", "reference")
+    assert quantize(llama, tmp_path / "q", *options) == 2
+    assert "--importance needs --solver default, not reference" in capsys.readouterr().err
+    save_tiny(tiny_model("vit"), tmp_path / "vit", torch.float32)
+    assert quantize(tmp_path / "vit", tmp_path / "q", "--importance", "--group-size", "32") == 2
+    assert "--importance: ViTModel has no input embeddings" in capsys.readouterr().err
 
 
 def test_it_writes_what_quantize_model_makes(llama: Path, tmp_path: Path) -> None:

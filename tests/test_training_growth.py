@@ -60,7 +60,7 @@ def test_the_loop_of_hqqlora_train_does_not_grow(tmp_path: Path) -> None:
     seen: dict[int, tuple[int, int, int]] = {}
 
     def save() -> None:
-        state = take_checkpoint(to_dict(options), {}, progress, model, optimizer)
+        state = take_checkpoint(to_dict(options), {}, progress, model, optimizer, {})
         write_checkpoint(state, tmp_path / "checkpoint.pt")
         del state
         seen[progress.step] = (resident_bytes(), live_tensors(), open_files())

@@ -13,6 +13,7 @@ import sys
 import pytest
 from tiny_llama import save_model_and_text
 
+from hqqlora import input_importance
 from hqqlora.cli import main
 from hqqlora.training import loop
 from hqqlora.training.next_token_loss import NextTokenLoss
@@ -114,6 +115,21 @@ def test_killed_and_stopped_runs_end_as_if_nothing_had_happened(
     assert "resumed  after step 7 of 9" in capsys.readouterr().out
     assert results(output) == uninterrupted
     assert sorted(p.name for p in output.iterdir()) == ["adapter", "loss.png", "train_log.json"]
+
+
+def test_importance_is_not_measured_again(place, tmp_path, monkeypatch, capsys):
+    """Another processor would find other last bits, and so another model."""
+    output = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        assert main([*train(place, output), "--importance"]) == 130
+
+    def other(model):
+        return {name: values + 1e-6 for name, values in input_importance(model).items()}
+
+    monkeypatch.setattr("hqqlora.input_importance", other)
+    assert main(["train", "--resume", "--output", str(output)]) == 0
+    assert "resumed  after step 3" in capsys.readouterr().out
 
 
 def test_a_request_to_terminate_is_honoured(place, tmp_path, monkeypatch, capsys):

@@ -31,7 +31,13 @@ from tiny_models import (  # noqa: E402
     tiny_t5,
 )
 
-from hqqlora import BaseQuantizeConfig, HQQExpertWeights, HQQLinear, quantize_model  # noqa: E402
+from hqqlora import (  # noqa: E402
+    BaseQuantizeConfig,
+    HQQExpertWeights,
+    HQQLinear,
+    input_importance,
+    quantize_model,
+)
 from hqqlora.transformers import HqqConfig, HqqQuantizer  # noqa: E402
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -48,6 +54,22 @@ def llama(tmp_path: Path) -> Path:
 
 
 class TestWhatComesOut:
+    def test_importance(self, llama: Path) -> None:
+        dense = transformers.AutoModelForCausalLM.from_pretrained(llama)
+        importance = input_importance(dense)
+        config = HqqConfig(nbits=4, group_size=32, importance=importance)
+        model = load(llama, quantization_config=config)
+        plain = BaseQuantizeConfig(nbits=4, group_size=32)
+        assert_same_model(
+            model, quantize_model(dense, plain, progress=False, importance=importance)
+        )
+        assert config.importance is importance
+        assert model.config.quantization_config.importance is None
+        name = "model.layers.0.self_attn.q_proj"
+        importance[name] = importance[name][1:]
+        with pytest.raises(ValueError, match=re.escape(f"{name}: importance [")):
+            load(llama, quantization_config=config)
+
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("family", FAMILIES)
     def test_every_family_as_quantize_model_makes_it(

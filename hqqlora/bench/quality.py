@@ -26,7 +26,6 @@ from hqqlora.command.options import positive_integer
 from hqqlora.config import SUPPORTED_BITS
 from hqqlora.importance import input_importance
 from hqqlora.ops import Solver
-from hqqlora.weighted_fit import fit_weighted
 
 LICENSE = Path("/usr/share/common-licenses/GPL-3")
 FORMATS = ((4, 64), (3, 64), (2, 64), (2, 16))
@@ -41,7 +40,7 @@ class Quantizer(NamedTuple):
     round_zero: bool | None
     """None: as hqq does by default, at 4 bits alone."""
     weighted: bool = False
-    """Whether scale and zero are then fitted to the inputs' importance."""
+    """Whether its sums are weighted by the inputs' importance."""
 
 
 QUANTIZERS = {
@@ -83,13 +82,13 @@ def requantizer(case: Case) -> ReadBack:
 
     def read_back(weight: Tensor, importance: Tensor | None = None) -> Tensor:
         parts = torch.ops.hqqlora.quantize(
-            weight, *layout, META_DTYPES[case.meta], int(chosen.solver), round_zero=round_zero
+            weight,
+            *layout,
+            META_DTYPES[case.meta],
+            int(chosen.solver),
+            round_zero=round_zero,
+            importance=importance if chosen.weighted else None,
         )
-        if chosen.weighted and importance is not None:
-            W_q, scale, zero = parts
-            parts = fit_weighted(
-                weight, W_q, scale, zero, case.nbits, case.group_size, importance
-            )
         result: Tensor = torch.ops.hqqlora.dequantize(
             *parts, *weight.shape, *layout, torch.float32
         )

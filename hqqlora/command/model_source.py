@@ -60,7 +60,7 @@ def load_tokenizer(source: ModelSource) -> Any:
     Raises:
         UsageError: transformers cannot read it.
     """
-    transformers = _quiet_transformers()
+    transformers = quiet_transformers()
     with explaining(f"cannot load the tokenizer of {source.path}"):
         return transformers.AutoTokenizer.from_pretrained(
             source.folder, **LOCAL, **_gguf_argument(source)
@@ -73,7 +73,7 @@ def load_model(source: ModelSource, dtype: torch.dtype) -> nn.Module:
     Raises:
         UsageError: transformers cannot read it, or it is quantized already.
     """
-    transformers = _quiet_transformers()
+    transformers = quiet_transformers()
     arguments: dict[str, Any] = _gguf_argument(source)
     if source.gguf_file is not None and hasattr(transformers, "GgufConfig"):
         # Newer versions would keep the file's own blocks where they have a kernel for them.
@@ -159,7 +159,12 @@ def _gguf_argument(source: ModelSource) -> dict[str, Any]:
     return {} if source.gguf_file is None else {"gguf_file": source.gguf_file}
 
 
-def _quiet_transformers() -> Any:
+def quiet_transformers() -> Any:
+    """The package, which shows no progress and warns of nothing.
+
+    Raises:
+        UsageError: it is not installed.
+    """
     with explaining(f"transformers cannot be used: {command_for('transformers')}"):
         import transformers
 

@@ -22,7 +22,7 @@ from hqqlora.quantize_command.destination import Destination, open_destination
 from hqqlora.quantize_command.options import QuantizeOptions
 from hqqlora.quantize_command.plan import Plan
 from hqqlora.quantize_command.plan_apart import plan_apart, plan_here
-from hqqlora.quantize_command.report import describe_plan
+from hqqlora.quantize_command.report import describe_importance, describe_plan
 from hqqlora.quantize_command.shards import index_of, into_shards
 from hqqlora.quantize_command.sizes import model_bytes, size_table
 from hqqlora.quantize_command.step import Step
@@ -58,6 +58,8 @@ def run(options: QuantizeOptions) -> None:
         "options": options.deciding(),
     }
     print(describe_plan(plan), flush=True)
+    if options.importance:
+        print(describe_importance(plan), flush=True)
     with open_destination(options.destination, state) as destination:
         try:
             _work(checkpoint, plan, shards, destination)

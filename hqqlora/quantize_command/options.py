@@ -30,6 +30,7 @@ class QuantizeOptions:
     solver: str = "default"
     dynamic_config: Mapping[str, Any] | None = None
     skip_modules: tuple[str, ...] = ("lm_head",)
+    importance: bool = False
     dtype: str = "auto"
     max_shard_size: int = 5 * 10**9
     threads: int = 0
@@ -105,6 +106,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="layers to leave dense: names, their last parts, or patterns (default: lm_head)",
     )
     format_.add_argument(
+        "--importance",
+        action="store_true",
+        help="fit scales and zeros to what 512 random tokens send through each layer of the "
+        "dense model, which reads its weights layer by layer (needs accelerate)",
+    )
+    format_.add_argument(
         "--dtype",
         choices=DTYPES,
         default="auto",
@@ -139,6 +146,8 @@ def from_namespace(namespace: argparse.Namespace) -> QuantizeOptions:
     """The options of a parsed command line."""
     if namespace.destination is None and not namespace.dry_run:
         raise UsageError("DST is missing: give the folder to write, or --dry-run")
+    if namespace.importance and namespace.solver != "default":
+        raise UsageError(f"--importance needs --solver default, not {namespace.solver}")
     names = QuantizeOptions.__dataclass_fields__
     values = {name: value for name, value in vars(namespace).items() if name in names}
     return QuantizeOptions(**{**values, "skip_modules": tuple(namespace.skip_modules)})

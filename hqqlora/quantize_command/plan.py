@@ -102,7 +102,7 @@ def make_plan(checkpoint: DenseCheckpoint, options: QuantizeOptions) -> Plan:
             done[module] = _metadata(stored, model.get_submodule(module), of_layer, target)
             layer = stored.name.removesuffix(".weight")
             matrices = (Matrix.whole(stored),)
-            steps.append(Step(stored, target, done[module], "", layer, matrices))
+            steps.append(Step(stored, target, done[module], "", layer, matrices, module=module))
         elif key in settings and stacks[key].matrices:
             if key not in done:  # with the first of its tensors all of it is written
                 stack = stacks[key]
@@ -127,6 +127,21 @@ def make_plan(checkpoint: DenseCheckpoint, options: QuantizeOptions) -> Plan:
 
 def _skeleton(checkpoint: DenseCheckpoint, dtype: str) -> Any:
     """The model of the checkpoint's class, without data."""
+    model_class, config = model_class_of(checkpoint, dtype)
+    with (
+        explaining(f"transformers cannot build the model of {checkpoint.folder}"),
+        torch.device("meta"),
+    ):
+        return model_class._from_config(config, dtype=config.dtype)
+
+
+def model_class_of(checkpoint: DenseCheckpoint, dtype: str) -> tuple[Any, Any]:
+    """transformers' class for the checkpoint, and its configuration, with the dtype of
+    `--dtype`.
+
+    Raises:
+        UsageError: transformers does not know it, or the dtype is none to quantize.
+    """
     import transformers
 
     with explaining(f"transformers cannot build the model of {checkpoint.folder}"):
@@ -144,8 +159,7 @@ def _skeleton(checkpoint: DenseCheckpoint, dtype: str) -> Any:
         if wanted not in META_DTYPES:
             raise ValueError(f"the weights are {wanted}: give --dtype")
         config.dtype = wanted
-        with torch.device("meta"):
-            return model_class._from_config(config, dtype=wanted)  # type: ignore[attr-defined]
+        return model_class, config
 
 
 def _dtype(checkpoint: DenseCheckpoint, config: Any) -> torch.dtype:

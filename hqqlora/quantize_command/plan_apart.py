@@ -14,18 +14,22 @@ from typing import Any
 
 from hqqlora.command.checkpoint_folder import DenseCheckpoint, open_checkpoint
 from hqqlora.command.errors import RunError
+from hqqlora.quantize_command.measure import measure_importance
 from hqqlora.quantize_command.options import QuantizeOptions
 from hqqlora.quantize_command.plan import Plan, make_plan
 
 
 def plan_here(options: QuantizeOptions) -> tuple[DenseCheckpoint, Plan]:
-    """Reads the headers and decides.
+    """Reads the headers and decides; with `--importance`, the dense model runs.
 
     Raises:
-        UsageError: see `open_checkpoint` and `make_plan`.
+        UsageError: see `open_checkpoint`, `make_plan` and `measure_importance`.
     """
     checkpoint = open_checkpoint(options.source)
-    return checkpoint, make_plan(checkpoint, options)
+    plan = make_plan(checkpoint, options)
+    if options.importance and not options.dry_run:
+        plan = measure_importance(checkpoint, plan, options.dtype)
+    return checkpoint, plan
 
 
 def plan_apart(options: QuantizeOptions) -> tuple[DenseCheckpoint, Plan]:

@@ -31,6 +31,16 @@ def describe_plan(plan: Plan) -> str:
     return "\n".join(lines)
 
 
+def describe_importance(plan: Plan) -> str:
+    """For how many layers it is known."""
+    known = [step for step in plan.layers if step.importance is not None]
+    text = f"importance: of {len(known)} layers, from random tokens"
+    unknown = [step.layer for step in plan.layers if step.importance is None]
+    if unknown:
+        text += f"; the other {len(unknown)} are quantized without, such as {unknown[0]}"
+    return text
+
+
 def _counted(layers: Sequence[Step]) -> str:
     stacks = [step for step in layers if step.is_stack]
     text = f"{len(layers) - len(stacks)} layers"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from hqqlora.command.safetensors_file import StoredTensor, TensorShape
 from hqqlora.command.stored_matrix import Matrix
@@ -25,6 +26,10 @@ class Step:
     layer: str = ""
     matrices: tuple[Matrix, ...] = ()
     is_stack: bool = False
+    module: str = ""
+    """The linear layer, by its name in the model; "" of anything else."""
+    importance: Tensor | None = field(default=None, compare=False)
+    """[in_features], of its columns (see `hqqlora.input_importance`); None: all the same."""
 
     @property
     def numel(self) -> int:

@@ -184,7 +184,9 @@ def _quantize(weight: _Weight, dense: Tensor) -> dict[str, Tensor]:
     metadata = weight.step.metadata
     assert metadata is not None
     try:
-        W_q, scale, zero = quantize_weight(dense, metadata.settings, metadata.compute_dtype)
+        W_q, scale, zero = quantize_weight(
+            dense, metadata.settings, metadata.compute_dtype, weight.step.importance
+        )
     except (TypeError, ValueError) as error:
         name = weight.step.source.name
         if weight.step.is_stack:

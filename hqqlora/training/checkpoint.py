@@ -51,6 +51,9 @@ class Checkpoint:
     adapter: dict[str, Tensor]
     optimizer: dict[str, Any]
     random_state: Tensor
+    importance: dict[str, Tensor] = field(default_factory=dict)
+    """With `--importance`, what the model was quantized by: another processor would measure
+    other last bits, and so another model."""
 
 
 def take_checkpoint(
@@ -59,11 +62,18 @@ def take_checkpoint(
     progress: Progress,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
+    importance: dict[str, Tensor],
 ) -> Checkpoint:
     """The state between two steps. Tensors are shared, not copied: write it before going on."""
     adapter = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     return Checkpoint(
-        options, fingerprints, progress, adapter, optimizer.state_dict(), torch.get_rng_state()
+        options,
+        fingerprints,
+        progress,
+        adapter,
+        optimizer.state_dict(),
+        torch.get_rng_state(),
+        importance,
     )
 
 
@@ -131,6 +141,7 @@ def _check(checkpoint: Checkpoint) -> None:
         ("adapter", checkpoint.adapter, dict),
         ("optimizer", checkpoint.optimizer, dict),
         ("random_state", checkpoint.random_state, Tensor),
+        ("importance", checkpoint.importance, dict),
         ("facts", progress.facts, dict),
     ):
         if not isinstance(value, kind):

@@ -117,6 +117,7 @@ class _Run:
         self.facts = self.progress.facts
         self.tokenizer: Any = None
         self.fingerprints: dict[str, str] = {}
+        self.importance: dict[str, Tensor] = {}
 
     def do(self) -> None:
         """All phases. What a checkpoint holds is not done again."""
@@ -181,6 +182,9 @@ class _Run:
         options = self.options
         dense = dense_layers(model)
         with self._timed("quantize"), explaining("cannot quantize"):
+            if options.importance:
+                saved = self.checkpoint.importance if self.checkpoint else {}
+                self.importance = saved or hqqlora.input_importance(model)
             hqqlora.quantize_model(
                 model,
                 hqqlora.BaseQuantizeConfig(
@@ -189,7 +193,7 @@ class _Run:
                     axis=options.axis,
                     solver=options.solver,
                 ),
-                importance=hqqlora.input_importance(model) if options.importance else None,
+                importance=self.importance,
             )
         self.facts["linear_layers"] = linear_layer_sizes(model, dense)
         self.fingerprints["model"] = model_fingerprint(model)
@@ -226,7 +230,12 @@ class _Run:
 
         def save() -> None:
             state = take_checkpoint(
-                to_dict(options), self.fingerprints, self.progress, model, optimizer
+                to_dict(options),
+                self.fingerprints,
+                self.progress,
+                model,
+                optimizer,
+                self.importance,
             )
             write_checkpoint(state, self.folder.checkpoint)
             self.folder.clear_results()  # of a run that this one replaces; not before

@@ -93,8 +93,8 @@ class TrainOptions:
     importance: bool = _option(
         _FORMAT,
         False,
-        "then fit them to what random tokens send through each layer: a better model, without "
-        "data (axis 1). --resume needs the same processor and number of threads",
+        "fit them to what random tokens send through each layer: a better model, without data "
+        "(solver default)",
         action="store_true",
     )
 

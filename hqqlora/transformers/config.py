@@ -6,6 +6,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
 from transformers.utils.quantization_config import QuantizationConfigMixin, QuantizationMethod
 
 from hqqlora.config import BaseQuantizeConfig, QuantSettings
@@ -54,6 +55,7 @@ class HqqConfig(QuantizationConfigMixin):  # type: ignore[misc]
         solver: str = "default",
         optimize: bool = True,
         round_zero: bool | None = None,
+        importance: Mapping[str, Tensor] | None = None,
         **unknown: Any,
     ) -> None:
         """Checks everything that can be checked without a model.
@@ -71,6 +73,9 @@ class HqqConfig(QuantizationConfigMixin):  # type: ignore[misc]
                 `skip_modules`, which are stronger than patterns; of the patterns the first
                 that matches decides.
             skip_modules: tags or patterns of layers to leave dense.
+            importance: how much an error in each column of a layer counts, by the layers'
+                names in the model, as `hqqlora.input_importance` gives it for the dense one;
+                layers it does not name, and experts, are quantized without. Not stored.
 
         Raises:
             TypeError: an argument is unknown, or has another type.
@@ -79,7 +84,7 @@ class HqqConfig(QuantizationConfigMixin):  # type: ignore[misc]
         if unknown:
             raise TypeError(
                 f"HqqConfig has no arguments {sorted(unknown)}; it has "
-                f"{sorted((*_ENTRY_KEYS, 'dynamic_config', 'skip_modules'))}"
+                f"{sorted((*_ENTRY_KEYS, 'dynamic_config', 'importance', 'skip_modules'))}"
             )
         values = {
             "nbits": nbits,
@@ -98,6 +103,7 @@ class HqqConfig(QuantizationConfigMixin):  # type: ignore[misc]
         if dynamic_config is not None:
             self.quant_config = _per_key(dynamic_config, values)
         self.skip_modules = _names("skip_modules", skip_modules)
+        self.importance = importance
 
     @classmethod
     def from_dict(

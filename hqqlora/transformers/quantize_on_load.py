@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import torch
@@ -18,9 +19,12 @@ from hqqlora.quantizing import quantize_weight
 class LayersToQuantize:
     """The plan, and how far it has got."""
 
-    def __init__(self, plan: dict[str, QuantSettings]) -> None:
-        """Starts with nothing done."""
+    def __init__(
+        self, plan: dict[str, QuantSettings], importance: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Starts with nothing done. importance: see `HqqConfig`."""
         self.plan = plan
+        self._importance = importance or {}
         self.done: dict[str, QuantSettings] = {}
         # Layers whose weight in the checkpoint has another shape.
         self.mismatched: dict[str, torch.Size] = {}
@@ -78,7 +82,8 @@ class LayersToQuantize:
                 device="meta",
                 initialize=False,
             )
-            tensors = quantize_weight(weight, settings, weight.dtype)
+            importance = self._importance.get(name)
+            tensors = quantize_weight(weight, settings, weight.dtype, importance)
         except (TypeError, ValueError) as error:
             raise type(error)(f"{name}: {error}") from error
         layer.state_dict_metadata = False

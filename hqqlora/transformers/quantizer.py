@@ -37,6 +37,9 @@ class HqqQuantizer(HfQuantizer):  # type: ignore[misc]
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         """quantization_config: our HqqConfig, transformers' own, or a dict of either."""
         super().__init__(HqqConfig.of(quantization_config), **kwargs)
+        # The model keeps its configuration, and need not keep this.
+        self._importance = self.quantization_config.importance or {}
+        self.quantization_config.importance = None
         self._layers = LayersToQuantize({})
 
     # ---- before loading -------------------------------------------------------------
@@ -55,7 +58,7 @@ class HqqQuantizer(HfQuantizer):  # type: ignore[misc]
             prepare_quantized(model, self.quantization_config, dtype, checkpoint_files)
         else:
             plan = layers_to_quantize(model, self.quantization_config, dtype)
-            self._layers = LayersToQuantize(plan)
+            self._layers = LayersToQuantize(plan, self._importance)
         self.mark(model)
 
     def mark(self, model: Any) -> None:

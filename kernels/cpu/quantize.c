@@ -53,6 +53,17 @@ static hqq_status check_finite(const void *W, hqq_dtype dtype, const hqq_layout 
                     (double)hqq_load(W, dtype, e));
 }
 
+static hqq_status check_importance(const float *importance, const hqq_layout *l)
+{
+    for (int64_t k = 0; importance && k < l->K; k++)
+        if (!(importance[k] >= 0.0f && isfinite(importance[k])))
+            return hqq_fail(HQQ_INVALID,
+                            "options.importance[%lld] is %g; expected a finite value of at "
+                            "least 0",
+                            (long long)k, (double)importance[k]);
+    return HQQ_OK;
+}
+
 /* ---- chunks ----------------------------------------------------------------------------- */
 
 enum {
@@ -70,11 +81,12 @@ typedef struct quantize_run {
     double *errors; /* [chunks][iters] or NULL */
 } quantize_run;
 
-size_t hqq_quantize_scratch(const hqq_layout *l)
+size_t hqq_quantize_scratch(const hqq_quantize_job *job)
 {
+    const hqq_layout *l = &job->layout;
     int64_t steps = l->G < HQQ_TILE_STEPS ? l->G : HQQ_TILE_STEPS;
-    return (size_t)(hqq_tiles_at_once(l) * steps) * 16 *
-           sizeof(float); /* of the widest lanes */
+    int64_t arrays = hqq_tiles_at_once(l) * (job->importance ? 2 : 1);
+    return (size_t)(arrays * steps) * 16 * sizeof(float); /* of the widest lanes */
 }
 
 static hqq_status quantize_chunk(int64_t chunk, void *scratch, void *data)
@@ -100,7 +112,7 @@ static int64_t chunks_of(const quantize_run *run)
 static hqq_status run_chunks(quantize_run *run, const hqq_context *context)
 {
     return hqq_for_each_chunk(chunks_of(run), quantize_chunk, run,
-                              hqq_quantize_scratch(&run->job.layout), context);
+                              hqq_quantize_scratch(&run->job), context);
 }
 
 /* The step after which hqq stops: the first whose mean error, over the whole matrix and in
@@ -159,17 +171,20 @@ hqq_status hqq_backend_quantize(void *packed, void *scale, void *zero, const voi
 {
     hqq_layout l =
         hqq_layout_make(w->out_features, w->in_features, w->group_size, w->nbits, w->axis);
+    HQQ_TRY(check_importance(options->importance, &l));
     HQQ_TRY(check_finite(W, W_dtype, &l, context));
     quantize_run run = {.isa = hqq_isa_in_use(context)};
-    run.job = (hqq_quantize_job){.layout = l,
-                                 .bands = hqq_quantize_bands(&l),
-                                 .W = W,
-                                 .W_dtype = W_dtype,
-                                 .packed = packed,
-                                 .scale = scale,
-                                 .zero = zero,
-                                 .meta_dtype = w->meta_dtype,
-                                 .options = options};
+    run.job =
+        (hqq_quantize_job){.layout = l,
+                           .bands = hqq_quantize_bands(&l),
+                           .W = W,
+                           .W_dtype = W_dtype,
+                           .packed = packed,
+                           .scale = scale,
+                           .zero = zero,
+                           .meta_dtype = w->meta_dtype,
+                           .options = options,
+                           .importance = hqq_columns_differ(&l) ? options->importance : NULL};
     int64_t band_elements = l.axis == 1 ? l.G * l.per : l.G;
     int64_t multiples = CHUNK_ELEMENTS / (band_elements * BAND_MULTIPLE);
     run.chunk_bands = BAND_MULTIPLE * (multiples > 1 ? multiples : 1);

@@ -17,7 +17,8 @@ typedef struct hqq_quantize_job {
     void *scale, *zero; /* [groups] in meta_dtype */
     hqq_dtype meta_dtype;
     const hqq_quantize_options *options;
-    uint8_t *settled; /* hqq's solver: [hqq_quantize_tiles_most] or NULL */
+    const float *importance; /* [K] or NULL: all columns matter the same to each group */
+    uint8_t *settled;        /* hqq's solver: [hqq_quantize_tiles_most] or NULL */
 } hqq_quantize_job;
 
 static inline int64_t hqq_quantize_bands(const hqq_layout *l)
@@ -50,7 +51,7 @@ static inline int hqq_tiles_at_once(const hqq_layout *l)
 }
 
 /* Bytes of scratch that the functions below need; 64-byte aligned. */
-size_t hqq_quantize_scratch(const hqq_layout *layout);
+size_t hqq_quantize_scratch(const hqq_quantize_job *job);
 
 /* The default solver on bands [begin, end). */
 HQQ_ISA_DECLARE(void, hqq_quantize_default,

@@ -10,6 +10,7 @@
  */
 #include "mean_order.h"
 #include "quantize_store.h"
+#include "solver_hqq.h"
 
 typedef struct mean_sums {
     hqq_lane level[HQQ_MEAN_LEVELS][HQQ_MEAN_WIDEST];

@@ -30,6 +30,7 @@ extern "C" hqq_status hqq_cuda_quantize(void *packed, void *scale, void *zero, c
     job.zero = zero;
     job.W = W;
     job.W_dtype = W_dtype;
+    job.importance = hqq_columns_differ(&job.layout) ? options->importance : NULL;
     if (options->solver == HQQ_SOLVER_DEFAULT) return hqq_cuda_quantize_default(&job, stream);
     return hqq_cuda_quantize_hqq(&job, options, stream);
 }

@@ -1,6 +1,7 @@
 /* hqq_quantize on the device: see hqqlora.h. Enqueued on stream: nothing waits, so non-finite
- * weights cannot be reported; their groups get NaN as scale and zero and 0 for every code, and
- * nothing else is affected. The outputs serve as scratch before they get their values. */
+ * weights or importance cannot be reported; their groups get NaN as scale and zero and 0 for
+ * every code, and nothing else is affected. The outputs serve as scratch before they get their
+ * values. */
 #ifndef HQQ_KERNELS_CUDA_QUANTIZE_H
 #define HQQ_KERNELS_CUDA_QUANTIZE_H
 

@@ -32,6 +32,7 @@
  */
 #include "quantize_sums.cuh"
 #include "quantize_tile.cuh"
+#include "solver_hqq.h"
 
 typedef struct hqq_job {
     hqq_quantize_job job;

@@ -9,7 +9,8 @@ enum {
     HQQ_TILE_LANES = 32,
     HQQ_TILE_RUN =
         512, /* steps that are summed up before they join a total, and held at once */
-    HQQ_TILE_WARPS = 16 /* of a multiprocessor, that the registers must suffice for */
+    HQQ_SHARE_STEPS = 128, /* of importance, held at once */
+    HQQ_TILE_WARPS = 16    /* of a multiprocessor, that the registers must suffice for */
 };
 
 typedef struct hqq_quantize_job {
@@ -19,16 +20,25 @@ typedef struct hqq_quantize_job {
     int tile_bands, tile_slots; /* bands in a tile, and groups that share a word across lanes */
     float levels;
     const void *W;
-    void *packed;       /* [words] */
-    void *scale, *zero; /* [groups] in meta_dtype */
+    const float *importance; /* [K] or NULL: all columns matter the same to each group */
+    void *packed;            /* [words] */
+    void *scale, *zero;      /* [groups] in meta_dtype */
     hqq_dtype W_dtype, meta_dtype;
 } hqq_quantize_job;
 
-/* Bytes of dynamic shared memory for a tile: two floats a lane, and the values. */
+/* 16-byte cells for all lanes of four steps each, up to `most` steps, padded. */
+HQQ_INLINE int hqq_tile_cells(const hqq_quantize_job *job, int most)
+{
+    int steps = job->layout.G < most ? (int)job->layout.G : most;
+    return (steps + 3) / 4 * (HQQ_TILE_LANES + 1);
+}
+
+/* Bytes of dynamic shared memory for a tile: two floats a lane, the values, their shares. */
 HQQ_INLINE int hqq_tile_bytes(const hqq_quantize_job *job)
 {
-    int steps = job->layout.G < HQQ_TILE_RUN ? (int)job->layout.G : HQQ_TILE_RUN;
-    return HQQ_TILE_LANES * 8 + (steps + 3) / 4 * (HQQ_TILE_LANES + 1) * 16;
+    int cells = hqq_tile_cells(job, HQQ_TILE_RUN);
+    if (job->importance) cells += hqq_tile_cells(job, HQQ_SHARE_STEPS);
+    return HQQ_TILE_LANES * 8 + cells * 16;
 }
 
 /* Blocks of one warp; each takes every (number of blocks)-th tile. */

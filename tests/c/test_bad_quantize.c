@@ -60,7 +60,27 @@ static void walk_quantizer(void)
     OPTION(kappa, 0.0f, "0");
     OPTION(kappa, NAN, "nan");
 
+    static float importance[K + 1];
+    hqq_quantize_options weighted = o;
+    weighted.importance = importance;
+    ACCEPTS(quantize_with(weighted)); /* all 0 */
+    weighted.importance = (const float *)((const char *)importance + 1);
+    INVALID("options.importance|not aligned", quantize_with(weighted));
+    weighted.importance = importance;
+    weighted.solver = HQQ_SOLVER_REFERENCE;
+    INVALID("options.importance|default solver|options.solver is 1", quantize_with(weighted));
+    weighted.solver = HQQ_SOLVER_MINMAX;
+    INVALID("options.importance|default solver|options.solver is 2", quantize_with(weighted));
+
     if (HQQ_TEST_CUDA) return; /* nor at the weights */
+    weighted.solver = HQQ_SOLVER_DEFAULT;
+    importance[3] = -1.0f;
+    INVALID("options.importance[3]|-1", quantize_with(weighted));
+    importance[3] = 0.0f;
+    importance[K - 1] = NAN;
+    INVALID("options.importance[31]|nan", quantize_with(weighted));
+    importance[K - 1] = INFINITY;
+    INVALID("options.importance[31]|inf", quantize_with(weighted));
     static const float non_finite[] = {NAN, INFINITY, -INFINITY};
     static const int places[] = {0, 2 * K + 5, N * K - 1};
     for (int solver = 0; solver <= HQQ_SOLVER_MINMAX; solver++)

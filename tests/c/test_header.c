@@ -70,7 +70,8 @@ int main(void)
 
     hqq_quantize_options o = hqq_quantize_defaults();
     if (o.solver != HQQ_SOLVER_DEFAULT || o.iters != 20 || o.early_stop != 1 ||
-        o.round_zero != 0 || o.lp_norm != 0.7f || o.beta != 10.0f || o.kappa != 1.0f)
+        o.round_zero != 0 || o.lp_norm != 0.7f || o.beta != 10.0f || o.kappa != 1.0f ||
+        o.importance)
         failures += failed("the default options are not those the header states");
 
     if (sizeof(void *) == 8)
@@ -78,6 +79,7 @@ int main(void)
                     SAME_PLACE(hqq_lora, scaling, 32) + SAME_PLACE(hqq_lora, seed, 40) +
                     SAME_PLACE(hqq_lora, seed_offset, 48) + SAME_PLACE(hqq_context, isa, 32) +
                     SAME_PLACE(hqq_context, kernel, 36) +
-                    SAME_PLACE(hqq_quantize_options, kappa, 24);
+                    SAME_PLACE(hqq_quantize_options, kappa, 24) +
+                    SAME_PLACE(hqq_quantize_options, importance, 32);
     return failures != 0;
 }

@@ -35,6 +35,7 @@ enum which {
     OPTIONS,
     BYTES,
     SEED,
+    IMPORTANCE,
     WHICH_COUNT
 };
 

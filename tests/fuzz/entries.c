@@ -29,6 +29,13 @@ static hqq_status quantize(fuzz_case *c)
     void *scale = case_output(c, SCALE, c->groups, meta);
     void *zero = case_output(c, ZERO, c->groups, meta);
     const void *W = give_input(&c->buffers, WEIGHTS, elements, bytes_of(c->W_dtype));
+    if (c->fields.switches & 4) {
+        fuzz_count columns = c->words < 0 ? -1 : c->K;
+        const char *importance = give_input(&c->buffers, IMPORTANCE, columns, 4);
+        for (int64_t i = 0; importance && c->fields.switches & 8 && i < (int64_t)columns; i++)
+            ((char *)importance)[i * 4 + 3] &= 0x7f; /* the sign */
+        c->options.importance = (const float *)importance;
+    }
     return hqq_quantize(packed, scale, zero, W, c->W_dtype, case_shape(c),
                         c->buffers.null >> OPTIONS & 1 ? NULL : &c->options, case_context(c));
 }

@@ -135,6 +135,8 @@ SOLVERS = {
        for s in range(3) for d in range(3)},
     "solver-none": {"solver": OFF_ENUM},
     **{f"iters-{i}": {"solver": 1, "iters": OFF_ENUM + i} for i in range(6)},
+    **{f"importance-axis-{axis}": {"solver": 0, "switches": 12, "axis": axis, "N": 6, "K": 40}
+       for axis in (0, 1)},
     "early-stop-parallel": {"solver": 1, "switches": 1, "callbacks": 1, "N": 64, "K": 96},
     **{f"{option}-{i}": {"solver": 1, option: OFF_FLOAT + i}
        for option in ("lp_norm", "beta", "kappa") for i in range(0, 12, 3)},

@@ -110,7 +110,7 @@ def targets(folder: Path) -> list[Target]:
     optimizer.step()
     progress = Progress([0.5], [1e-3], [1.0], [0.1], {"perplexity": {"dense": 3.0}})
     write_checkpoint(
-        take_checkpoint({"bits": 4}, {"text": "ab"}, progress, model, optimizer),
+        take_checkpoint({"bits": 4}, {"text": "ab"}, progress, model, optimizer, {}),
         folder / "checkpoint.pt",
     )
 
