@@ -28,6 +28,49 @@ HQQ_ALWAYS_INLINE hqq_plane_vector hqq_plane_load(const uint8_t *p)
     return v;
 }
 
+/* What makes packed row p of hqq_layout_of_planes, from some column on. */
+typedef struct hqq_plane_bytes {
+    const uint8_t *twos[2], *ones; /* twos[1]: of 8 rows of W alone */
+    int left;                      /* of 2 rows: whether the 2-bit codes are shifted left */
+    int right;                     /* how far 1-bit codes are, before anything else */
+} hqq_plane_bytes;
+
+static inline hqq_plane_bytes hqq_plane_bytes_of(const void *packed, const hqq_layout *l,
+                                                 int64_t p, int64_t column)
+{
+    hqq_plane_row row = hqq_plane_row_of(packed, l, p);
+    const uint8_t *twos = row.twos + column;
+    return (hqq_plane_bytes){.twos = {twos, l->per == 8 ? twos + l->N / 8 * l->K : twos},
+                             .ones = row.ones + column,
+                             .left = row.twos_left,
+                             .right = row.ones_right - (l->per / 2 - 1) * (8 / l->per)};
+}
+
+HQQ_ALWAYS_INLINE void hqq_plane_prefetch(const hqq_plane_bytes *b, int64_t next, const int per)
+{
+    __builtin_prefetch(b->twos[0] + next);
+    if (per == 8) __builtin_prefetch(b->twos[1] + next);
+    __builtin_prefetch(b->ones + next);
+}
+
+/* Codes of row p + i * N/per, shifted 4 up, and of row p + i * N/per + N/2, in lanes of 16 bits
+ * or more that begin with a byte of each plane; in the other bits is anything. per, i and left
+ * (of 2 rows) are constants. */
+HQQ_ALWAYS_INLINE hqq_plane_vector hqq_plane_codes(const hqq_plane_vector twos[2],
+                                                   hqq_plane_vector ones, const int per,
+                                                   const int i, const int left)
+{
+    hqq_plane_vector two = twos[per == 8 ? i % 2 : 0];
+    two = (per == 2 ? left : i >= per / 4) ? two << 1 : two >> 1;
+    ones = ones >> (per / 2 - 1 - i) * (8 / per);
+#if defined(__AVX512F__)
+    return (hqq_plane_vector)_mm512_ternarylogic_epi32(_mm512_set1_epi8(HQQ_TWOS_MASK),
+                                                       (__m512i)two, (__m512i)ones, 0xca);
+#else
+    return (two & HQQ_TWOS_MASK) | (ones & HQQ_ONES_MASK);
+#endif
+}
+
 /* nibbles [n] of columns k to k + n; `left` is a constant. next: bytes to what is wanted after
  * these. */
 HQQ_ALWAYS_INLINE void hqq_nibbles_shifted(uint8_t *nibbles, const hqq_plane_row *row,
