@@ -5,11 +5,41 @@
 #include "add_block.h"
 #include "decode.h"
 
+/* Bytes of a packed row, one a lane, of up to four vectors of columns. */
+typedef struct coded_columns {
+    hqq_ivec words[4];
+    hqq_plane_vector twos[4][2], ones[4]; /* of planes; words are then the 4-bit bytes */
+} coded_columns;
+
+HQQ_ALWAYS_INLINE void load_columns(coded_columns *c, const add_block *b, int r, int64_t k,
+                                    int v, const int nbits)
+{
+    k += v * HQQ_LANES;
+    if (nbits != 3) {
+        c->words[v] = hqq_ivec_load_u8(b->words[r] + k);
+        return;
+    }
+    const hqq_plane_bytes *p = &b->planes[r];
+    for (int t = 0; t < 2; t++)
+        c->twos[v][t] = (hqq_plane_vector)hqq_ivec_load_u8(p->twos[t] + k);
+    c->ones[v] = (hqq_plane_vector)hqq_ivec_load_u8(p->ones + k);
+}
+
+/* The codes of add_slot's slot, shifted down. */
+HQQ_ALWAYS_INLINE hqq_ivec codes_of_turn(coded_columns *c, int v, const int turn,
+                                         const int nbits)
+{
+    if (nbits != 3) return c->words[v] >> (8 - nbits * (turn + 1));
+    if (turn % 2) return c->words[v];
+    c->words[v] = (hqq_ivec)hqq_plane_codes(c->twos[v], c->ones[v], 8, turn / 2, 0);
+    return c->words[v] >> 4;
+}
+
 /* sums[:, k:k + VN vectors] += the batch. g: axis 1, the group. */
 HQQ_ALWAYS_INLINE void add_vectors(const add_block *b, int64_t k, int64_t g, const int nbits,
                                    const int axis, const int MB, const int VN)
 {
-    const int PER = 8 / nbits, BY_TABLE = nbits <= HQQ_TABLE_BITS;
+    const int PER = nbits == 3 ? 8 : 8 / nbits, BY_TABLE = nbits <= HQQ_TABLE_BITS;
     hqq_vec acc[16], zero[4];
     for (int v = 0; v < VN; v++) {
         if (axis == 0) zero[v] = hqq_vec_load(b->zero + k + v * HQQ_LANES);
@@ -19,13 +49,13 @@ HQQ_ALWAYS_INLINE void add_vectors(const add_block *b, int64_t k, int64_t g, con
     }
     hqq_decoder d = hqq_decoder_of(nbits, BY_TABLE, 0.0f, 1.0f);
     for (int r = 0; r < b->rows; r++) {
-        const uint8_t *bytes = b->words[r] + k;
-        hqq_ivec words[4];
-        __builtin_prefetch(bytes + b->next);
+        coded_columns codes;
+        add_prefetch(b, r, k, nbits);
 #pragma GCC unroll 4
-        for (int v = 0; v < VN; v++) words[v] = hqq_ivec_load_u8(bytes + v * HQQ_LANES);
+        for (int v = 0; v < VN; v++) load_columns(&codes, b, r, k, v, nbits);
 #pragma GCC unroll 8
-        for (int j = 0; j < PER; j++) {
+        for (int turn = 0; turn < PER; turn++) {
+            const int j = add_slot(turn, nbits, PER);
             const float *dy = b->dy[r] + j * b->dy_slot;
             if (axis == 1) {
                 int64_t at = (r * PER + j) * b->groups + g;
@@ -34,7 +64,7 @@ HQQ_ALWAYS_INLINE void add_vectors(const add_block *b, int64_t k, int64_t g, con
             hqq_vec w[4];
 #pragma GCC unroll 4
             for (int v = 0; v < VN; v++) {
-                w[v] = hqq_decode(&d, BY_TABLE, words[v] >> (8 - nbits * (j + 1)));
+                w[v] = hqq_decode(&d, BY_TABLE, codes_of_turn(&codes, v, turn, nbits));
                 if (axis == 0) w[v] -= zero[v];
             }
 #pragma GCC unroll 8
@@ -76,16 +106,17 @@ HQQ_ALWAYS_INLINE void add_batch(const add_block *b, const int nbits, const int 
 #define ADDS(nbits, MB) ADD(nbits, 0, MB) ADD(nbits, 1, MB)
 #define ALL_ADDS(nbits) ADDS(nbits, 1) ADDS(nbits, 2) ADDS(nbits, 4)
 /* clang-format off */
-ALL_ADDS(8) ALL_ADDS(4) ALL_ADDS(2) ALL_ADDS(1)
+ALL_ADDS(8) ALL_ADDS(4) ALL_ADDS(3) ALL_ADDS(2) ALL_ADDS(1)
 #define PAIR(nbits, MB) {add_##nbits##_0_##MB, add_##nbits##_1_##MB}
 #if MAX_TOKENS == 8
-ADDS(8, 8) ADDS(4, 8) ADDS(2, 8) ADDS(1, 8)
+ADDS(8, 8) ADDS(4, 8) ADDS(3, 8) ADDS(2, 8) ADDS(1, 8)
 #define ROW(nbits) {PAIR(nbits, 1), PAIR(nbits, 2), PAIR(nbits, 4), PAIR(nbits, 8)}
 #else
 #define ROW(nbits) {PAIR(nbits, 1), PAIR(nbits, 2), PAIR(nbits, 4)}
 #endif
 
 static add_table float_adds = {ROW(8), ROW(4), ROW(2), ROW(1)};
+static const add_fn float_planes[4][2] = ROW(3);
 /* clang-format on */
 
 #endif
