@@ -153,12 +153,13 @@ enum { HQQ_TWOS_MASK = 0x66, HQQ_ONES_MASK = 0x11 };
 HQQ_INLINE hqq_plane_row hqq_plane_row_of(const void *packed, const hqq_layout *l, int64_t p)
 {
     const uint8_t *planes = (const uint8_t *)packed;
-    int64_t quarter = l->N / 4, eighth = l->N / 8, s = p / eighth;
+    int64_t quarter = l->N / 4, eighth = l->N / 8;
     hqq_plane_row row;
-    row.twos = planes + (p < quarter ? p : p - quarter) * l->K;
-    row.ones = planes + l->elements / 4 + (p - s * eighth) * l->K;
     row.twos_left = p >= quarter;
-    row.ones_right = 3 - (int)s;
+    p -= row.twos_left ? quarter : 0;
+    row.twos = planes + p * l->K;
+    row.ones_right = 3 - row.twos_left * 2 - (p >= eighth);
+    row.ones = planes + l->elements / 4 + (p >= eighth ? p - eighth : p) * l->K;
     return row;
 }
 
