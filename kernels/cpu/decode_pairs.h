@@ -10,6 +10,9 @@
  * interleave them afterwards took 13 there: 256 columns are four groups, hardly more work than
  * what comes with a row, and another store and load for each weight.
  *
+ * In planes a row takes a load, two shifts and an operation of logic more: 4096 x 4096, M = 16,
+ * 0.88 of the speed of 4 bits on a Zen 5, where decoding first and interleaving made 0.67.
+ *
  * What is subnormal in bf16 becomes zero, as the instruction that multiplies takes it.
  */
 #ifndef HQQ_KERNELS_CPU_DECODE_PAIRS_H
