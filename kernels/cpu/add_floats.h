@@ -5,24 +5,51 @@
 #include "add_block.h"
 #include "decode.h"
 
-/* Bytes of a packed row, one a lane, of up to four vectors of columns. */
+/* Of a packed row, up to four vectors of columns: a byte a lane, or of planes the 4-bit bytes
+ * of each two of its eight rows of W. As bytes they are made of four times as many columns a
+ * vector as a lane at a time. */
 typedef struct coded_columns {
     hqq_ivec words[4];
-    hqq_plane_vector twos[4][2], ones[4]; /* of planes; words are then the 4-bit bytes */
+    uint8_t nibbles[4][HQQ_LANES * 4];
 } coded_columns;
 
-HQQ_ALWAYS_INLINE void load_columns(coded_columns *c, const add_block *b, int r, int64_t k,
-                                    int v, const int nbits)
+#define NIBBLES_OF(BYTES)                                                                  \
+    HQQ_ALWAYS_INLINE void nibbles_of_##BYTES(coded_columns *c, const hqq_plane_bytes *p,  \
+                                              int64_t k)                                   \
+    {                                                                                      \
+        typedef uint16_t lanes __attribute__((vector_size(BYTES)));                        \
+        lanes twos[2], ones;                                                               \
+        memcpy(&twos[0], p->twos[0] + k, BYTES);                                           \
+        memcpy(&twos[1], p->twos[1] + k, BYTES);                                           \
+        memcpy(&ones, p->ones + k, BYTES);                                                 \
+        _Pragma("GCC unroll 4") for (int i = 0; i < 4; i++)                                \
+        {                                                                                  \
+            lanes two = i < 2 ? twos[i] >> 1 : twos[i - 2] << 1;                           \
+            lanes all =                                                                    \
+                (two & HQQ_TWOS_MASK * 0x101) | (ones >> (3 - i) & HQQ_ONES_MASK * 0x101); \
+            memcpy(c->nibbles[i], &all, BYTES);                                            \
+        }                                                                                  \
+    }
+NIBBLES_OF(64)
+NIBBLES_OF(32) NIBBLES_OF(16) NIBBLES_OF(8) NIBBLES_OF(4)
+
+    HQQ_ALWAYS_INLINE void load_columns(coded_columns *c, const add_block *b, int r, int64_t k,
+                                        const int VN, const int nbits)
 {
-    k += v * HQQ_LANES;
-    if (nbits != 3) {
-        c->words[v] = hqq_ivec_load_u8(b->words[r] + k);
+    if (nbits == 3) {
+        const hqq_plane_bytes *p = &b->planes[r];
+        switch (VN * HQQ_LANES) {
+        case 64: nibbles_of_64(c, p, k); break;
+        case 32: nibbles_of_32(c, p, k); break;
+        case 16: nibbles_of_16(c, p, k); break;
+        case 8: nibbles_of_8(c, p, k); break;
+        case 4: nibbles_of_4(c, p, k); break;
+        }
         return;
     }
-    const hqq_plane_bytes *p = &b->planes[r];
-    for (int t = 0; t < 2; t++)
-        c->twos[v][t] = (hqq_plane_vector)hqq_ivec_load_u8(p->twos[t] + k);
-    c->ones[v] = (hqq_plane_vector)hqq_ivec_load_u8(p->ones + k);
+#pragma GCC unroll 4
+    for (int v = 0; v < VN; v++)
+        c->words[v] = hqq_ivec_load_u8(b->words[r] + k + v * HQQ_LANES);
 }
 
 /* The codes of add_slot's slot, shifted down. */
@@ -31,7 +58,7 @@ HQQ_ALWAYS_INLINE hqq_ivec codes_of_turn(coded_columns *c, int v, const int turn
 {
     if (nbits != 3) return c->words[v] >> (8 - nbits * (turn + 1));
     if (turn % 2) return c->words[v];
-    c->words[v] = (hqq_ivec)hqq_plane_codes(c->twos[v], c->ones[v], 8, turn / 2, 0);
+    c->words[v] = hqq_ivec_load_u8(c->nibbles[turn / 2] + v * HQQ_LANES);
     return c->words[v] >> 4;
 }
 
@@ -51,8 +78,7 @@ HQQ_ALWAYS_INLINE void add_vectors(const add_block *b, int64_t k, int64_t g, con
     for (int r = 0; r < b->rows; r++) {
         coded_columns codes;
         add_prefetch(b, r, k, nbits);
-#pragma GCC unroll 4
-        for (int v = 0; v < VN; v++) load_columns(&codes, b, r, k, v, nbits);
+        load_columns(&codes, b, r, k, VN, nbits);
 #pragma GCC unroll 8
         for (int turn = 0; turn < PER; turn++) {
             const int j = add_slot(turn, nbits, PER);

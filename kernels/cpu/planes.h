@@ -12,12 +12,12 @@
  *
  *                            bf16: 1      4            fp32: 1      4
  *     axis 1 forward   0.92 (0.59)  0.88 (0.58)   0.88 (0.61)  1.05 (0.80)
- *            dgrad     0.83 (0.76)  0.89 (0.72)   0.78 (0.72)  0.86 (0.74)
+ *            dgrad     0.83 (0.76)  0.89 (0.72)   0.84 (0.72)  0.87 (0.74)
  *     axis 0 forward   1.12 (0.64)  1.05 (0.71)   0.78 (0.55)  1.07 (0.76)
- *            dgrad     1.13 (0.74)  1.18 (0.87)   0.67 (0.58)  0.86 (0.83)
+ *            dgrad     1.13 (0.74)  1.18 (0.87)   0.69 (0.58)  0.93 (0.83)
  *
- * With AVX2, M = 1 and 4, forward 0.90 to 1.04 and 0.74 to 0.83, dgrad 0.88 to 0.94 and 0.81 to
- * 0.87, which was 0.99 to 1.09 before. */
+ * With AVX2, M = 1 and 4, forward 0.90 to 1.04 and 0.74 to 0.83, dgrad 0.93 to 1.02 and 0.97.
+ */
 #ifndef HQQ_KERNELS_CPU_PLANES_H
 #define HQQ_KERNELS_CPU_PLANES_H
 
