@@ -30,8 +30,9 @@ typedef struct coded_columns {
             memcpy(c->nibbles[i], &all, BYTES);                                            \
         }                                                                                  \
     }
-NIBBLES_OF(64)
-NIBBLES_OF(32) NIBBLES_OF(16) NIBBLES_OF(8) NIBBLES_OF(4)
+/* clang-format off */
+NIBBLES_OF(64) NIBBLES_OF(32) NIBBLES_OF(16) NIBBLES_OF(8) NIBBLES_OF(4)
+    /* clang-format on */
 
     HQQ_ALWAYS_INLINE void load_columns(coded_columns *c, const add_block *b, int r, int64_t k,
                                         const int VN, const int nbits)
