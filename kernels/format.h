@@ -121,10 +121,13 @@ HQQ_INLINE hqq_layout hqq_layout_in_planes(hqq_layout l)
     return l;
 }
 
-/* How kernels see planes: as the 4-bit bytes that hqq_plane_row's rows make. */
-HQQ_INLINE hqq_layout hqq_layout_of_nibbles(const hqq_layout *planes)
+/* Planes as kernels see them: as bytes that hold a code of each of `per` rows, N/per apart. Of
+ * 2 they are the 4-bit bytes that hqq_plane_row's rows make; of 4 those of rows p and p + N/4,
+ * which share a byte of the 2-bit plane, of 8 those of rows p, p + N/8, ..., which share one of
+ * the 1-bit plane. */
+HQQ_INLINE hqq_layout hqq_layout_of_planes(const hqq_layout *planes, int per)
 {
-    hqq_layout l = hqq_layout_make(planes->N, planes->K, planes->G, 4, planes->axis);
+    hqq_layout l = hqq_layout_make(planes->N, planes->K, planes->G, 8 / per, planes->axis);
     l.planes = 1;
     return l;
 }
@@ -150,12 +153,13 @@ enum { HQQ_TWOS_MASK = 0x66, HQQ_ONES_MASK = 0x11 };
 HQQ_INLINE hqq_plane_row hqq_plane_row_of(const void *packed, const hqq_layout *l, int64_t p)
 {
     const uint8_t *planes = (const uint8_t *)packed;
-    int64_t quarter = l->N / 4, eighth = l->N / 8, s = p / eighth;
+    int64_t quarter = l->N / 4, eighth = l->N / 8;
     hqq_plane_row row;
-    row.twos = planes + (p < quarter ? p : p - quarter) * l->K;
-    row.ones = planes + l->elements / 4 + (p - s * eighth) * l->K;
     row.twos_left = p >= quarter;
-    row.ones_right = 3 - (int)s;
+    p -= row.twos_left ? quarter : 0;
+    row.twos = planes + p * l->K;
+    row.ones_right = 3 - row.twos_left * 2 - (p >= eighth);
+    row.ones = planes + l->elements / 4 + (p >= eighth ? p - eighth : p) * l->K;
     return row;
 }
 

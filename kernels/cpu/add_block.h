@@ -2,6 +2,7 @@
 #ifndef HQQ_KERNELS_CPU_ADD_BLOCK_H
 #define HQQ_KERNELS_CPU_ADD_BLOCK_H
 
+#include "planes.h"
 #include "simd.h"
 
 #if defined(__AVX512F__) || !defined(__x86_64__)
@@ -26,7 +27,8 @@ typedef struct add_block {
     int64_t ld;
     int tokens; /* MB */
     const uint8_t *words[BATCH_ROWS];
-    const float *dy[BATCH_ROWS]; /* of slot 0: [MB]; slot j lies dy_slot behind */
+    hqq_plane_bytes planes[BATCH_ROWS / 8]; /* instead, of a weight in planes, 8 rows each */
+    const float *dy[BATCH_ROWS];            /* of slot 0: [MB]; slot j lies dy_slot behind */
     int64_t dy_slot;
     uint32_t dy_pairs[BATCH_ROWS / 2 * 8]; /* pairs: [two rows, per, MB], the first row low */
     float dy_sums[8];                      /* pairs, axis 0: of all rows and slots */
@@ -38,6 +40,20 @@ typedef struct add_block {
     int64_t group_left; /* axis 1: columns to the end of the first group */
     int64_t G;
 } add_block;
+
+/* The slots of a packed row are taken in this order: in planes two share a byte of codes. */
+HQQ_ALWAYS_INLINE int add_slot(int turn, const int nbits, const int PER)
+{
+    return nbits == 3 ? turn / 2 + turn % 2 * (PER / 2) : turn;
+}
+
+HQQ_ALWAYS_INLINE void add_prefetch(const add_block *b, int r, int64_t k, const int nbits)
+{
+    if (nbits == 3)
+        hqq_plane_prefetch(&b->planes[r], k + b->next, 8);
+    else
+        __builtin_prefetch(b->words[r] + k + b->next);
+}
 
 /* sums += the batch. */
 typedef void (*add_fn)(const add_block *);

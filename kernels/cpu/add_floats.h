@@ -5,11 +5,69 @@
 #include "add_block.h"
 #include "decode.h"
 
+/* Of a packed row, up to four vectors of columns: a byte a lane, or of planes the 4-bit bytes
+ * of each two of its eight rows of W. As bytes they are made of four times as many columns a
+ * vector as a lane at a time. */
+typedef struct coded_columns {
+    hqq_ivec words[4];
+    uint8_t nibbles[4][HQQ_LANES * 4];
+} coded_columns;
+
+#define NIBBLES_OF(BYTES)                                                                  \
+    HQQ_ALWAYS_INLINE void nibbles_of_##BYTES(coded_columns *c, const hqq_plane_bytes *p,  \
+                                              int64_t k)                                   \
+    {                                                                                      \
+        typedef uint16_t lanes __attribute__((vector_size(BYTES)));                        \
+        lanes twos[2], ones;                                                               \
+        memcpy(&twos[0], p->twos[0] + k, BYTES);                                           \
+        memcpy(&twos[1], p->twos[1] + k, BYTES);                                           \
+        memcpy(&ones, p->ones + k, BYTES);                                                 \
+        _Pragma("GCC unroll 4") for (int i = 0; i < 4; i++)                                \
+        {                                                                                  \
+            lanes two = i < 2 ? twos[i] >> 1 : twos[i - 2] << 1;                           \
+            lanes all =                                                                    \
+                (two & HQQ_TWOS_MASK * 0x101) | (ones >> (3 - i) & HQQ_ONES_MASK * 0x101); \
+            memcpy(c->nibbles[i], &all, BYTES);                                            \
+        }                                                                                  \
+    }
+/* clang-format off */
+NIBBLES_OF(64) NIBBLES_OF(32) NIBBLES_OF(16) NIBBLES_OF(8) NIBBLES_OF(4)
+    /* clang-format on */
+
+    HQQ_ALWAYS_INLINE void load_columns(coded_columns *c, const add_block *b, int r, int64_t k,
+                                        const int VN, const int nbits)
+{
+    if (nbits == 3) {
+        const hqq_plane_bytes *p = &b->planes[r];
+        switch (VN * HQQ_LANES) {
+        case 64: nibbles_of_64(c, p, k); break;
+        case 32: nibbles_of_32(c, p, k); break;
+        case 16: nibbles_of_16(c, p, k); break;
+        case 8: nibbles_of_8(c, p, k); break;
+        case 4: nibbles_of_4(c, p, k); break;
+        }
+        return;
+    }
+#pragma GCC unroll 4
+    for (int v = 0; v < VN; v++)
+        c->words[v] = hqq_ivec_load_u8(b->words[r] + k + v * HQQ_LANES);
+}
+
+/* The codes of add_slot's slot, shifted down. */
+HQQ_ALWAYS_INLINE hqq_ivec codes_of_turn(coded_columns *c, int v, const int turn,
+                                         const int nbits)
+{
+    if (nbits != 3) return c->words[v] >> (8 - nbits * (turn + 1));
+    if (turn % 2) return c->words[v];
+    c->words[v] = hqq_ivec_load_u8(c->nibbles[turn / 2] + v * HQQ_LANES);
+    return c->words[v] >> 4;
+}
+
 /* sums[:, k:k + VN vectors] += the batch. g: axis 1, the group. */
 HQQ_ALWAYS_INLINE void add_vectors(const add_block *b, int64_t k, int64_t g, const int nbits,
                                    const int axis, const int MB, const int VN)
 {
-    const int PER = 8 / nbits, BY_TABLE = nbits <= HQQ_TABLE_BITS;
+    const int PER = nbits == 3 ? 8 : 8 / nbits, BY_TABLE = nbits <= HQQ_TABLE_BITS;
     hqq_vec acc[16], zero[4];
     for (int v = 0; v < VN; v++) {
         if (axis == 0) zero[v] = hqq_vec_load(b->zero + k + v * HQQ_LANES);
@@ -19,13 +77,12 @@ HQQ_ALWAYS_INLINE void add_vectors(const add_block *b, int64_t k, int64_t g, con
     }
     hqq_decoder d = hqq_decoder_of(nbits, BY_TABLE, 0.0f, 1.0f);
     for (int r = 0; r < b->rows; r++) {
-        const uint8_t *bytes = b->words[r] + k;
-        hqq_ivec words[4];
-        __builtin_prefetch(bytes + b->next);
-#pragma GCC unroll 4
-        for (int v = 0; v < VN; v++) words[v] = hqq_ivec_load_u8(bytes + v * HQQ_LANES);
+        coded_columns codes;
+        add_prefetch(b, r, k, nbits);
+        load_columns(&codes, b, r, k, VN, nbits);
 #pragma GCC unroll 8
-        for (int j = 0; j < PER; j++) {
+        for (int turn = 0; turn < PER; turn++) {
+            const int j = add_slot(turn, nbits, PER);
             const float *dy = b->dy[r] + j * b->dy_slot;
             if (axis == 1) {
                 int64_t at = (r * PER + j) * b->groups + g;
@@ -34,7 +91,7 @@ HQQ_ALWAYS_INLINE void add_vectors(const add_block *b, int64_t k, int64_t g, con
             hqq_vec w[4];
 #pragma GCC unroll 4
             for (int v = 0; v < VN; v++) {
-                w[v] = hqq_decode(&d, BY_TABLE, words[v] >> (8 - nbits * (j + 1)));
+                w[v] = hqq_decode(&d, BY_TABLE, codes_of_turn(&codes, v, turn, nbits));
                 if (axis == 0) w[v] -= zero[v];
             }
 #pragma GCC unroll 8
@@ -76,16 +133,17 @@ HQQ_ALWAYS_INLINE void add_batch(const add_block *b, const int nbits, const int 
 #define ADDS(nbits, MB) ADD(nbits, 0, MB) ADD(nbits, 1, MB)
 #define ALL_ADDS(nbits) ADDS(nbits, 1) ADDS(nbits, 2) ADDS(nbits, 4)
 /* clang-format off */
-ALL_ADDS(8) ALL_ADDS(4) ALL_ADDS(2) ALL_ADDS(1)
+ALL_ADDS(8) ALL_ADDS(4) ALL_ADDS(3) ALL_ADDS(2) ALL_ADDS(1)
 #define PAIR(nbits, MB) {add_##nbits##_0_##MB, add_##nbits##_1_##MB}
 #if MAX_TOKENS == 8
-ADDS(8, 8) ADDS(4, 8) ADDS(2, 8) ADDS(1, 8)
+ADDS(8, 8) ADDS(4, 8) ADDS(3, 8) ADDS(2, 8) ADDS(1, 8)
 #define ROW(nbits) {PAIR(nbits, 1), PAIR(nbits, 2), PAIR(nbits, 4), PAIR(nbits, 8)}
 #else
 #define ROW(nbits) {PAIR(nbits, 1), PAIR(nbits, 2), PAIR(nbits, 4)}
 #endif
 
 static add_table float_adds = {ROW(8), ROW(4), ROW(2), ROW(1)};
+static const add_fn float_planes[4][2] = ROW(3);
 /* clang-format on */
 
 #endif

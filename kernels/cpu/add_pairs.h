@@ -99,13 +99,41 @@ static inline void gather_dy_pairs(add_block *b, int per)
             }
 }
 
+/* 64 bytes of a packed row. */
+typedef struct coded_row_64 {
+    __m512i bytes;
+    hqq_plane_vector twos[2], ones; /* of planes; bytes are then the 4-bit ones */
+} coded_row_64;
+
+HQQ_ALWAYS_INLINE coded_row_64 load_row_64(const add_block *b, int r, int64_t k,
+                                           const int nbits)
+{
+    coded_row_64 row = {0};
+    if (nbits == 3) {
+        row.twos[0] = hqq_plane_load(b->planes[r].twos[0] + k);
+        row.twos[1] = hqq_plane_load(b->planes[r].twos[1] + k);
+        row.ones = hqq_plane_load(b->planes[r].ones + k);
+    } else {
+        row.bytes = _mm512_loadu_si512(b->words[r] + k);
+    }
+    return row;
+}
+
+HQQ_ALWAYS_INLINE __m512i bytes_of_turn(coded_row_64 *row, const int turn, const int nbits)
+{
+    if (nbits == 3 && turn % 2 == 0)
+        row->bytes = (__m512i)hqq_plane_codes(row->twos, row->ones, 8, turn / 2, 0);
+    return row->bytes;
+}
+
 /* Vectors `first` to first + VN of the 64 columns from k; VN is 4, or 2 for one half. */
 HQQ_ALWAYS_INLINE void add_pair_vectors(const add_block *b, int64_t k, int64_t g,
                                         const int first, const int nbits, const int axis,
                                         const int MB, const int VN)
 {
-    const int PER = 8 / nbits;
-    const __m512i code = _mm512_set1_epi16(0xf), second_row = _mm512_set1_epi32(0x100000);
+    const int PER = nbits == 3 ? 8 : 8 / nbits;
+    const __m512i code = _mm512_set1_epi16(nbits == 3 ? 7 : 0xf),
+                  second_row = _mm512_set1_epi32(0x100000);
     float *sums = b->sums + k + first * 16;
     hqq_vec acc[16];
 #pragma GCC unroll 8
@@ -116,17 +144,19 @@ HQQ_ALWAYS_INLINE void add_pair_vectors(const add_block *b, int64_t k, int64_t g
                                         : hqq_vec_load(b->zero + k + (first + v) * 16) *
                                               hqq_vec_set1(-b->dy_sums[m]);
     __m512i table = hqq_pair_table(nbits, 0.0f, 1.0f);
-    const uint32_t *dy = b->dy_pairs;
     for (int r = 0; r < b->rows; r += 2) {
         int s = r + 1 < b->rows ? r + 1 : r;
-        __m512i one = _mm512_loadu_si512(b->words[r] + k);
-        __m512i two = _mm512_loadu_si512(b->words[s] + k);
+        coded_row_64 one = load_row_64(b, r, k, nbits), two = load_row_64(b, s, k, nbits);
         if (first == 0) {
-            __builtin_prefetch(b->words[r] + k + b->next);
-            __builtin_prefetch(b->words[s] + k + b->next);
+            add_prefetch(b, r, k, nbits);
+            add_prefetch(b, s, k, nbits);
         }
 #pragma GCC unroll 8
-        for (int j = 0; j < PER; j++, dy += MB) {
+        for (int turn = 0; turn < PER; turn++) {
+            const int j = add_slot(turn, nbits, PER);
+            const int right = nbits == 3 ? 4 - turn % 2 * 4 : 8 - nbits * (j + 1);
+            const uint32_t *dy = b->dy_pairs + (r / 2 * PER + j) * MB;
+            __m512i a = bytes_of_turn(&one, turn, nbits), c = bytes_of_turn(&two, turn, nbits);
             if (axis == 1) {
                 int64_t at = (r * PER + j) * b->groups + g,
                         at_s = (s * PER + j) * b->groups + g;
@@ -136,9 +166,9 @@ HQQ_ALWAYS_INLINE void add_pair_vectors(const add_block *b, int64_t k, int64_t g
             }
 #pragma GCC unroll 4
             for (int v = 0; v < VN; v++) {
-                __m512i words = first + v < 2 ? _mm512_unpacklo_epi16(one, two)
-                                              : _mm512_unpackhi_epi16(one, two);
-                __m512i index = _mm512_srli_epi16(words, v % 2 * 8 + 8 - nbits * (j + 1));
+                __m512i words =
+                    first + v < 2 ? _mm512_unpacklo_epi16(a, c) : _mm512_unpackhi_epi16(a, c);
+                __m512i index = _mm512_srli_epi16(words, v % 2 * 8 + right);
                 if (axis == 1) index = _mm512_ternarylogic_epi32(index, code, second_row, 0xea);
                 __m512i w = _mm512_permutexvar_epi16(index, table);
 #pragma GCC unroll 8
@@ -181,12 +211,13 @@ HQQ_ALWAYS_INLINE void add_pair_batch(const add_block *b, const int nbits, const
 #define ALL_PAIR_ADDS(nbits) \
     PAIR_ADDS(nbits, 1) PAIR_ADDS(nbits, 2) PAIR_ADDS(nbits, 4) PAIR_ADDS(nbits, 8)
 /* clang-format off */
-ALL_PAIR_ADDS(4) ALL_PAIR_ADDS(2) ALL_PAIR_ADDS(1)
+ALL_PAIR_ADDS(4) ALL_PAIR_ADDS(3) ALL_PAIR_ADDS(2) ALL_PAIR_ADDS(1)
 #define PAIR_ADD_OF(nbits, MB) {pair_add_##nbits##_0_##MB, pair_add_##nbits##_1_##MB}
 #define PAIR_ROW(nbits) \
     {PAIR_ADD_OF(nbits, 1), PAIR_ADD_OF(nbits, 2), PAIR_ADD_OF(nbits, 4), PAIR_ADD_OF(nbits, 8)}
 
 static add_table pair_adds = {{{NULL}}, PAIR_ROW(4), PAIR_ROW(2), PAIR_ROW(1)};
+static const add_fn pair_planes[4][2] = PAIR_ROW(3);
 /* clang-format on */
 
 #endif

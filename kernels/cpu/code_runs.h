@@ -38,7 +38,7 @@ typedef struct hqq_run_cursor {
 static inline hqq_layout hqq_weight_layout(const hqq_weight *w)
 {
     hqq_layout l = hqq_stored_layout(w);
-    return l.planes ? hqq_layout_of_nibbles(&l) : l;
+    return l.planes ? hqq_layout_of_planes(&l, 2) : l;
 }
 
 /* Where an element lies: what a row starts from. */

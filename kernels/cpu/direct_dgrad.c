@@ -98,6 +98,7 @@ hqq_status hqq_direct_dgrad(void *dx, const void *dy, int64_t lddy, const hqq_we
                             hqq_isa isa, const hqq_context *context)
 {
     hqq_layout layout = hqq_weight_layout(weight);
+    if (layout.planes && hqq_vectors_align(&layout)) layout = hqq_layout_of_planes(&layout, 8);
     hqq_direct_dgrad_job job = {.dx = dx,
                                 .weight = weight,
                                 .layout = layout,

@@ -48,17 +48,12 @@ static inline int64_t hqq_dgrad_part_begin(const hqq_direct_dgrad_job *job, int6
 #define HQQ_DGRAD_MAX_COLUMNS 4096
 #define HQQ_DGRAD_ANY_TOKENS  16
 
-/* Columns of planes that are made bytes of 4 bits at a time, for the up to 16 packed rows of a
- * batch: 8 KB beside the sums. */
-#define HQQ_DGRAD_NIBBLES 512
-
 /* The scratch of a chunk. */
 typedef struct hqq_dgrad_scratch {
     float *sums;         /* [tokens, columns] */
     float *zero, *scale; /* axis 1: of 32 rows, in groups of 16 columns or more; axis 0: of
                             each column */
     float *tile;         /* decoded rows */
-    uint8_t *nibbles;    /* planes: [32, HQQ_DGRAD_NIBBLES] */
 } hqq_dgrad_scratch;
 
 static inline hqq_dgrad_scratch hqq_dgrad_scratch_take(hqq_arena *arena, int64_t columns)
@@ -69,7 +64,6 @@ static inline hqq_dgrad_scratch hqq_dgrad_scratch_take(hqq_arena *arena, int64_t
     s.zero = hqq_arena_take(arena, meta);
     s.scale = hqq_arena_take(arena, meta);
     s.tile = hqq_direct_tile_take(arena);
-    s.nibbles = hqq_arena_take(arena, (size_t)32 * HQQ_DGRAD_NIBBLES);
     return s;
 }
 

@@ -28,7 +28,6 @@
 #include "direct_tile.h"
 #include "integers.h"
 #include "multiply_tile.h"
-#include "planes.h"
 #if HQQ_HAS_PAIRS
 #include "add_pairs.h"
 #endif
@@ -44,7 +43,6 @@ typedef struct dgrad_chunk {
     int64_t set_begin, set_end, column, columns;
     hqq_dgrad_scratch s;
     int64_t residue; /* axis 0: whose zeros and scales are loaded; -1: none's */
-    hqq_plane_row planes[BATCH_ROWS]; /* of the batch */
 } dgrad_chunk;
 
 /* Axis 1: zeros and scales of the groups of the rows of a set, as row r of the batch. */
@@ -100,7 +98,7 @@ static int64_t gather_batch(dgrad_chunk *c, add_block *b, int64_t set, int64_t m
     for (b->rows = 0; set + b->rows < end; b->rows++) {
         int64_t p = hqq_row_in_slot(&job->sets, set + b->rows);
         if (l->planes)
-            c->planes[b->rows] = hqq_plane_row_of(w->packed, l, p);
+            b->planes[b->rows] = hqq_plane_bytes_of(w->packed, l, p, c->column);
         else
             b->words[b->rows] = (const uint8_t *)w->packed + p * l->K + c->column;
         b->dy[b->rows] = job->dy_t + p * job->ld_dy + m0;
@@ -115,36 +113,15 @@ static int64_t gather_batch(dgrad_chunk *c, add_block *b, int64_t set, int64_t m
     return b->rows;
 }
 
-/* sums += the batch, of a weight in planes: some columns at a time. */
-static void add_planes(const dgrad_chunk *c, add_block *b, add_fn add)
-{
-    const hqq_layout *l = &c->job->layout;
-    const int64_t next = l->axis == 1 ? l->K * hqq_ceil_div(b->rows, 4) : l->K;
-    b->next = 0;
-    for (int64_t k = 0; k < c->columns; k += HQQ_DGRAD_NIBBLES) {
-        int64_t g = (c->column + k) / l->G, skipped = l->axis == 1 ? g - c->column / l->G : k;
-        b->columns = hqq_least(HQQ_DGRAD_NIBBLES, c->columns - k);
-        b->sums = c->s.sums + k;
-        b->zero = c->s.zero + skipped;
-        b->scale = c->s.scale + skipped;
-        if (l->axis == 1) b->group_left = (g + 1) * l->G - c->column - k;
-        for (int r = 0; r < b->rows; r++) {
-            uint8_t *nibbles = c->s.nibbles + r * HQQ_DGRAD_NIBBLES;
-            hqq_nibbles_of_planes(nibbles, &c->planes[r], c->column + k, b->columns, next);
-            b->words[r] = nibbles;
-        }
-        add(b);
-    }
-}
-
 /* sums [MB, columns] = tokens m0 to m0 + MB of dy, times the part's rows of W. */
 static void sum_part(dgrad_chunk *c, int64_t m0, int MB)
 {
     const hqq_direct_dgrad_job *job = c->job;
     const hqq_layout *l = &job->layout;
-    add_fn add = float_adds[log2_of(l->per)][log2_of(MB)][l->axis];
+    int per = log2_of(l->per), tokens = log2_of(MB);
+    add_fn add = (l->planes ? float_planes : float_adds[per])[tokens][l->axis];
 #if HQQ_HAS_PAIRS
-    if (job->pairs) add = pair_adds[log2_of(l->per)][log2_of(MB)][l->axis];
+    if (job->pairs) add = (l->planes ? pair_planes : pair_adds[per])[tokens][l->axis];
 #endif
     add_block b = {.sums = c->s.sums,
                    .ld = job->columns,
@@ -161,10 +138,7 @@ static void sum_part(dgrad_chunk *c, int64_t m0, int MB)
     memset(c->s.sums, 0, (size_t)(MB * job->columns) * sizeof(float));
     for (int64_t set = c->set_begin; set < c->set_end;) {
         set += gather_batch(c, &b, set, m0);
-        if (l->planes)
-            add_planes(c, &b, add);
-        else
-            add(&b);
+        add(&b);
     }
 #if HQQ_HAS_PAIRS
     for (int m = 0; m < MB && job->pairs; m++)

@@ -71,11 +71,20 @@ static int64_t in_whole_cycles(const hqq_row_sets *sets, int64_t in_chunk)
     return sets->cycle / hqq_ceil_div(sets->cycle, in_chunk);
 }
 
+/* A weight in planes, by as many rows that share bytes as have sums in registers. */
+static hqq_layout planes_together(const hqq_layout *l, int64_t M, hqq_isa isa)
+{
+    int sums = isa >= HQQ_ISA_AVX512 ? 16 : 8, tokens = hqq_tokens_at_once(M, 8);
+    int per = sums / tokens;
+    return hqq_layout_of_planes(l, per > 8 ? 8 : per < 2 ? 2 : per);
+}
+
 hqq_status hqq_direct_linear(void *y, const void *x, int64_t ldx, const hqq_weight *weight,
                              const float *addend, int64_t M, hqq_dtype dtype, void *workspace,
                              hqq_isa isa, const hqq_context *context)
 {
     hqq_layout layout = hqq_weight_layout(weight);
+    if (layout.planes && hqq_vectors_align(&layout)) layout = planes_together(&layout, M, isa);
     hqq_direct_linear_job job = {.y = y,
                                  .ldx = padded_columns(layout.K),
                                  .weight = weight,

@@ -63,7 +63,6 @@ typedef struct hqq_linear_scratch {
     float *zero, *scale; /* axis 1: [per, groups of the block]; axis 0: [columns] */
     float *scaled_x;     /* axis 0: [tokens, columns]; for pairs of bf16 */
     float *constant;     /* axis 0, pairs: [2, 8 tokens] vectors */
-    uint8_t *nibbles;    /* planes: [columns] */
 } hqq_linear_scratch;
 
 static inline hqq_linear_scratch hqq_linear_scratch_take(hqq_arena *arena, int64_t sets)
@@ -74,7 +73,6 @@ static inline hqq_linear_scratch hqq_linear_scratch_take(hqq_arena *arena, int64
     s.scale = hqq_arena_take(arena, HQQ_X_COLUMNS * sizeof(float));
     s.scaled_x = hqq_arena_take(arena, HQQ_X_BLOCK * sizeof(float));
     s.constant = hqq_arena_take(arena, 2 * 8 * 16 * sizeof(float));
-    s.nibbles = hqq_arena_take(arena, HQQ_X_COLUMNS);
     return s;
 }
 

@@ -30,7 +30,6 @@
 #include "direct_tile.h"
 #include "dot_floats.h"
 #include "multiply_tile.h"
-#include "planes.h"
 #if HQQ_HAS_PAIRS
 #include "dot_pairs.h"
 #endif
@@ -185,10 +184,11 @@ static void dot_sets(const linear_chunk *c, int64_t m0, int MB, int64_t k0, int6
 {
     const hqq_direct_linear_job *job = c->job;
     const hqq_layout *l = &job->layout;
-    dot_fn dot = float_dots[log2_of(l->per)][log2_of(MB)][l->axis];
+    const dot_table *dots = l->planes ? &float_planes : &float_dots;
 #if HQQ_HAS_PAIRS
-    if (job->pairs) dot = pair_dots[log2_of(l->per)][log2_of(MB)][l->axis];
+    if (job->pairs) dots = l->planes ? &pair_planes : &pair_dots;
 #endif
+    dot_fn dot = (*dots)[log2_of(l->per)][log2_of(MB)][l->axis];
     const void *x =
         (const char *)job->x + (m0 * l->K + k0 * MB) * (job->pairs ? 2 : (int)sizeof(float));
     dot_block b = {.next = l->K * job->sets.step * 2,
@@ -198,12 +198,8 @@ static void dot_sets(const linear_chunk *c, int64_t m0, int MB, int64_t k0, int6
                    .scale = c->s.scale,
                    .columns = columns,
                    .G = l->G};
-    int64_t g0 = k0 / l->G, residue = -1, next = b.next;
-    if (l->planes) {
-        if (l->axis == 1) next = l->K;
-        b.words = c->s.nibbles;
-        b.next = 0;
-    }
+    int64_t g0 = k0 / l->G, residue = -1;
+    if (l->planes) b.next = l->K * (l->axis == 0 ? job->sets.step : 1);
     if (l->axis == 1) {
         b.group_left = (g0 + 1) * l->G - k0;
         b.stride = (k0 + columns - 1) / l->G - g0 + 1;
@@ -212,12 +208,10 @@ static void dot_sets(const linear_chunk *c, int64_t m0, int MB, int64_t k0, int6
     }
     for (int64_t set = c->set_begin; set < c->set_end; set++) {
         int64_t p = hqq_row_in_slot(&job->sets, set);
-        if (l->planes) {
-            hqq_plane_row row = hqq_plane_row_of(job->weight->packed, l, p);
-            hqq_nibbles_of_planes(c->s.nibbles, &row, k0, columns, next);
-        } else {
+        if (l->planes)
+            b.planes = hqq_plane_bytes_of(job->weight->packed, l, p, k0);
+        else
             b.words = (const uint8_t *)job->weight->packed + p * l->K + k0;
-        }
         if (l->axis == 1) {
             load_group_meta(c, p, g0, b.stride);
         } else if (set / job->sets.cycle != residue) {

@@ -12,13 +12,36 @@
 #define HQQ_KEEP_IN_REGISTER(v) (void)(v)
 #endif
 
+/* words[j] = a vector of columns of row j of the PER, shifted down. */
+HQQ_ALWAYS_INLINE void load_codes(hqq_ivec *words, const dot_block *b, int64_t k,
+                                  const int nbits, const int PER, const int left)
+{
+    if (nbits != 3) {
+        hqq_ivec bytes = hqq_ivec_load_u8(b->words + k);
+#pragma GCC unroll 8
+        for (int j = 0; j < PER; j++) words[j] = bytes >> (8 - nbits * (j + 1));
+        return;
+    }
+    hqq_plane_vector twos[2];
+    for (int t = 0; t < (PER == 8 ? 2 : 1); t++)
+        twos[t] = (hqq_plane_vector)hqq_ivec_load_u8(b->planes.twos[t] + k);
+    hqq_ivec ones = hqq_ivec_load_u8(b->planes.ones + k);
+    if (PER < 8) ones = ones >> b->planes.right;
+#pragma GCC unroll 4
+    for (int i = 0; i < PER / 2; i++) {
+        words[i + PER / 2] =
+            (hqq_ivec)hqq_plane_codes(twos, (hqq_plane_vector)ones, PER, i, left);
+        words[i] = words[i + PER / 2] >> 4;
+    }
+}
+
 /* acc[m * PER + j] += the weight of slot j * x[m], for a vector of columns. */
 HQQ_ALWAYS_INLINE void dot_vector(hqq_vec *acc, const dot_block *b, int64_t k,
                                   const hqq_decoder *decoders, const int nbits, const int axis,
-                                  const int MB)
+                                  const int MB, const int PER, const int left)
 {
-    const int PER = 8 / nbits;
-    hqq_ivec words = hqq_ivec_load_u8(b->words + k);
+    hqq_ivec words[8];
+    load_codes(words, b, k, nbits, PER, left);
     hqq_vec x[8];
 #pragma GCC unroll 8
     for (int m = 0; m < MB; m++) {
@@ -27,8 +50,7 @@ HQQ_ALWAYS_INLINE void dot_vector(hqq_vec *acc, const dot_block *b, int64_t k,
     }
 #pragma GCC unroll 8
     for (int j = 0; j < PER; j++) {
-        hqq_vec w = hqq_decode(&decoders[axis == 1 ? j : 0], nbits <= HQQ_TABLE_BITS,
-                               words >> (8 - nbits * (j + 1)));
+        hqq_vec w = hqq_decode(&decoders[axis == 1 ? j : 0], nbits <= HQQ_TABLE_BITS, words[j]);
         if (axis == 0) w -= hqq_vec_load(b->zero + k);
 #pragma GCC unroll 8
         for (int m = 0; m < MB; m++) acc[m * PER + j] += w * x[m];
@@ -38,30 +60,33 @@ HQQ_ALWAYS_INLINE void dot_vector(hqq_vec *acc, const dot_block *b, int64_t k,
 /* Columns [k, end), end - k a multiple of 16, in UNROLL independent sets of sums. */
 HQQ_ALWAYS_INLINE void dot_columns(hqq_vec *acc, const dot_block *b, int64_t k, int64_t end,
                                    const hqq_decoder *decoders, const int nbits, const int axis,
-                                   const int MB, const int UNROLL)
+                                   const int MB, const int PER, const int left,
+                                   const int UNROLL)
 {
-    const int SUMS = MB * 8 / nbits;
+    const int SUMS = MB * PER;
     for (; k + UNROLL * HQQ_LANES <= end; k += UNROLL * HQQ_LANES) {
-        if (UNROLL > 1 || k % 64 == 0) __builtin_prefetch(b->words + k + b->next);
+        if (UNROLL > 1 || k % 64 == 0) dot_prefetch(b, k, nbits, PER);
 #pragma GCC unroll 4
         for (int u = 0; u < UNROLL; u++)
-            dot_vector(acc + u * SUMS, b, k + u * HQQ_LANES, decoders, nbits, axis, MB);
+            dot_vector(acc + u * SUMS, b, k + u * HQQ_LANES, decoders, nbits, axis, MB, PER,
+                       left);
     }
-    for (; k < end; k += HQQ_LANES) dot_vector(acc, b, k, decoders, nbits, axis, MB);
+    for (; k < end; k += HQQ_LANES) dot_vector(acc, b, k, decoders, nbits, axis, MB, PER, left);
 }
 
 /* sums[m * PER + j] += the products of the block; lanes are summed at the very end. */
 HQQ_ALWAYS_INLINE void dot_packed_row(hqq_vec *sums, const dot_block *b, const int nbits,
-                                      const int axis, const int MB)
+                                      const int axis, const int MB, const int PER,
+                                      const int left)
 {
-    const int PER = 8 / nbits, SUMS = MB * PER;
+    const int SUMS = MB * PER;
     /* at least eight chains of additions, to hide their latency */
     const int UNROLL = SUMS >= 8 ? 1 : SUMS >= 4 ? 2 : 4;
     hqq_vec acc[16] = {{0}};
     hqq_decoder decoders[8];
     if (axis == 0) {
         decoders[0] = hqq_decoder_of(nbits, nbits <= HQQ_TABLE_BITS, 0.0f, 1.0f);
-        dot_columns(acc, b, 0, b->columns, decoders, nbits, axis, MB, UNROLL);
+        dot_columns(acc, b, 0, b->columns, decoders, nbits, axis, MB, PER, left, UNROLL);
     } else {
         int64_t end = b->group_left;
         for (int64_t k = 0, g = 0; k < b->columns; g++, k = end, end += b->G) {
@@ -71,7 +96,7 @@ HQQ_ALWAYS_INLINE void dot_packed_row(hqq_vec *sums, const dot_block *b, const i
                     hqq_decoder_of(nbits, nbits <= HQQ_TABLE_BITS, b->zero[j * b->stride + g],
                                    b->scale[j * b->stride + g]);
             dot_columns(acc, b, k, end < b->columns ? end : b->columns, decoders, nbits, axis,
-                        MB, UNROLL);
+                        MB, PER, left, UNROLL);
         }
     }
 #pragma GCC unroll 16
@@ -85,7 +110,7 @@ HQQ_ALWAYS_INLINE void dot_packed_row(hqq_vec *sums, const dot_block *b, const i
 #define DOT(nbits, axis, MB)                                                   \
     static void dot_##nbits##_##axis##_##MB(hqq_vec *sums, const dot_block *b) \
     {                                                                          \
-        dot_packed_row(sums, b, nbits, axis, MB);                              \
+        dot_packed_row(sums, b, nbits, axis, MB, 8 / (nbits), 0);              \
     }
 #define DOTS(nbits, MB) DOT(nbits, 0, MB) DOT(nbits, 1, MB)
 /* clang-format off */
@@ -108,5 +133,8 @@ static dot_table float_dots = {
     {PAIR(1, 1), WIDEST(1, 2)},
 };
 /* clang-format on */
+
+/* of a weight in planes, by rows of W taken together */
+PLANE_DOTS(float_planes, dot_packed_row)
 
 #endif

@@ -33,23 +33,47 @@
 #include "dot_block.h"
 #include "pairs.h"
 
+HQQ_ALWAYS_INLINE __m512i load_32_bytes(const uint8_t *bytes)
+{
+    return _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)bytes));
+}
+
+/* words[j] = 32 columns of row j of the PER, shifted down. */
+HQQ_ALWAYS_INLINE void load_pair_codes(__m512i *words, const dot_block *b, int64_t k,
+                                       const int nbits, const int PER, const int left)
+{
+    if (nbits != 3) {
+        __m512i bytes = load_32_bytes(b->words + k);
+#pragma GCC unroll 8
+        for (int j = 0; j < PER; j++) words[j] = _mm512_srli_epi16(bytes, 8 - nbits * (j + 1));
+        return;
+    }
+    hqq_plane_vector twos[2];
+    for (int t = 0; t < (PER == 8 ? 2 : 1); t++)
+        twos[t] = (hqq_plane_vector)load_32_bytes(b->planes.twos[t] + k);
+    __m512i ones = load_32_bytes(b->planes.ones + k);
+    if (PER < 8) ones = _mm512_srlv_epi16(ones, _mm512_set1_epi16((int16_t)b->planes.right));
+#pragma GCC unroll 4
+    for (int i = 0; i < PER / 2; i++) {
+        words[i + PER / 2] =
+            (__m512i)hqq_plane_codes(twos, (hqq_plane_vector)ones, PER, i, left);
+        words[i] = _mm512_srli_epi16(words[i + PER / 2], 4);
+    }
+}
+
 /* 32 weights of each slot, times MB tokens: acc[m * PER + j]. */
 HQQ_ALWAYS_INLINE void dot_pair_vector(hqq_vec *acc, const dot_block *b, int64_t k,
                                        const __m512i *tables, float zero, float scale,
-                                       const int nbits, const int axis, const int MB)
+                                       const int nbits, const int axis, const int MB,
+                                       const int PER, const int left)
 {
-    const int PER = 8 / nbits;
     const uint16_t *x = (const uint16_t *)b->x + k * MB;
-    __m512i words = {0};
-    if (nbits < 8)
-        words = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(b->words + k)));
-    __m512i w[8];
+    __m512i words[8], w[8];
+    if (nbits < 8) load_pair_codes(words, b, k, nbits, PER, left);
 #pragma GCC unroll 8
     for (int j = 0; j < PER; j++)
-        w[j] = nbits == 8
-                   ? hqq_pairs_of_bytes(b->words + k, zero, scale)
-                   : _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 8 - nbits * (j + 1)),
-                                              tables[axis == 1 ? j : 0]);
+        w[j] = nbits == 8 ? hqq_pairs_of_bytes(b->words + k, zero, scale)
+                          : _mm512_permutexvar_epi16(words[j], tables[axis == 1 ? j : 0]);
 #pragma GCC unroll 8
     for (int m = 0; m < MB; m++) {
         __m512i xm = _mm512_loadu_si512(x + m * 32);
@@ -63,23 +87,25 @@ HQQ_ALWAYS_INLINE void dot_pair_vector(hqq_vec *acc, const dot_block *b, int64_t
 HQQ_ALWAYS_INLINE void dot_pair_columns(hqq_vec *acc, const dot_block *b, int64_t k,
                                         int64_t end, const __m512i *tables, float zero,
                                         float scale, const int nbits, const int axis,
-                                        const int MB, const int UNROLL)
+                                        const int MB, const int PER, const int left,
+                                        const int UNROLL)
 {
-    const int SUMS = MB * 8 / nbits;
+    const int SUMS = MB * PER;
     for (; k + 32 * UNROLL <= end; k += 32 * UNROLL) {
-        if (UNROLL > 1 || k % 64 == 0) __builtin_prefetch(b->words + k + b->next);
+        if (UNROLL > 1 || k % 64 == 0) dot_prefetch(b, k, nbits, PER);
 #pragma GCC unroll 2
         for (int u = 0; u < UNROLL; u++)
-            dot_pair_vector(acc + u * SUMS, b, k + u * 32, tables, zero, scale, nbits, axis,
-                            MB);
+            dot_pair_vector(acc + u * SUMS, b, k + u * 32, tables, zero, scale, nbits, axis, MB,
+                            PER, left);
     }
-    for (; k < end; k += 32) dot_pair_vector(acc, b, k, tables, zero, scale, nbits, axis, MB);
+    for (; k < end; k += 32)
+        dot_pair_vector(acc, b, k, tables, zero, scale, nbits, axis, MB, PER, left);
 }
 
 HQQ_ALWAYS_INLINE void dot_pair_row(hqq_vec *sums, const dot_block *b, const int nbits,
-                                    const int axis, const int MB)
+                                    const int axis, const int MB, const int PER, const int left)
 {
-    const int PER = 8 / nbits, SUMS = MB * PER;
+    const int SUMS = MB * PER;
     const int UNROLL = SUMS > 8 ? 1 : 2; /* chains of additions, to hide their latency */
     hqq_vec acc[16] = {{0}};
     __m512i tables[8];
@@ -87,7 +113,8 @@ HQQ_ALWAYS_INLINE void dot_pair_row(hqq_vec *sums, const dot_block *b, const int
         tables[0] = hqq_pair_table(nbits, 0.0f, 1.0f);
         for (int m = 0; m < MB; m++)
             for (int j = 0; j < PER; j++) acc[m * PER + j] = b->constant[m];
-        dot_pair_columns(acc, b, 0, b->columns, tables, 0.0f, 1.0f, nbits, axis, MB, UNROLL);
+        dot_pair_columns(acc, b, 0, b->columns, tables, 0.0f, 1.0f, nbits, axis, MB, PER, left,
+                         UNROLL);
     } else {
         int64_t end = b->group_left;
         for (int64_t k = 0, g = 0; k < b->columns; g++, k = end, end += b->G) {
@@ -96,7 +123,7 @@ HQQ_ALWAYS_INLINE void dot_pair_row(hqq_vec *sums, const dot_block *b, const int
                 tables[j] = hqq_pair_table(nbits, b->zero[j * b->stride + g],
                                            b->scale[j * b->stride + g]);
             dot_pair_columns(acc, b, k, end < b->columns ? end : b->columns, tables, b->zero[g],
-                             b->scale[g], nbits, axis, MB, UNROLL);
+                             b->scale[g], nbits, axis, MB, PER, left, UNROLL);
         }
     }
 #pragma GCC unroll 16
@@ -109,7 +136,7 @@ HQQ_ALWAYS_INLINE void dot_pair_row(hqq_vec *sums, const dot_block *b, const int
 #define PAIR_DOT(nbits, axis, MB)                                                   \
     static void pair_dot_##nbits##_##axis##_##MB(hqq_vec *sums, const dot_block *b) \
     {                                                                               \
-        dot_pair_row(sums, b, nbits, axis, MB);                                     \
+        dot_pair_row(sums, b, nbits, axis, MB, 8 / (nbits), 0);                     \
     }
 #define PAIR_DOTS(nbits, MB) PAIR_DOT(nbits, 0, MB) PAIR_DOT(nbits, 1, MB)
 /* clang-format off */
@@ -126,5 +153,6 @@ static dot_table pair_dots = {
     {PAIR_OF(1, 1), PAIR_OF(1, 2)},
 };
 /* clang-format on */
+PLANE_DOTS(pair_planes, dot_pair_row)
 
 #endif

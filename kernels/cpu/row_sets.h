@@ -40,8 +40,8 @@ static inline hqq_row_sets hqq_row_sets_of(const hqq_layout *l)
         s.cycle = l->G / l->per;
         s.step = s.sets / s.cycle;
     } else if (l->axis == 1 && l->planes) {
-        s.cycle = 4;
-        s.step = s.sets / s.cycle;
+        s.cycle = 8 / l->per; /* 1 where a set has all rows of its bytes */
+        s.step = s.cycle > 1 ? s.sets / s.cycle : 1;
     }
     return s;
 }
