@@ -12,8 +12,8 @@ import torch
 from format_oracle import Format
 from hqq_layers import assert_same_layer, dense_layer, quantized_layer
 from op_arguments import ALL, call, forward_arguments, names_of
-from oracle import Oracle, check_dgrad, check_linear, random_weight
-from torch import Tensor, nn
+from oracle import Oracle, check_dgrad, check_linear, random_adapter, random_weight
+from torch import nn
 
 import hqqlora
 from hqqlora import BaseQuantizeConfig, HQQLinear
@@ -107,14 +107,12 @@ def test_products_of_planes(axis: int) -> None:
 @AXES
 def test_gradients_with_planes(axis: int) -> None:
     torch.manual_seed(0)
-    planes = in_planes(random_weight(24, 40, 8, 3, axis))
-    A, B = torch.randn(3, 40, requires_grad=True), torch.randn(24, 3, requires_grad=True)
-    x = torch.randn(4, 40, requires_grad=True)
-
-    def product(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        return hqqlora.autograd.lora_linear(x, planes, None, A, B, 0.5)
-
-    torch.autograd.gradcheck(product, (x, A, B), eps=1e-2, atol=2e-2, rtol=1e-2)
+    weight = random_weight(24, 40, 8, 3, axis)
+    adapter, dy = random_adapter(24, 40, 3), torch.randn(4, 24)
+    inputs = [torch.randn(4, 40), adapter.A, adapter.B]
+    x, A, B = (tensor.clone().requires_grad_() for tensor in inputs)
+    y = hqqlora.autograd.lora_linear(x, in_planes(weight), None, A, B, adapter.scaling)
+    adapter.check_backward(dy, inputs[0], torch.autograd.grad(y, (x, A, B), dy), weight)
 
 
 @AXES

@@ -259,7 +259,8 @@ class TestWhere:
                 continue
             assert_same_model(load(llama, device_map=device_map), expected)
 
-    def test_partly_on_disk(self, llama: Path, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("nbits", [4, 3])
+    def test_partly_on_disk(self, llama: Path, tmp_path: Path, nbits: int) -> None:
         pytest.importorskip("accelerate")
         device_map = {
             "model.embed_tokens": "cpu",
@@ -269,9 +270,12 @@ class TestWhere:
             "model.rotary_emb": "cpu",
             "lm_head": "cpu",
         }
-        model = load(llama, device_map=device_map, offload_folder=tmp_path / "offloaded")
+        options = {"quantization_config": HqqConfig(nbits=nbits, group_size=32)}
+        offload = {"device_map": device_map, "offload_folder": tmp_path / "offloaded"}
+        model = load(llama, **options, **offload)
         assert model.model.layers[1].mlp.up_proj.W_q.is_meta
-        expected = load(llama)
+        assert model.model.layers[0].mlp.up_proj.W_q.dtype == torch.uint8  # 3 bits: in planes
+        expected = load(llama, **options)
         inputs = inputs_for(model)
         with torch.no_grad():
             assert torch.equal(model(**inputs).logits, expected(**inputs).logits)
