@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hqqlora.files import creating_folder, write_text
 from hqqlora.hqq_checkpoint import (
@@ -245,16 +245,14 @@ def _patterns(model: nn.Module, quant_config: Mapping[str, Any]) -> Mapping[str,
 
 def _convert_dense(model: nn.Module, dtype: torch.dtype) -> None:
     """Converts what is saved and not quantized to `dtype`."""
-    saved = model.state_dict(keep_vars=True)
-    quantized = {
-        id(tensor)
-        for module in model.modules()
-        if isinstance(module, HQQLinear)
-        for tensor in module.parameters()
-    }
-    for tensor in saved.values():
-        if id(tensor) not in quantized and tensor.is_floating_point():
-            tensor.data = tensor.data.to(dtype)
+    for module in model.modules():
+        if isinstance(module, HQQLinear):
+            continue
+        saved: dict[str, Any] = {}
+        module._save_to_state_dict(saved, "", keep_vars=True)
+        for tensor in saved.values():
+            if isinstance(tensor, Tensor) and tensor.is_floating_point():
+                tensor.data = tensor.data.to(dtype)
 
 
 def _as_hqqs(model: nn.Module) -> nn.Module:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from hqqlora.autograd import grouped_linear
 from hqqlora.config import QuantSettings
 from hqqlora.ops import PackedWeight
-from hqqlora.ops.weight import word_dtype
+from hqqlora.planes import packed_like, repacked
 from hqqlora.quantizing import quantize_weight
 from hqqlora.state_encoding import (
     METADATA_KEYS,
@@ -30,8 +30,8 @@ class HQQExpertWeights(WeightFormat, nn.Module):
     """E matrices [out_features, in_features], each packed in hqq's format, stacked.
 
     `W_q`, `scale` and `zero` are frozen parameters with a first dimension E; ``W_q[e]``,
-    ``scale[e]`` and ``zero[e]`` are what an `HQQLinear` of expert e alone would have. Its
-    state_dict has hqq's keys; `shape` there is that of one matrix.
+    ``scale[e]`` and ``zero[e]`` are what an `HQQLinear` of expert e alone would have (3 bits in
+    planes). Its state_dict has hqq's keys and words; `shape` there is that of one matrix.
     """
 
     W_q: nn.Parameter
@@ -170,9 +170,10 @@ class HQQExpertWeights(WeightFormat, nn.Module):
         for index in range(self.num_experts):
             dense = weight[index].to(self.device)
             try:
-                parts = quantize_weight(dense, self.metadata.settings, self.scale.dtype)
+                W_q, *meta = quantize_weight(dense, self.metadata.settings, self.scale.dtype)
             except (TypeError, ValueError) as error:
                 raise type(error)(f"expert {index}: {error}") from error
+            parts = [packed_like(self.W_q, W_q, self._format), *meta]
             for tensor, part in zip(new, parts, strict=True):
                 tensor[index] = part
         self.W_q.data, self.scale.data, self.zero.data = new
@@ -191,6 +192,8 @@ class HQQExpertWeights(WeightFormat, nn.Module):
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        key = prefix + "W_q"
+        destination[key] = repacked(destination[key], self._format, planes=False)
         if self.state_dict_metadata:
             encoded = self.metadata.encoded()
             destination.update((prefix + key, value) for key, value in encoded.items())
@@ -227,6 +230,10 @@ class HQQExpertWeights(WeightFormat, nn.Module):
             if found.settings != held.settings:
                 self._allocate(self.num_experts, found, self.scale.dtype, self.device)
         rest = {k: v for k, v in state_dict.items() if k.removeprefix(prefix) not in stored}
+        words = rest.get(prefix + "W_q")
+        expected, dtype = self.metadata.held(planes=False)
+        if isinstance(words, Tensor) and (words.shape[1:], words.dtype) == (expected, dtype):
+            rest[prefix + "W_q"] = packed_like(self.W_q, words, self._format)
         super()._load_from_state_dict(
             rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -240,9 +247,8 @@ class HQQExpertWeights(WeightFormat, nn.Module):
     ) -> None:
         if metadata.settings.view_as_float:
             raise ValueError("view_as_float is not for the weights of experts: leave it off")
-        words = word_dtype(metadata.settings.nbits)
         for name, shape, dtype in (
-            ("W_q", metadata.packed_shape, words),
+            ("W_q", *metadata.held(planes=True)),
             ("scale", metadata.meta_shape, meta_dtype),
             ("zero", metadata.meta_shape, meta_dtype),
         ):
@@ -250,10 +256,4 @@ class HQQExpertWeights(WeightFormat, nn.Module):
             tensor = torch.empty((num_experts, *shape), dtype=dtype, device=device)
             setattr(self, name, nn.Parameter(tensor, requires_grad=False))
         self.metadata = metadata
-        self._format = (
-            metadata.out_features,
-            metadata.in_features,
-            metadata.settings.nbits,
-            metadata.group_size,
-            metadata.settings.axis,
-        )
+        self._format = metadata.format

@@ -110,8 +110,8 @@ def from_hqq(layer: nn.Module) -> HQQLinear:
 
 
 def raw_state(layer: HQQLinear) -> dict[str, Any]:
-    """The state of `layer` as hqq has it without encoding: tensors, which are the layer's own,
-    and plain Python values."""
+    """The state of `layer` as hqq has it without encoding: tensors, which are the layer's own
+    (but for codes of 3 bits in planes), and plain Python values."""
     state = layer.metadata.values()
     del state["encoded_state_dict"]  # its absence says that the values are plain
     state.update(

@@ -13,6 +13,7 @@ from hqqlora.config import QuantSettings
 from hqqlora.hqq_layers import from_hqq, to_hqq
 from hqqlora.linear_state import LinearState
 from hqqlora.ops import PackedWeight
+from hqqlora.planes import packed_like
 from hqqlora.quantizing import quantize_weight
 from hqqlora.state_encoding import TENSOR_KEYS, LayerMetadata, check_dtype
 
@@ -35,9 +36,13 @@ class HQQLinear(LinearState):
         >>> layer(torch.randn(3, 128)).shape
         torch.Size([3, 256])
 
-    An ordinary module: `W_q` (uint8; int32 for 3 bits), `scale`, `zero` and `bias` are
-    parameters that need no gradient, so ``.to``, ``.half``, deepcopy, pickle and state_dict do
-    what they do for any module. The gradient flows through to x alone.
+    An ordinary module: `W_q` (uint8), `scale`, `zero` and `bias` are parameters that need no
+    gradient, so ``.to``, ``.half``, deepcopy and pickle do what they do for any module. The
+    gradient flows through to x alone.
+
+    Codes of 3 bits are in planes, exactly 3 bits a weight (`hqqlora.ops.planes_shape`), or in
+    hqq's words, int32, where planes do not fit: see `repack`. Loading and the state_dict
+    convert them, one layer at a time; a state_dict then has its own copy of such a `W_q`.
 
     x may be float32, bfloat16 or float16, whatever `compute_dtype` is; y has x's dtype, and a
     bias of another dtype is converted on the way. Sums are kept in float32 and rounded once.
@@ -73,7 +78,8 @@ class HQQLinear(LinearState):
                 as in hqq; in an uninitialised layer, what the checkpoint says.
             device: where to quantize and live. None: the dense weight's device.
             initialize: False: do not quantize, only make tensors of the right shapes (with a
-                layer) for a checkpoint to fill.
+                layer) for a checkpoint to fill by `load_state_dict` (by setting parameters:
+                see `repack`).
             meta_dtype: of scale and zero. None: compute_dtype.
             importance: [in_features], how much an error in each column counts (see
                 `hqqlora.input_importance`). None: all the same.
@@ -164,7 +170,8 @@ class HQQLinear(LinearState):
     @classmethod
     def from_hqq(cls, layer: nn.Module) -> HQQLinear:
         """The weight of `layer`, an HQQLinear of the hqq package, which it shares: nothing is
-        quantized again, and nothing copied but scales and zeros that hqq had quantized.
+        quantized again, and nothing copied but scales and zeros that hqq had quantized, and
+        codes of 3 bits, which are put into planes.
 
         Raises TypeError if layer is another class, ValueError if it has no weight or a format
         that is not supported.
@@ -172,8 +179,9 @@ class HQQLinear(LinearState):
         return from_hqq(layer)
 
     def to_hqq(self) -> nn.Module:
-        """An HQQLinear of the hqq package, which shares this layer's memory. hqq keeps scale
-        and zero in compute_dtype: if they have another dtype here, they are rounded to that.
+        """An HQQLinear of the hqq package, which shares this layer's memory, but for codes of 3
+        bits in planes. hqq keeps scale and zero in compute_dtype: if they have another dtype
+        here, they are rounded to that.
 
         Raises ImportError if hqq is not installed, RuntimeError if there is no weight yet.
         """
@@ -285,7 +293,8 @@ class HQQLinear(LinearState):
         W_q, scale, zero = quantize_weight(
             weight.to(self.W_q.device), m.settings, self.scale.dtype, importance
         )
-        self.W_q.data, self.scale.data, self.zero.data = W_q, scale, zero
+        self.W_q.data = packed_like(self.W_q, W_q, m.format)
+        self.scale.data, self.zero.data = scale, zero
 
     def reset_parameters(self) -> None:
         """Raises RuntimeError: there is no initial value to go back to."""

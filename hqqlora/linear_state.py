@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hqqlora.config import QuantSettings
-from hqqlora.ops.weight import word_dtype
+from hqqlora.planes import packed_like, repacked
 from hqqlora.state_encoding import (
     LAYER_KEYS,
     METADATA_KEYS,
@@ -54,19 +54,26 @@ class LinearState(WeightFormat, nn.Linear):
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self._metadata is None or not self.state_dict_metadata:
-            return
-        destination[prefix + "W_q"] = self.stored("W_q", destination[prefix + "W_q"])
         m = self._metadata
+        if m is None:
+            return
+        words = repacked(destination[prefix + "W_q"], m.format, planes=False)
+        destination[prefix + "W_q"] = words
+        if not self.state_dict_metadata:
+            return
+        destination[prefix + "W_q"] = self.stored("W_q", words)
         values = m.encoded() if self.encoded_state_dict else m.values()
         if not self.encoded_state_dict:
             del values["encoded_state_dict"]
         destination.update((prefix + key, value) for key, value in values.items())
 
     def stored(self, name: str, tensor: Tensor) -> Tensor:
-        """`tensor`, the parameter `name`, as a state_dict has it: `W_q` as floats with
-        view_as_float."""
-        if name != "W_q" or not self.metadata.settings.view_as_float:
+        """`tensor`, the parameter `name`, as a state_dict has it: `W_q` in hqq's words, as
+        floats with view_as_float."""
+        if name != "W_q":
+            return tensor
+        tensor = repacked(tensor, self.metadata.format, planes=False)
+        if not self.metadata.settings.view_as_float:
             return tensor
         self.metadata.check_float_view()
         return tensor.detach().view(self.compute_dtype)
@@ -106,6 +113,7 @@ class LinearState(WeightFormat, nn.Linear):
                 )
             if not self._adopt(metadata, tensors, layer, error_msgs):
                 return
+            tensors["W_q"] = packed_like(self.W_q, tensors["W_q"], metadata.format)
             rest.update((prefix + name, tensor) for name, tensor in tensors.items())
         elif self._metadata is None:
             missing_keys.append(prefix + "W_q")
@@ -165,21 +173,21 @@ class LinearState(WeightFormat, nn.Linear):
     def _allocate(
         self, metadata: LayerMetadata, meta_dtype: torch.dtype, device: torch.device, bias: bool
     ) -> None:
-        """Sets the description, and makes those parameters anew that do not fit it."""
+        """Sets the description, and makes those parameters anew that do not fit it, codes of 3
+        bits in planes."""
         if metadata.settings.view_as_float:
             metadata.check_float_view()
-        words = word_dtype(metadata.settings.nbits)
-        self._fit_parameter("W_q", metadata.packed_shape, words, device)
+        held = self._parameters["W_q"]
+        planes = held is None or held.dtype == metadata.held(planes=True)[1]
+        self._fit_parameter("W_q", *metadata.held(planes), device)
         self._fit_parameter("scale", metadata.meta_shape, meta_dtype, device)
         self._fit_parameter("zero", metadata.meta_shape, meta_dtype, device)
         if bias and self.bias is None:
             shape = (metadata.out_features,)
             self._fit_parameter("bias", shape, metadata.compute_dtype, device)
         self._metadata = metadata
-        N, K = metadata.out_features, metadata.in_features
-        self.out_features, self.in_features = N, K
-        settings = metadata.settings
-        self._format = (N, K, settings.nbits, metadata.group_size, settings.axis)
+        self.out_features, self.in_features = metadata.out_features, metadata.in_features
+        self._format = metadata.format
 
     def _fit_parameter(
         self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device

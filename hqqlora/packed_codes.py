@@ -1,4 +1,4 @@
-"""Codes in hqq's packed words, and back.
+"""Codes in hqq's packed words, and back; planes (hqqlora.planes) are put into words before.
 
 Element e = n * K + k of a weight [N, K] is in word e mod words, slot e div words, the first
 slot in the highest bits (of 30 for 3 bits). So a run of elements is a few runs of words, and
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hqqlora.ops import PackedWeight, packed_shape
 from hqqlora.ops.weight import SLOTS_PER_WORD, word_dtype
+from hqqlora.planes import in_words
 
 
 def read_codes(W_q: Tensor, nbits: int, start: int, stop: int) -> Tensor:
@@ -50,6 +51,7 @@ def pack_codes(codes: Tensor, nbits: int, group_size: int) -> Tensor:
 
 def unpack_codes(packed: PackedWeight) -> Tensor:
     """The codes uint8 [N, K] of a packed weight of any format."""
+    packed = in_words(packed)
     N, K = packed.out_features, packed.in_features
     return read_codes(packed.W_q, packed.nbits, 0, N * K).reshape(N, K)
 

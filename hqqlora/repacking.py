@@ -2,7 +2,8 @@
 
 hqq packs along the whole weight: at 4 bits a byte holds the codes of rows n and n + N/2. A part
 is therefore never a part of the words: its codes are read from all over `W_q` and packed anew,
-some rows at a time, while scales and zeros are taken over as they are.
+some rows at a time, while scales and zeros are taken over as they are. Results are in hqq's
+words, also of what is in planes.
 
 A part must itself be a weight of the format, with groups of one size that each lie in one group
 of the whole. With G elements in a group of a weight [N, K], and N', K' the part's sides:
@@ -27,6 +28,7 @@ from torch import Tensor
 
 from hqqlora.ops import PackedWeight, meta_shape, packed_shape
 from hqqlora.packed_codes import empty_words, read_codes, write_codes
+from hqqlora.planes import in_words
 
 # Codes on their way at a time.
 _BLOCK = 2**20
@@ -133,6 +135,7 @@ def _rule(weight: PackedWeight, what: str) -> str:
 
 def _take(weight: PackedWeight, rows: range, columns: range) -> PackedWeight:
     G = part_group_size(weight, rows, columns)
+    weight = in_words(weight)
     part = _empty(weight, len(rows), len(columns), G)
     width = weight.in_features
     for n in range(0, len(rows), _rows_in_block(width)):
@@ -148,6 +151,7 @@ def _take(weight: PackedWeight, rows: range, columns: range) -> PackedWeight:
 
 
 def _join(parts: Sequence[PackedWeight], group_size: int, along_rows: bool) -> PackedWeight:
+    parts = [in_words(part) for part in parts]
     first = parts[0]
     N, K = first.out_features, first.in_features
     total = sum(part.out_features if along_rows else part.in_features for part in parts)

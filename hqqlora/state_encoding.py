@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hqqlora.config import QuantSettings
-from hqqlora.ops import meta_shape, packed_shape
+from hqqlora.ops import meta_shape, packed_shape, planes_fit, planes_shape
 from hqqlora.ops.weight import word_dtype
 
 TENSOR_KEYS = ("W_q", "scale", "zero", "bias")
@@ -95,12 +95,21 @@ class LayerMetadata:
         return self.settings.group_size_for(self.out_features, self.in_features)
 
     @property
-    def packed_shape(self) -> tuple[int, int]:
-        """The shape of `W_q` as whole numbers."""
+    def format(self) -> tuple[int, int, int, int, int]:
+        """What a `PackedWeight` ends with."""
         s = self.settings
-        return packed_shape(
-            self.out_features, self.in_features, s.nbits, self.group_size, s.axis
-        )
+        return (self.out_features, self.in_features, s.nbits, self.group_size, s.axis)
+
+    @property
+    def packed_shape(self) -> tuple[int, int]:
+        """The shape of `W_q` as whole numbers, in hqq's words."""
+        return packed_shape(*self.format)
+
+    def held(self, planes: bool) -> tuple[tuple[int, int], torch.dtype]:
+        """Shape and dtype of `W_q` in a layer: in planes, where they fit, or in hqq's words."""
+        if planes and planes_fit(*self.format):
+            return planes_shape(*self.format), torch.uint8
+        return self.packed_shape, word_dtype(self.settings.nbits)
 
     @property
     def meta_shape(self) -> tuple[int, int]:
@@ -186,7 +195,8 @@ def decode_layer(state: Mapping[str, Any], layer: str, solver: str = "default") 
 
 def fit_tensors(state: LayerState, metadata: LayerMetadata, layer: str) -> dict[str, Tensor]:
     """The tensors of `state` in the shapes and dtypes that `metadata` calls for: `W_q` as whole
-    numbers [packed_shape], `scale` and `zero` [meta_shape], `bias` [out_features].
+    numbers [packed_shape], or in planes if it is so, `scale` and `zero` [meta_shape], `bias`
+    [out_features].
 
     Raises:
         ValueError: a tensor has another shape (scale and zero: number of elements) or dtype, is
@@ -200,7 +210,8 @@ def fit_tensors(state: LayerState, metadata: LayerMetadata, layer: str) -> dict[
         if width % words.itemsize == 0:  # otherwise the comparison below tells
             W_q = W_q.contiguous().view(words)
     shape = metadata.packed_shape
-    if W_q.dtype != words or tuple(W_q.shape) != shape:
+    found = (tuple(W_q.shape), W_q.dtype)
+    if found not in (metadata.held(planes=False), metadata.held(planes=True)):
         raise ValueError(
             f"{layer}: W_q is {state.W_q.dtype} {list(state.W_q.shape)}, but "
             f"{_describe(metadata)} needs {words} {list(shape)}"

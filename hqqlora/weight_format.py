@@ -9,7 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hqqlora.planes import repacked
+from hqqlora.shared_parameters import is_dtensor
 from hqqlora.state_encoding import LayerMetadata, check_dtype
+from hqqlora.zero_partitions import check_replaceable
 
 
 class WeightFormat:
@@ -51,6 +54,27 @@ class WeightFormat:
         config = self._description.settings.to_config()
         config["weight_quant_params"]["group_size"] = self.group_size
         return config
+
+    @torch.no_grad()
+    def repack(self, planes: bool) -> None:
+        """Holds 3-bit codes in planes (`W_q` uint8, exactly 3 bits a weight and faster, as they
+        are from the beginning) or in hqq's words (int32, 3.2 bits or more). That is for code
+        that reads `W_q` itself, or fills it from a file; products and the state_dict are the
+        same. Other bits, and weights that planes do not fit (`hqqlora.ops.planes_fit`), have
+        one packing alone: nothing is done.
+
+        Raises:
+            RuntimeError: the layer has no weight yet.
+            ValueError: FSDP2 or ZeRO-3 has shared `W_q` out, and would not know of another.
+        """
+        metadata = self._description
+        shape, dtype = metadata.held(planes)
+        if self.W_q.dtype == dtype:
+            return
+        check_replaceable(self.W_q, "W_q", dtype, shape)
+        if is_dtensor(self.W_q):
+            raise ValueError("W_q is shared out among ranks: repack it before")
+        self.W_q.data = repacked(self.W_q, metadata.format, planes)
 
     def _metadata_after(self, fn: Callable[[Tensor], Tensor]) -> LayerMetadata:
         """The description when `fn` has been applied to all tensors. What it does to a dtype is

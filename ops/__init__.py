@@ -5,6 +5,7 @@ Importing this module loads the native library and makes the ops known to torch.
 ======================== ==================================================================
 ``quantize``             weight [N,K] -> W_q, scale, zero
 ``dequantize``           W_q, scale, zero -> W [N,K]
+``repack``               W_q of 3 bits from hqq's int32 words to uint8 planes, and back
 ``linear``               x [...,K] -> y [...,N] = x W^T + bias
 ``linear_dgrad``         dy [...,N] -> dx [...,K] = dy W
 ``lora_linear``          x -> y = x W^T + bias + scaling * (drop(x) A^T) B^T, and drop(x) A^T
@@ -33,6 +34,8 @@ with N = out_features, K = in_features, A [R,K] and B [N,R]. The ops compute and
 differentiate: results of tensors that require gradients carry none. `hqqlora.autograd` holds
 the differentiable functions. Wrong arguments raise RuntimeError with the values.
 
+`W_q` is as hqq packs it; or, of 3 bits, in planes, which its dtype uint8 says (`planes_shape`).
+
 They run where their tensors are, on the CPU or on one CUDA device; the seed of a dropout mask,
 an int64 tensor of one element, is there too (the offsets of experts are on the CPU always). On
 CUDA they are enqueued on torch's current stream and nothing waits, except in `quantize`, which
@@ -49,9 +52,23 @@ from typing import Any
 import torch
 
 from . import batching, fakes, library
-from .weight import PackedWeight, Solver, meta_shape, packed_shape
+from .weight import (
+    PackedWeight,
+    Solver,
+    meta_shape,
+    packed_shape,
+    planes_fit,
+    planes_shape,
+)
 
-__all__ = ["PackedWeight", "Solver", "meta_shape", "packed_shape"]
+__all__ = [
+    "PackedWeight",
+    "Solver",
+    "meta_shape",
+    "packed_shape",
+    "planes_fit",
+    "planes_shape",
+]
 
 library.load()
 _namespace: Any = torch.ops.hqqlora

@@ -266,6 +266,46 @@ inline void check_meta(const char *name, const Tensor &t, int64_t groups, const 
     check_contiguous(name, t);
 }
 
+/* 3 bits in planes, which `name` is or is to be, must fit the weight. */
+inline void check_planes(const char *name, const hqq_weight &weight)
+{
+    bool rows_are_groups = weight.axis == 1;
+    int64_t rows = rows_are_groups
+                       ? weight.out_features * weight.in_features / weight.group_size
+                       : weight.group_size;
+    HQQ_CHECK(
+        weight.out_features % 8 == 0 && rows % 8 == 0, name,
+        " is 3 bits in planes, for which 8 must divide out_features = ", weight.out_features,
+        " and ", rows_are_groups ? "the number of groups" : "group_size", " = ", rows,
+        "; int32 words hold any weight");
+}
+
+/* The codes alone: `weight`, of check_format, gets them and how they are packed, which is in
+ * planes where 3 bits are uint8. It borrows the tensor's memory. */
+inline PackedSizes check_packed(hqq_weight &weight, const Tensor &W_q, const Device &device,
+                                int64_t experts = 0)
+{
+    check_device("W_q", W_q, device);
+    bool planes = weight.nbits == 3 && W_q.scalar_type() == ScalarType::Byte;
+    if (planes) {
+        check_planes("W_q", weight);
+        weight.packing = HQQ_PACKING_PLANES;
+    }
+    PackedSizes sizes = packed_sizes(weight);
+    HQQ_CHECK(W_q.scalar_type() == sizes.word_dtype, "W_q must be ", name_of(sizes.word_dtype),
+              weight.nbits == 3 ? ", or uint8 in planes," : "", " for nbits = ", weight.nbits,
+              ", got ", name_of(W_q.scalar_type()));
+    HQQ_CHECK(W_q.numel() == sizes.words * (experts ? experts : 1), "W_q must have ",
+              sizes.words, " elements", of_experts(experts),
+              " for out_features = ", weight.out_features,
+              ", in_features = ", weight.in_features, ", nbits = ", weight.nbits,
+              ", group_size = ", weight.group_size, ", axis = ", weight.axis,
+              planes ? ", in planes" : "", ", got shape ", shape_of(W_q));
+    check_contiguous("W_q", W_q);
+    weight.packed = W_q.const_data_ptr();
+    return sizes;
+}
+
 /* The descriptor of a packed weight, or of the first of those of several experts. It borrows
  * the tensors' memory. */
 inline hqq_weight check_weight(const Tensor &W_q, const Tensor &scale, const Tensor &zero,
@@ -274,22 +314,12 @@ inline hqq_weight check_weight(const Tensor &W_q, const Tensor &scale, const Ten
                                int64_t experts = 0)
 {
     hqq_weight weight = check_format(out_features, in_features, nbits, group_size, axis);
-    PackedSizes sizes = packed_sizes(weight);
-    check_device("W_q", W_q, device);
-    HQQ_CHECK(W_q.scalar_type() == sizes.word_dtype, "W_q must be ", name_of(sizes.word_dtype),
-              " for nbits = ", nbits, ", got ", name_of(W_q.scalar_type()));
-    HQQ_CHECK(W_q.numel() == sizes.words * (experts ? experts : 1), "W_q must have ",
-              sizes.words, " elements", of_experts(experts),
-              " for out_features = ", out_features, ", in_features = ", in_features,
-              ", nbits = ", nbits, ", group_size = ", group_size, ", axis = ", axis,
-              ", got shape ", shape_of(W_q));
-    check_contiguous("W_q", W_q);
+    PackedSizes sizes = check_packed(weight, W_q, device, experts);
     weight.meta_dtype = dtype_of("scale", scale);
     HQQ_CHECK(zero.scalar_type() == scale.scalar_type(), "zero must have the dtype of scale, ",
               name_of(scale.scalar_type()), ", got ", name_of(zero.scalar_type()));
     check_meta("scale", scale, sizes.groups, device, experts);
     check_meta("zero", zero, sizes.groups, device, experts);
-    weight.packed = W_q.const_data_ptr();
     weight.scale = scale.const_data_ptr();
     weight.zero = zero.const_data_ptr();
     return weight;

@@ -14,7 +14,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .weight import BIT_WIDTHS, SLOTS_PER_WORD, meta_shape, packed_shape, word_dtype
+from .weight import (
+    BIT_WIDTHS,
+    SLOTS_PER_WORD,
+    is_planes,
+    meta_shape,
+    packed_shape,
+    planes_fit,
+    planes_shape,
+    word_dtype,
+)
 
 FLOATING = (torch.float32, torch.float16, torch.bfloat16)
 MAX_RANK = 256
@@ -169,6 +178,59 @@ def check_importance(
     )
 
 
+def check_planes(
+    name: str, out_features: int, in_features: int, nbits: int, group_size: int, axis: int
+) -> None:
+    """That 3 bits in planes, which `name` is or is to be, fit the weight."""
+    rows = out_features * in_features // group_size if axis == 1 else group_size
+    check(
+        planes_fit(out_features, in_features, nbits, group_size, axis),
+        lambda: (
+            f"{name} is 3 bits in planes, for which 8 must divide out_features = "
+            f"{out_features} and {'the number of groups' if axis == 1 else 'group_size'} = "
+            f"{rows}; int32 words hold any weight"
+        ),
+    )
+
+
+def check_packed(
+    W_q: Tensor,
+    out_features: int,
+    in_features: int,
+    nbits: int,
+    group_size: int,
+    axis: int,
+    device: torch.device,
+    experts: int | None = None,
+) -> None:
+    """The codes alone: see `PackedWeight`."""
+    weight = (out_features, in_features, nbits, group_size, axis)
+    check_format(*weight)
+    expected = word_dtype(nbits)
+    check_device("W_q", W_q, device)
+    planes = is_planes(W_q, nbits)
+    check(
+        planes or W_q.dtype == expected,
+        lambda: (
+            f"W_q must be {name_of(expected)}{', or uint8 in planes,' if nbits == 3 else ''} "
+            f"for nbits = {nbits}, got {name_of(W_q.dtype)}"
+        ),
+    )
+    if planes:
+        check_planes("W_q", *weight)
+    words = math.prod(planes_shape(*weight) if planes else packed_shape(*weight))
+    of_experts = "" if experts is None else f" for each of {experts} experts"
+    check(
+        W_q.numel() == words * (1 if experts is None else experts),
+        lambda: (
+            f"W_q must have {words} elements{of_experts} for out_features = {out_features}, "
+            f"in_features = {in_features}, nbits = {nbits}, group_size = {group_size}, axis = "
+            f"{axis}{', in planes' if planes else ''}, got shape {shape_of(W_q)}"
+        ),
+    )
+    check_contiguous("W_q", W_q)
+
+
 def check_weight(
     W_q: Tensor,
     scale: Tensor,
@@ -184,26 +246,9 @@ def check_weight(
     """A packed weight on one device: see `PackedWeight`; or those of several experts."""
     stacked = 1 if experts is None else experts
     of_experts = "" if experts is None else f" for each of {experts} experts"
-    check_format(out_features, in_features, nbits, group_size, axis)
-    words = math.prod(packed_shape(out_features, in_features, nbits, group_size, axis))
+    weight = (out_features, in_features, nbits, group_size, axis)
+    check_packed(W_q, *weight, device, experts)
     groups = math.prod(meta_shape(out_features, in_features, group_size, axis))
-    expected = word_dtype(nbits)
-    check_device("W_q", W_q, device)
-    check(
-        W_q.dtype == expected,
-        lambda: (
-            f"W_q must be {name_of(expected)} for nbits = {nbits}, got {name_of(W_q.dtype)}"
-        ),
-    )
-    check(
-        W_q.numel() == words * stacked,
-        lambda: (
-            f"W_q must have {words} elements{of_experts} for out_features = {out_features}, "
-            f"in_features = {in_features}, nbits = {nbits}, group_size = {group_size}, axis = "
-            f"{axis}, got shape {shape_of(W_q)}"
-        ),
-    )
-    check_contiguous("W_q", W_q)
     check_floating("scale", scale.dtype)
     check(
         zero.dtype == scale.dtype,

@@ -18,6 +18,8 @@ from .checks import (
     check_format,
     check_given,
     check_importance,
+    check_packed,
+    check_planes,
     check_quantize_options,
     check_routing,
     check_rows,
@@ -27,7 +29,7 @@ from .checks import (
     rows_of,
     shape_of,
 )
-from .weight import meta_shape, packed_shape, word_dtype
+from .weight import meta_shape, packed_shape, planes_shape, word_dtype
 
 
 def quantize(
@@ -83,6 +85,25 @@ def dequantize(
     )
     check_floating("dtype", dtype)
     return W_q.new_empty((out_features, in_features), dtype=dtype)
+
+
+def repack(
+    W_q: Tensor,
+    out_features: int,
+    in_features: int,
+    nbits: int,
+    group_size: int,
+    axis: int,
+    planes: bool,
+) -> Tensor:
+    """W_q of 3 bits in planes, or in hqq's words."""
+    weight = (out_features, in_features, nbits, group_size, axis)
+    check_packed(W_q, *weight, W_q.device)
+    check(nbits == 3, lambda: f"nbits must be 3 to be packed in another way, got {nbits}")
+    if planes:
+        check_planes("the result", *weight)
+        return W_q.new_empty(planes_shape(*weight), dtype=torch.uint8)
+    return W_q.new_empty(packed_shape(*weight), dtype=word_dtype(nbits))
 
 
 def linear(
@@ -365,6 +386,7 @@ def grouped_lora_linear_backward(
 FAKES = (
     quantize,
     dequantize,
+    repack,
     linear,
     linear_dgrad,
     lora_linear,

@@ -1,4 +1,4 @@
-/* Quantizing a weight, and getting it back. */
+/* Quantizing a weight, getting it back, and packing its codes in another way. */
 #include <tuple>
 
 #include <torch/csrc/stable/library.h>
@@ -11,7 +11,8 @@ namespace hqqlora
 namespace
 {
 
-/* hqq's two-dimensional shapes: a line of words or of groups along each axis. */
+/* hqq's two-dimensional shapes: a line of words or of groups along each axis. Planes are two
+ * such tensors, one under the other. */
 std::vector<int64_t> packed_shape(const hqq_weight &weight, const PackedSizes &sizes)
 {
     int64_t columns = weight.axis == 1 ? weight.group_size : sizes.groups;
@@ -93,12 +94,30 @@ Tensor dequantize(const Tensor &W_q, const Tensor &scale, const Tensor &zero,
     return W;
 }
 
+Tensor repack(const Tensor &W_q, int64_t out_features, int64_t in_features, int64_t nbits,
+              int64_t group_size, int64_t axis, bool planes)
+{
+    Device device = device_of(W_q);
+    hqq_weight weight = check_format(out_features, in_features, nbits, group_size, axis);
+    check_packed(weight, W_q, device);
+    HQQ_CHECK(nbits == 3, "nbits must be 3 to be packed in another way, got ", nbits);
+    hqq_weight result = weight;
+    result.packing = planes ? HQQ_PACKING_PLANES : HQQ_PACKING_HQQ;
+    if (planes) check_planes("the result", weight);
+    PackedSizes sizes = packed_sizes(result);
+    Tensor packed = empty(packed_shape(result, sizes), sizes.word_dtype, device);
+    TorchContext context(device);
+    context.check(hqq_repack(packed.mutable_data_ptr(), result.packing, &weight, context));
+    return packed;
+}
+
 } // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(hqqlora, HQQ_DISPATCH_KEY, m)
 {
     m.impl("quantize", TORCH_BOX(&quantize));
     m.impl("dequantize", TORCH_BOX(&dequantize));
+    m.impl("repack", TORCH_BOX(&repack));
 }
 
 } // namespace hqqlora

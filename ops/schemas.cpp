@@ -17,6 +17,7 @@ STABLE_TORCH_LIBRARY(hqqlora, m)
           "float lp_norm=0.7, float beta=10.0, float kappa=1.0, Tensor? importance=None) "
           "-> (Tensor W_q, Tensor scale, Tensor zero)");
     m.def("dequantize(" WEIGHT ", " FORMAT ", ScalarType dtype) -> Tensor");
+    m.def("repack(Tensor W_q, " FORMAT ", bool planes) -> Tensor");
     m.def("linear(Tensor x, " WEIGHT ", Tensor? bias, " FORMAT ") -> Tensor");
     m.def("linear_dgrad(Tensor dy, " WEIGHT ", " FORMAT ") -> Tensor");
     m.def("lora_linear(Tensor x, " WEIGHT ", Tensor? bias, " ADAPTER ", " FORMAT ") "

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["PackedWeight", "Solver", "meta_shape", "packed_shape"]
+__all__ = ["PackedWeight", "Solver", "meta_shape", "packed_shape", "planes_fit", "planes_shape"]
 
 # Bits of a code -> codes in a word: a byte, or an int32 with ten codes for 3 bits. These are
 # the widths that there are (as in kernels/format.h).
@@ -18,8 +18,13 @@ BIT_WIDTHS = " or ".join(", ".join(map(str, SLOTS_PER_WORD)).rsplit(", ", 1))
 
 
 def word_dtype(nbits: int) -> torch.dtype:
-    """The dtype of packed words: int32 for 3 bits, otherwise uint8."""
+    """The dtype of hqq's packed words: int32 for 3 bits, otherwise uint8."""
     return torch.uint8 if nbits * SLOTS_PER_WORD[nbits] == 8 else torch.int32
+
+
+def is_planes(W_q: Tensor, nbits: int) -> bool:
+    """Whether a weight's codes are in planes: that is what uint8 means at 3 bits."""
+    return nbits == 3 and W_q.dtype == torch.uint8
 
 
 class Solver(IntEnum):
@@ -42,7 +47,8 @@ class PackedWeight(NamedTuple):
     """
 
     W_q: Tensor
-    """The packed codes: uint8, or int32 for 3 bits; shape `packed_shape`; contiguous."""
+    """The packed codes, contiguous: uint8, or int32 for 3 bits, of shape `packed_shape`; or
+    3 bits in planes, uint8 of shape `planes_shape`."""
     scale: Tensor
     """float32, float16 or bfloat16; shape `meta_shape`; contiguous."""
     zero: Tensor
@@ -70,8 +76,8 @@ def _groups(out_features: int, in_features: int, group_size: int) -> int:
 def packed_shape(
     out_features: int, in_features: int, nbits: int, group_size: int, axis: int
 ) -> tuple[int, int]:
-    """The shape of ``W_q``: ``[ceil(N*K/G / per), G]`` for axis 1, ``[ceil(G / per),
-    N*K/G]`` for axis 0, with ``per`` codes in a word (8 / nbits, or 10 for 3 bits).
+    """The shape of ``W_q`` in hqq's words: ``[ceil(N*K/G / per), G]`` for axis 1, ``[ceil(G /
+    per), N*K/G]`` for axis 0, with ``per`` codes in a word (8 / nbits, or 10 for 3 bits).
 
         >>> packed_shape(out_features=4096, in_features=1024, nbits=4, group_size=64, axis=1)
         (32768, 64)
@@ -87,6 +93,41 @@ def packed_shape(
     rows, columns = (groups, group_size) if axis == 1 else (group_size, groups)
     words = -(-rows // SLOTS_PER_WORD[nbits]) * columns
     return (words // columns if columns else 0), columns
+
+
+def planes_fit(
+    out_features: int, in_features: int, nbits: int, group_size: int, axis: int
+) -> bool:
+    """Whether a weight may be in planes (see `planes_shape`): it has 3 bits, and 8 divides
+    out_features and the number of groups (axis 1) or the group size (axis 0).
+
+    Raises ValueError where no such weight exists.
+    """
+    groups = _groups(out_features, in_features, group_size)
+    rows = groups if axis == 1 else group_size
+    return nbits == 3 and out_features % 8 == 0 and rows % 8 == 0
+
+
+def planes_shape(
+    out_features: int, in_features: int, nbits: int, group_size: int, axis: int
+) -> tuple[int, int]:
+    """The shape of ``W_q`` for 3 bits in planes, exactly 3 bits a weight where hqq's words take
+    3.2: ``[3/8 * N*K/G, G]`` for axis 1, ``[3/8 * G, N*K/G]`` for axis 0, uint8. The first
+    two thirds of the rows are the upper two bits of the codes as hqq packs 2 bits, the last
+    third the lowest bit as hqq packs 1 bit.
+
+        >>> planes_shape(out_features=4096, in_features=1024, nbits=3, group_size=64, axis=1)
+        (24576, 64)
+
+    Raises ValueError where planes do not fit (see `planes_fit`).
+    """
+    if not planes_fit(out_features, in_features, nbits, group_size, axis):
+        raise ValueError(
+            f"a [{out_features}, {in_features}] weight of {nbits} bits in groups of "
+            f"{group_size} along axis {axis} cannot be in planes"
+        )
+    groups = _groups(out_features, in_features, group_size)
+    return (groups // 8 * 3, group_size) if axis == 1 else (group_size // 8 * 3, groups)
 
 
 def meta_shape(

@@ -12,7 +12,7 @@ Nothing of the library is used here. Element e = n*K + k of W [N,K]; `per` codes
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -81,6 +81,12 @@ class Format:
         packed = np.zeros(self.words, np.int64)
         np.add.at(packed, word, codes.reshape(-1).astype(np.int64) << shift)
         return packed.astype(self.word_dtype).reshape(self.packed_shape)
+
+    def pack_planes(self, codes: np.ndarray) -> np.ndarray:
+        """3-bit codes [N,K] -> planes: their upper two bits as 2 bits are packed, and under
+        these rows the lowest one as 1 bit is."""
+        twos, ones = replace(self, nbits=2), replace(self, nbits=1)
+        return np.concatenate([twos.pack(codes >> 1), ones.pack(codes & 1)])
 
     def unpack(self, packed: np.ndarray) -> np.ndarray:
         """Words -> codes uint8 [N,K]."""

@@ -37,13 +37,13 @@ class Oracle:
 
     @cached_property
     def codes(self) -> Tensor:
-        """[N, K]: slot j of all words is the j-th stretch of the elements, the first slot in
-        the highest bits (3 bits: of 30)."""
+        """[N, K]. 3 bits in bytes are in planes: their upper two bits, then the lowest one."""
         _, _, _, N, K, nbits, _, _ = self.packed
-        words = self.packed.W_q.reshape(-1).to(torch.int64)
-        shifts = range(nbits * (SLOTS[nbits] - 1), -1, -nbits)
-        slots = [words >> shift & (2**nbits - 1) for shift in shifts]
-        return torch.cat(slots)[: N * K].reshape(N, K)
+        words = self.packed.W_q.reshape(-1)
+        if nbits == 3 and words.dtype == torch.uint8:
+            twos, ones = words.split([N * K // 4, N * K // 8])
+            return (codes_of(twos, 2) * 2 + codes_of(ones, 1)).reshape(N, K)
+        return codes_of(words, nbits)[: N * K].reshape(N, K)
 
     def per_element(self, meta: Tensor) -> Tensor:
         """scale or zero [groups] -> float64 [N, K]: element e is of group e div G (axis 1) or
@@ -65,6 +65,13 @@ class Oracle:
         """(q + |zero|) * |scale|: what a kernel sums that takes codes and zeros apart."""
         zero = self.per_element(self.packed.zero).abs()
         return (self.codes + zero) * self.per_element(self.packed.scale).abs()
+
+
+def codes_of(words: Tensor, nbits: int) -> Tensor:
+    """Slot j of all words is the j-th stretch of the elements, the first slot in the highest
+    bits (3 bits: of 30)."""
+    shifts = range(nbits * (SLOTS[nbits] - 1), -1, -nbits)
+    return torch.cat([words.to(torch.int64) >> shift & (2**nbits - 1) for shift in shifts])
 
 
 def random_weight(

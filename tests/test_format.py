@@ -272,6 +272,11 @@ def test_float_view_against_hqq(nbits, view):
         compute_dtype=view,
     )
     layer.load_state_dict(theirs.state_dict())
+    assert not layer.W_q.is_floating_point()
+    stored = layer.state_dict()["W_q"]
+    assert stored.dtype == view
+    assert torch.equal(stored.view(torch.uint8), theirs.W_q.data.view(torch.uint8))
+    layer.repack(planes=False)
     assert layer.W_q.dtype == (torch.int32 if nbits == 3 else torch.uint8)
     expected = theirs.W_q.data.view(layer.W_q.dtype)
     assert torch.equal(layer.W_q.flatten(), expected.flatten())

@@ -132,7 +132,7 @@ class TestToHqq:
         assert torch.equal(theirs.dequantize(), ours.dequantize())
         assert torch.equal(theirs.bias, ours.bias)
         assert (theirs.in_features, theirs.out_features) == (128, 64)
-        assert shares_memory(theirs.W_q, ours.W_q)
+        assert shares_memory(theirs.W_q, ours.W_q) == (nbits != 3)  # which we have in planes
         assert shares_memory(theirs.meta["scale"], ours.scale)
         assert_same_layer(HQQLinear.from_hqq(theirs), ours)
 

@@ -97,7 +97,23 @@ MISTAKES = [
         {"W_q": lambda W_q: W_q.T.contiguous().T},
         "W_q must be contiguous, got shape [60, 8] and strides [1, 60]",
     ),
-    (ops.linear, {"nbits": 3}, "W_q must be int32 for nbits = 3, got uint8"),
+    (
+        ops.linear,
+        {"nbits": 3},
+        "W_q must have 360 elements for out_features = 24, in_features = 40, nbits = 3, "
+        "group_size = 8, axis = 1, in planes, got shape [60, 8]",
+    ),
+    (
+        ops.linear,
+        {"nbits": 3, "W_q": torch.Tensor.long},
+        "W_q must be int32, or uint8 in planes, for nbits = 3, got int64",
+    ),
+    (
+        ops.linear,
+        {"nbits": 3, "group_size": 80},
+        "W_q is 3 bits in planes, for which 8 must divide out_features = 24 and the number of "
+        "groups = 12; int32 words hold any weight",
+    ),
     (
         ops.linear,
         {"scale": torch.Tensor.double},

@@ -137,8 +137,10 @@ class TestRoundTrip:
         folder = saved(llama, tmp_path / "saved")
         assert_same_model(AutoCausal.from_pretrained(folder, device_map=device_map), llama)
 
-    def test_partly_on_disk(self, tmp_path: Path, llama: Any) -> None:
+    @pytest.mark.parametrize("nbits", [4, 3])
+    def test_partly_on_disk(self, tmp_path: Path, nbits: int) -> None:
         pytest.importorskip("accelerate")
+        llama = quantized_tiny(tmp_path, tiny_llama(), HqqConfig(nbits=nbits, group_size=32))
         folder = saved(llama, tmp_path / "saved")
         device_map = dict.fromkeys(
             ("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb"), "cpu"
@@ -151,6 +153,7 @@ class TestRoundTrip:
             return
         model = AutoCausal.from_pretrained(folder, **options)
         assert model.model.layers[1].mlp.up_proj.W_q.is_meta
+        assert model.model.layers[0].mlp.up_proj.W_q.dtype == torch.uint8  # 3 bits: in planes
         inputs = inputs_for(llama)
         with torch.no_grad():
             assert torch.equal(model(**inputs).logits, llama(**inputs).logits)

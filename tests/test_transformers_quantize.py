@@ -281,7 +281,8 @@ class TestWhere:
                 continue
             assert_same_model(load(llama, device_map=device_map), expected)
 
-    def test_partly_on_disk(self, llama: Path, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("nbits", [4, 3])
+    def test_partly_on_disk(self, llama: Path, tmp_path: Path, nbits: int) -> None:
         pytest.importorskip("accelerate")
         device_map = {
             "model.embed_tokens": "cpu",
@@ -291,9 +292,12 @@ class TestWhere:
             "model.rotary_emb": "cpu",
             "lm_head": "cpu",
         }
-        model = load(llama, device_map=device_map, offload_folder=tmp_path / "offloaded")
+        options = {"quantization_config": HqqConfig(nbits=nbits, group_size=32)}
+        offload = {"device_map": device_map, "offload_folder": tmp_path / "offloaded"}
+        model = load(llama, **options, **offload)
         assert model.model.layers[1].mlp.up_proj.W_q.is_meta
-        expected = load(llama)
+        assert model.model.layers[0].mlp.up_proj.W_q.dtype == torch.uint8  # 3 bits: in planes
+        expected = load(llama, **options)
         inputs = inputs_for(model)
         with torch.no_grad():
             assert torch.equal(model(**inputs).logits, expected(**inputs).logits)
@@ -318,6 +322,7 @@ class TestWhere:
         model = load(llama, quantization_config=config)
         for name in quantized_names(model):
             layer = model.get_submodule(name)
+            layer.repack(planes=False)  # as it is while the loader fills the devices
             real = sum(p.numel() * p.element_size() for p in layer.parameters())
             assert counted[name] == pytest.approx(real, rel=0.02)  # 3 bits: whole words
 

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from hqqlora.distributed.tensor_parallel import ROWS, WeightPart, broadcast, put_weight
 from hqqlora.linear import HQQLinear
 from hqqlora.ops import PackedWeight, meta_shape, packed_shape
+from hqqlora.planes import repacked
 from hqqlora.repacking import join_columns, join_rows, part_group_size
 
 
@@ -75,6 +76,8 @@ def gathered(layer: HQQLinear) -> HQQLinear:
 
 def _parts_of_all_ranks(layer: HQQLinear, part: WeightPart) -> list[PackedWeight]:
     mine = [whole_tensor(tensor) for tensor in (layer.W_q, layer.scale, layer.zero)]
+    # Planes may fit the parts of some ranks alone.
+    mine[0] = repacked(mine[0], layer.metadata.format, planes=False)
     N, K, nbits, axis = (
         part.whole.out_features,
         part.whole.in_features,

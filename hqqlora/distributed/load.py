@@ -16,6 +16,7 @@ from hqqlora.distributed.dense_checkpoint import DenseCheckpoint
 from hqqlora.distributed.shares import Share, communication_device
 from hqqlora.linear import HQQLinear
 from hqqlora.module_names import unwrapped
+from hqqlora.planes import packed_like
 from hqqlora.quantizing import quantize_weight
 
 QUANTIZED = ("W_q", "scale", "zero")
@@ -212,11 +213,12 @@ def _quantized(
 ) -> tuple[Tensor, ...]:
     module = layer.module
     try:
-        return quantize_weight(
+        W_q, scale, zero = quantize_weight(
             source.tensor(layer.key).to(device), module.metadata.settings, module.scale.dtype
         )
     except ValueError as error:
         raise ValueError(f"{layer.name}: {error}") from error
+    return packed_like(module.W_q, W_q, module.metadata.format), scale, zero
 
 
 def _raise_together(error: Exception | None, group: dist.ProcessGroup | None) -> None:

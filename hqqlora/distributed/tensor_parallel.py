@@ -40,6 +40,7 @@ from hqqlora.config import QuantSettings
 from hqqlora.distributed.adapter_factors import Factor, factors_of
 from hqqlora.linear import HQQLinear
 from hqqlora.ops import PackedWeight
+from hqqlora.ops.weight import is_planes
 from hqqlora.repacking import part_group_size, take_columns, take_rows
 from hqqlora.state_encoding import LayerMetadata
 
@@ -133,12 +134,15 @@ def _cut_weight(base: HQQLinear, mesh: DeviceMesh, dim: int, source: int | None)
     each has)."""
     whole = WeightPart(mesh, dim, base.metadata)
     piece = whole.range_of(mesh.get_local_rank())
+    planes = is_planes(base.W_q, base.nbits)
+    base.repack(planes=False)
     if source is not None:
         for tensor in (base.W_q, base.scale, base.zero, base.bias):
             if tensor is not None:
                 broadcast(tensor, mesh, source)
     take = take_rows if dim == ROWS else take_columns
     put_weight(base, take(base.packed, piece.start, piece.stop))
+    base.repack(planes)
     if dim == ROWS and base.bias is not None:
         mine = base.bias.detach()[piece.start : piece.stop].clone()
         base.bias = nn.Parameter(mine, requires_grad=base.bias.requires_grad)

@@ -236,6 +236,7 @@ def _quantized(
         codes, scale, zero = (place.reorder(part) for part in (codes, scale, zero))
     W_q = pack_codes(codes, format_.nbits, format_.group_size)
     quantized.W_q = _frozen(W_q, device)
+    quantized.repack(planes=True)
     quantized.scale = _frozen(scale.reshape(-1, 1), device)
     quantized.zero = _frozen(zero.reshape(-1, 1), device)
     if layer.bias is not None:

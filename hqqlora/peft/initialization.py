@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hqqlora.linear import HQQLinear
 from hqqlora.peft.merging import requantize, to_linear
+from hqqlora.planes import packed_like
 from hqqlora.quantizing import quantize_weight
 
 
@@ -43,15 +44,9 @@ def loftq(layer: Any, adapter: str, iterations: int) -> None:
     quantized = W
     for _ in range(iterations):
         target = W - scaling * (B @ A)
-        packed = base.packed._replace(
-            **dict(
-                zip(
-                    ("W_q", "scale", "zero"),
-                    quantize_weight(target, base.metadata.settings, base.scale.dtype),
-                    strict=True,
-                )
-            )
-        )
+        W_q, scale, zero = quantize_weight(target, base.metadata.settings, base.scale.dtype)
+        W_q = packed_like(base.W_q, W_q, base.metadata.format)
+        packed = base.packed._replace(W_q=W_q, scale=scale, zero=zero)
         quantized = torch.ops.hqqlora.dequantize(*packed, torch.float32)
         B, A = nearest_of_rank(W - quantized, r)
         B = B / scaling

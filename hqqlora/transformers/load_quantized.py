@@ -144,9 +144,9 @@ def _build(
     except (TypeError, ValueError) as error:
         raise type(error)(f"{name}: {error}") from error
     built.state_dict_metadata = False
-    if layer.is_float_view:
-        # As it is stored, for the loader; see restore_words.
-        built._parameters["W_q"] = nn.Parameter(layer.W_q, requires_grad=False)
+    # As it is stored, for the loader, which puts in one tensor after another: in words, or as
+    # floats (see restore_words). Planes come after it.
+    built._parameters["W_q"] = nn.Parameter(layer.W_q, requires_grad=False)
     return built
 
 
@@ -173,6 +173,7 @@ def _build_experts(
     except (TypeError, ValueError) as error:
         raise type(error)(f"{name}: {error}") from error
     built.state_dict_metadata = False
+    built._parameters["W_q"] = nn.Parameter(layer.W_q, requires_grad=False)
     return built
 
 
@@ -197,6 +198,7 @@ def _as_configured(
             device="meta",
             initialize=False,
         )
+        layer.repack(planes=False)
         layers[name] = CheckpointLayer(layer.W_q, layer.scale, layer.zero, dense.bias, metadata)
     for name, module, weight in expert_parameters(model):
         if settings_of.for_layer(name) is None:
@@ -205,6 +207,7 @@ def _as_configured(
         metadata = _configured_metadata(name, shape, settings_of, dtype)
         metadata = replace(metadata, settings=settings_for_experts(metadata.settings))
         stack = HQQExpertWeights(weight.size(0), metadata, dtype, "meta")
+        stack.repack(planes=False)
         layers[name] = CheckpointLayer(stack.W_q, stack.scale, stack.zero, None, metadata)
     return layers
 

@@ -63,6 +63,7 @@ class LayersToQuantize:
             layer = quantized_projection(module, weight, self.plan[name].to_config())
         except (TypeError, ValueError) as error:
             raise type(error)(f"{name}: {error}") from error
+        layer.repack(planes=False)  # as linear layers, until all is loaded
         tensors = (layer.W_q.data, layer.scale.data, layer.zero.data)
         layer.state_dict_metadata = False
         as_experts(model, prefix).put(key, layer.to("meta"))
@@ -82,6 +83,8 @@ class LayersToQuantize:
                 device="meta",
                 initialize=False,
             )
+            # In words, until accelerate has put aside what it offloads, by the state_dict.
+            layer.repack(planes=False)
             importance = self._importance.get(name)
             tensors = quantize_weight(weight, settings, weight.dtype, importance)
         except (TypeError, ValueError) as error:

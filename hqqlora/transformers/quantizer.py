@@ -72,7 +72,8 @@ class HqqQuantizer(HfQuantizer):  # type: ignore[misc]
         return self._layers.name_of(param_name) is not None
 
     def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
-        """Bytes an element of `param` takes once it is loaded, for device maps."""
+        """Bytes an element of `param` takes once it is loaded, for device maps (3 bits: in
+        hqq's words, before they are put into planes)."""
         name = self._layers.name_of(param_name)
         if name is None:
             return float(param.element_size())
@@ -111,6 +112,8 @@ class HqqQuantizer(HfQuantizer):  # type: ignore[misc]
         for layer in model.modules():
             if isinstance(layer, (HQQLinear, HQQExpertWeights)):
                 layer.requires_grad_(False)  # the loader has its own mind about that
+                if not layer.W_q.is_meta:  # what is offloaded stays in words
+                    layer.repack(planes=True)
         keep_parts_apart(model)
         install()  # PEFT's layers for ours
         return model
@@ -146,7 +149,7 @@ class HqqQuantizer(HfQuantizer):  # type: ignore[misc]
             if f"{name}.W_q" not in state:
                 continue
             if isinstance(layer, HQQLinear):
-                state[f"{name}.W_q"] = layer.stored("W_q", layer.W_q.detach())
+                state[f"{name}.W_q"] = layer.stored("W_q", state[f"{name}.W_q"])
             if isinstance(layer, (HQQLinear, HQQExpertWeights)):
                 for key, value in layer.metadata.encoded().items():
                     state[f"{name}.{key}"] = value
