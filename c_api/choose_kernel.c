@@ -14,6 +14,9 @@
  * time of blocked at 256 tokens and 0.88 to 1.18 at 512; in dgrad 0.93 to 1.1 at 1024. In fp32
  * it takes half of it at any M; in fp16, which torch multiplies without vectors, a seventh.
  *
+ * Where tiled decodes into panels (cpu/panels.h) there is no upper end: in bf16 it takes 0.87
+ * to 0.94 of the time of blocked at 512 to 2048 tokens.
+ *
  * AMX: a Xeon, two threads. In bf16 tiled passes direct at 6 tokens forward and 7 in dgrad, is
  * half of direct's time at 16, and takes 0.4 to 0.7 of the time of blocked, with torch's GEMM
  * on the same tiles, up to 1024. In fp32 and fp16 few tokens are not for AMX (tiled.c), and
@@ -24,6 +27,7 @@
  */
 #include "hqqlora.h"
 #include "cpu/isa.h"
+#include "cpu/panels.h"
 
 #define ANY INT64_MAX
 
@@ -40,7 +44,7 @@ static const thresholds_by_dtype table[][2] = {
     [HQQ_ISA_PORTABLE] = {{{8, 0}, {8, 0}, {8, 0}}, {{8, 0}, {8, 0}, {8, 0}}},
     [HQQ_ISA_AVX2] = {{{24, ANY}, {16, ANY}, {16, ANY}}, {{16, ANY}, {12, ANY}, {12, ANY}}},
     [HQQ_ISA_AVX512] = {{{12, ANY}, {12, ANY}, {12, ANY}}, {{16, ANY}, {16, ANY}, {16, ANY}}},
-    [HQQ_ISA_AVX512_BF16] = {{{5, ANY}, {12, ANY}, {8, 4096}},
+    [HQQ_ISA_AVX512_BF16] = {{{5, ANY}, {12, ANY}, {8, 256}},
                              {{32, ANY}, {16, ANY}, {6, 1024}}},
     [HQQ_ISA_AMX] = {{{12, ANY}, {16, ANY}, {5, ANY}}, {{16, ANY}, {16, ANY}, {6, ANY}}},
 };
@@ -48,10 +52,12 @@ static const thresholds_by_dtype table[][2] = {
 hqq_kernel hqq_choose_kernel(const hqq_weight *weight, int64_t M, hqq_dtype dtype,
                              int32_t transpose, hqq_isa isa)
 {
-    (void)weight; /* 8 and 3 bits cross at a few tokens fewer or more: not worth a table */
+    /* 8 and 3 bits cross at a few tokens fewer or more: not worth a table */
     int row = isa >= HQQ_ISA_PORTABLE && isa <= HQQ_ISA_AMX ? (int)isa : HQQ_ISA_PORTABLE;
     int column = dtype == HQQ_F16 || dtype == HQQ_BF16 ? (int)dtype : HQQ_F32;
     thresholds up_to = table[row][transpose != 0][column];
     if (M <= up_to.direct) return HQQ_KERNEL_DIRECT;
-    return M <= up_to.tiled ? HQQ_KERNEL_TILED : HQQ_KERNEL_BLOCKED;
+    if (M <= up_to.tiled || hqq_panels_serve(weight, M, dtype, transpose, isa))
+        return HQQ_KERNEL_TILED;
+    return HQQ_KERNEL_BLOCKED;
 }

@@ -1,6 +1,6 @@
 /*
- * Many tokens: W is decoded once, into panels of 64 columns of the product that lie as a register
- * tile reads them, and all tokens are multiplied with a panel where they are.
+ * Many tokens: W is decoded once, into panels of 64 columns of the product that lie as a
+ * register tile reads them, and all tokens are multiplied with a panel where they are.
  *
  *   forward   y [m, n]  = x [m, :] . W [n, :]      a panel is 64 rows of W, transposed
  *   dgrad     dx [m, k] = dy [m, :] . W [:, k]     a panel is 64 columns of W

@@ -56,10 +56,8 @@ static void decode_turned(float *panel, const hqq_panels_job *job, int64_t begin
     int64_t ld = hqq_tiled_stride(job->steps), in_word = job->product.pairs ? 2 : 1;
     for (int64_t n = begin; n < begin + COLUMNS; n += HQQ_PANEL_STRIP) {
         int64_t count = hqq_most(0, hqq_least(end - n, HQQ_PANEL_STRIP));
-        if (count < HQQ_PANEL_STRIP)
-            memset(rows, 0, (size_t)(HQQ_PANEL_STRIP * ld) * 4);
-        if (count > 0)
-            decode_rows(rows, ld * in_word, job, n, count, 0, job->reduction);
+        if (count < HQQ_PANEL_STRIP) memset(rows, 0, (size_t)(HQQ_PANEL_STRIP * ld) * 4);
+        if (count > 0) decode_rows(rows, ld * in_word, job, n, count, 0, job->reduction);
         for (int i = 0; i < HQQ_PANEL_STRIP; i += HQQ_LANES)
             turn_rows(panel + n - begin + i, rows + i * ld, ld, job->steps);
     }
@@ -75,8 +73,7 @@ static void decode_paired(uint32_t *panel, const hqq_panels_job *job, int64_t be
         int64_t count = l->N / l->per;
         for (int j = 0; j < l->per; j++)
             hqq_decode_piece_in_pairs(panel + j * count / 2 * COLUMNS, COLUMNS, &job->product,
-                                      (hqq_row_piece){j * count, count}, j, begin,
-                                      end - begin);
+                                      (hqq_row_piece){j * count, count}, j, begin, end - begin);
         return;
     }
     for (int64_t n = 0; n < l->N; n += HQQ_PANEL_STRIP) {
@@ -119,8 +116,8 @@ void HQQ_ISA_NAME(hqq_panels_decode)(const hqq_panels_job *job, int64_t panel, v
 typedef struct panel_tiles {
     const hqq_panels_job *job;
     const void *panel;
-    const float *factor; /* [R][COLUMNS] */
-    const float *bias;   /* [COLUMNS]; NULL: none */
+    const float *factor;  /* [R][COLUMNS] */
+    const float *bias;    /* [COLUMNS]; NULL: none */
     int64_t first, count; /* columns of out */
     hqq_dropout dropout;
 } panel_tiles;
@@ -158,8 +155,7 @@ static __attribute__((noinline)) void mask_adapter(float *sums, const panel_tile
     for (int i = 0; i < rows; i++)
         for (int j = 0; j < HQQ_TILED_SIDE; j++) {
             float *at = sums + (i * HQQ_TILED_SIDE + j) * HQQ_LANES;
-            int64_t element =
-                (m + i) * t->job->columns + t->first + column + j * HQQ_LANES;
+            int64_t element = (m + i) * t->job->columns + t->first + column + j * HQQ_LANES;
             hqq_vec_store(at, hqq_vec_load(at) *
                                   hqq_dropout_factors(&t->dropout, (uint64_t)element));
         }
@@ -221,21 +217,24 @@ HQQ_ALWAYS_INLINE void multiply_panel(const panel_tiles *t, int64_t m, const int
     }
 }
 
-#define PANEL_TILE(rows, kind)                                           \
+#define PANEL_TILE(rows, kind)                                              \
     static void panel_tile_##rows##_##kind(const panel_tiles *t, int64_t m) \
-    {                                                                    \
-        multiply_panel(t, m, rows, kind);                                \
+    {                                                                       \
+        multiply_panel(t, m, rows, kind);                                   \
     }
 #define PANEL_TILES(kind) \
     PANEL_TILE(1, kind)   \
     PANEL_TILE(2, kind)   \
     PANEL_TILE(3, kind)   \
     PANEL_TILE(4, kind) PANEL_TILE(5, kind) PANEL_TILE(6, kind)
-#define PANEL_ROW(kind)                                                            \
-    {                                                                              \
-        NULL, panel_tile_1_##kind, panel_tile_2_##kind, panel_tile_3_##kind,       \
-            panel_tile_4_##kind, panel_tile_5_##kind, panel_tile_6_##kind          \
-    }
+#define PANEL_ROW(kind)   \
+    {NULL,                \
+     panel_tile_1_##kind, \
+     panel_tile_2_##kind, \
+     panel_tile_3_##kind, \
+     panel_tile_4_##kind, \
+     panel_tile_5_##kind, \
+     panel_tile_6_##kind}
 PANEL_TILES(HQQ_FLOATS)
 #if HQQ_HAS_PAIRS
 PANEL_TILES(HQQ_PAIRS)
@@ -253,12 +252,11 @@ static void take_factor(float *factor, const panel_tiles *t)
     const hqq_lora *lora = t->job->product.lora;
     block_target to = {factor, COLUMNS, COLUMNS, 0};
     if (t->count < COLUMNS) memset(factor, 0, (size_t)(lora->rank * COLUMNS) * 4);
-    hqq_view view =
-        t->job->transpose
-            ? hqq_view_rows(hqq_at(lora->A, lora->dtype, t->first), lora->dtype,
-                            t->job->columns)
-            : hqq_view_transposed(hqq_view_rows(
-                  hqq_at(lora->B, lora->dtype, t->first * lora->rank), lora->dtype, lora->rank));
+    hqq_view view = t->job->transpose ? hqq_view_rows(hqq_at(lora->A, lora->dtype, t->first),
+                                                      lora->dtype, t->job->columns)
+                                      : hqq_view_transposed(hqq_view_rows(
+                                            hqq_at(lora->B, lora->dtype, t->first * lora->rank),
+                                            lora->dtype, lora->rank));
     copy_block(&to, &view, 0, 0, lora->rank, t->count);
 }
 

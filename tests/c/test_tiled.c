@@ -181,6 +181,9 @@ static int check_blocks(hqq_isa isa)
         {9, 40, 192, 96, 1, 4, 1},  /* that begin within a group */
         {13, 33, 27, 9, 3, 3, 1},   /* slots that begin within rows and lack some */
         {6, 1, 64, 64, 1, 4, 1},    /* one row: the second slot has none */
+        {67, 76, 96, 32, 1, 4, 1},  /* panels: a part of one in both passes, a mask */
+        {65, 10, 72, 8, 2, 8, 0},   /* rows of panels that are not decoded in pairs */
+        {64, 580, 4096, 64, 1, 4, 1}, /* several blocks of panels */
     };
     uint64_t state = 41;
     int failures = 0;
