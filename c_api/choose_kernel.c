@@ -11,9 +11,10 @@
  *
  * AVX-512 BF16: a Zen 5, two threads, and 14336 x 4096, 4096 x 14336 and 1536 x 576 beside
  * that; where they disagree, what loses least. In bf16 forward, tiled takes 0.79 to 0.93 of the
- * time of blocked up to 2048 tokens, but 1.07 at 1536 x 576; in dgrad 0.93 to 1.1 at 1024. In
- * fp32 it takes half of it at any M; in fp16, which torch multiplies without vectors, a
- * seventh.
+ * time of blocked up to 2048 tokens; in dgrad 0.93 to 1.1 at 1024, but where it decodes into
+ * panels (cpu/panels.h) 0.87 to 0.94 at 512 to 2048: there it has no upper end. In fp32 it
+ * takes half of the time of blocked at any M; in fp16, which torch multiplies without vectors,
+ * a seventh.
  *
  * AMX: a Xeon, two threads. In bf16 tiled passes direct at 6 tokens forward and 7 in dgrad, is
  * half of direct's time at 16, and takes 0.4 to 0.7 of the time of blocked, with torch's GEMM
@@ -25,6 +26,7 @@
  */
 #include "hqqlora.h"
 #include "cpu/isa.h"
+#include "cpu/panels.h"
 
 #define ANY INT64_MAX
 
@@ -49,10 +51,12 @@ static const thresholds_by_dtype table[][2] = {
 hqq_kernel hqq_choose_kernel(const hqq_weight *weight, int64_t M, hqq_dtype dtype,
                              int32_t transpose, hqq_isa isa)
 {
-    (void)weight; /* 8 and 3 bits cross at a few tokens fewer or more: not worth a table */
+    /* 8 and 3 bits cross at a few tokens fewer or more: not worth a table */
     int row = isa >= HQQ_ISA_PORTABLE && isa <= HQQ_ISA_AMX ? (int)isa : HQQ_ISA_PORTABLE;
     int column = dtype == HQQ_F16 || dtype == HQQ_BF16 ? (int)dtype : HQQ_F32;
     thresholds up_to = table[row][transpose != 0][column];
     if (M <= up_to.direct) return HQQ_KERNEL_DIRECT;
-    return M <= up_to.tiled ? HQQ_KERNEL_TILED : HQQ_KERNEL_BLOCKED;
+    if (M <= up_to.tiled || hqq_panels_serve(weight, M, dtype, transpose, isa))
+        return HQQ_KERNEL_TILED;
+    return HQQ_KERNEL_BLOCKED;
 }
