@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from hqqlora.autograd import grouped_linear
 from hqqlora.config import QuantSettings
 from hqqlora.ops import PackedWeight
-from hqqlora.planes import packed_like, repacked
+from hqqlora.planes import packed_like, planes_serve, repacked
 from hqqlora.quantizing import quantize_weight
 from hqqlora.state_encoding import (
     METADATA_KEYS,
@@ -181,9 +181,10 @@ class HQQExpertWeights(WeightFormat, nn.Module):
     # ---- moving and converting ------------------------------------------------------
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HQQExpertWeights:
-        converted = self._metadata_after(fn)
+        converted, before = self._metadata_after(fn), self.device
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.metadata = converted
+        self._repack_after_move(before)
         return self
 
     # ---- checkpoints ----------------------------------------------------------------
@@ -247,8 +248,9 @@ class HQQExpertWeights(WeightFormat, nn.Module):
     ) -> None:
         if metadata.settings.view_as_float:
             raise ValueError("view_as_float is not for the weights of experts: leave it off")
+        place = torch.get_default_device() if device is None else torch.device(device)
         for name, shape, dtype in (
-            ("W_q", *metadata.held(planes=True)),
+            ("W_q", *metadata.held(planes_serve(place))),
             ("scale", metadata.meta_shape, meta_dtype),
             ("zero", metadata.meta_shape, meta_dtype),
         ):

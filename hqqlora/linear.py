@@ -306,7 +306,8 @@ class HQQLinear(LinearState):
         if self._metadata is None:
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
             return self
-        converted = self._metadata_after(fn)
+        converted, before = self._metadata_after(fn), self.device
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._metadata = converted
+        self._repack_after_move(before)
         return self

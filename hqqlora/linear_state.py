@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hqqlora.config import QuantSettings
-from hqqlora.planes import packed_like, repacked
+from hqqlora.planes import packed_like, planes_serve, repacked
 from hqqlora.state_encoding import (
     LAYER_KEYS,
     METADATA_KEYS,
@@ -178,7 +178,9 @@ class LinearState(WeightFormat, nn.Linear):
         if metadata.settings.view_as_float:
             metadata.check_float_view()
         held = self._parameters["W_q"]
-        planes = held is None or held.dtype == metadata.held(planes=True)[1]
+        planes = planes_serve(device)
+        if held is not None:
+            planes = held.dtype == metadata.held(planes=True)[1]
         self._fit_parameter("W_q", *metadata.held(planes), device)
         self._fit_parameter("scale", metadata.meta_shape, meta_dtype, device)
         self._fit_parameter("zero", metadata.meta_shape, meta_dtype, device)

@@ -1,8 +1,8 @@
 """3 bits in memory: in planes, exactly 3 bits a weight. Files, and hqq, have words of 3.2.
 
-A layer is made in planes where they fit (`planes_fit`); it keeps the packing that it has, and
-its `repack` changes it. What leaves a layer (a state_dict, a file, hqq's layer) is in hqq's
-words.
+A layer is made in planes where they fit (`planes_fit`) and serve; it keeps the packing that it
+has, but for a way to a GPU or from one, and its `repack` changes it. What leaves a layer (a
+state_dict, a file, hqq's layer) is in hqq's words.
 """
 
 from __future__ import annotations
@@ -18,6 +18,12 @@ from hqqlora.shared_parameters import is_dtensor
 
 # What a `PackedWeight` ends with: out_features, in_features, nbits, group_size, axis.
 Format = tuple[int, int, int, int, int]
+
+
+def planes_serve(device: torch.device) -> bool:
+    """Whether planes are the faster packing: the kernels of GPUs read hqq's words many codes at
+    a time, planes one by one; those of CPUs the other way round."""
+    return device.type != "cuda"
 
 
 def repacked(W_q: Tensor, format_: Format, planes: bool) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hqqlora.planes import repacked
+from hqqlora.planes import planes_serve, repacked
 from hqqlora.shared_parameters import is_dtensor
 from hqqlora.state_encoding import LayerMetadata, check_dtype
 from hqqlora.zero_partitions import check_replaceable
@@ -75,6 +75,14 @@ class WeightFormat:
         if is_dtensor(self.W_q):
             raise ValueError("W_q is shared out among ranks: repack it before")
         self.W_q.data = repacked(self.W_q, metadata.format, planes)
+
+    def _repack_after_move(self, before: torch.device) -> None:
+        """In words on a GPU, and in planes when it comes back: see `planes_serve`. What is
+        shared out among ranks, or without data, stays as it is."""
+        after = self.device
+        moved = planes_serve(before) != planes_serve(after) and after.type != "meta"
+        if moved and self.W_q.numel() and not is_dtensor(self.W_q):
+            self.repack(planes_serve(after))
 
     def _metadata_after(self, fn: Callable[[Tensor], Tensor]) -> LayerMetadata:
         """The description when `fn` has been applied to all tensors. What it does to a dtype is

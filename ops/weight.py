@@ -98,8 +98,9 @@ def packed_shape(
 def planes_fit(
     out_features: int, in_features: int, nbits: int, group_size: int, axis: int
 ) -> bool:
-    """Whether a weight may be in planes (see `planes_shape`): it has 3 bits, and 8 divides
-    out_features and the number of groups (axis 1) or the group size (axis 0).
+    """Whether a weight may be in planes (see `planes_shape`): it has 3 bits (`nbits`), and 8
+    divides out_features and the number of groups, out_features * in_features / group_size
+    (axis 1), or group_size (axis 0).
 
     Raises ValueError where no such weight exists.
     """

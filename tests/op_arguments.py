@@ -44,6 +44,7 @@ def forward_arguments(nbits=4, axis=1, dtype=torch.float32, dropout=0.0, M=5):
         "dtype": torch.bfloat16,
         "weight": torch.randn(N, K),
         "meta_dtype": torch.float16,
+        "planes": False,
     }
 
 

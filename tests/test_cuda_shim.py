@@ -50,6 +50,12 @@ def fake_arguments():
 
 
 @pytest.fixture
+def fake_3_bit_arguments():
+    """The same of a weight that has two packings."""
+    yield from without_data(forward_arguments(nbits=3))
+
+
+@pytest.fixture
 def fake_grouped_arguments():
     """The same of the grouped ops, with one expert that has all the rows."""
     real = forward_arguments(dropout=0.25)
@@ -249,8 +255,9 @@ def test_without_cuda_kernels_the_ops_say_why(op):
 @pytest.mark.parametrize("fake", fakes.FAKES, ids=lambda fake: fake.__name__)
 def test_without_cuda_kernels_tracing_says_why(fake, request):
     refusing = fakes._refusing_cuda(fake, "why")
-    grouped = fake.__name__.startswith("grouped")
-    arguments = request.getfixturevalue(f"fake_{'grouped_' if grouped else ''}arguments")
+    kind = "grouped_" if fake.__name__.startswith("grouped") else ""
+    kind = "3_bit_" if fake is fakes.repack else kind
+    arguments = request.getfixturevalue(f"fake_{kind}arguments")
     names = inspect.signature(fake).parameters
     chosen = {name: value for name, value in arguments.items() if name in names}
     with pytest.raises(RuntimeError, match=r"^hqqlora: why$"):
@@ -261,8 +268,8 @@ def test_without_cuda_kernels_tracing_says_why(fake, request):
 # ---- layers ------------------------------------------------------------------------------
 
 
-def quantized_layer():
-    config = hqqlora.BaseQuantizeConfig(nbits=4, group_size=16)
+def quantized_layer(nbits=4):
+    config = hqqlora.BaseQuantizeConfig(nbits=nbits, group_size=16)
     return hqqlora.HQQLinear(torch.nn.Linear(32, 24), config, compute_dtype=torch.float32)
 
 
@@ -307,6 +314,20 @@ def test_a_layer_on_cuda():
         assert base.device == base.bias.device == cuda
         layer.unmerge()
         assert {p.device for p in layer.parameters()} == {cuda}
+
+
+@traces_cuda
+@knows_cuda
+def test_three_bits_are_in_words_on_cuda_and_in_planes_elsewhere():
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        layer = quantized_layer(nbits=3)
+        assert layer.W_q.dtype == torch.uint8
+        before = layer.device
+        move(layer, "cuda:1")._repack_after_move(before)
+        assert layer.W_q.dtype == torch.int32
+        before = layer.device
+        move(layer, "cpu")._repack_after_move(before)
+        assert layer.W_q.dtype == torch.uint8
 
 
 @traces_cuda

@@ -28,6 +28,7 @@ from hqqlora.gguf.rope import FREQUENCY_FACTORS
 from hqqlora.linear import HQQLinear
 from hqqlora.optional_packages import needing
 from hqqlora.packed_codes import pack_codes
+from hqqlora.planes import planes_serve
 from hqqlora.state_encoding import check_dtype
 
 _DENSE = ("F32", "F16", "BF16", "F64")
@@ -236,7 +237,7 @@ def _quantized(
         codes, scale, zero = (place.reorder(part) for part in (codes, scale, zero))
     W_q = pack_codes(codes, format_.nbits, format_.group_size)
     quantized.W_q = _frozen(W_q, device)
-    quantized.repack(planes=True)
+    quantized.repack(planes_serve(quantized.device))
     quantized.scale = _frozen(scale.reshape(-1, 1), device)
     quantized.zero = _frozen(zero.reshape(-1, 1), device)
     if layer.bias is not None:

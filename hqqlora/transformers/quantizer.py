@@ -15,6 +15,7 @@ from hqqlora.linear import HQQLinear
 from hqqlora.module_names import linear_tag
 from hqqlora.ops.weight import SLOTS_PER_WORD, word_dtype
 from hqqlora.peft import install
+from hqqlora.planes import planes_serve
 from hqqlora.state_encoding import check_dtype
 from hqqlora.transformers.checkpoint_names import keep_parts_apart
 from hqqlora.transformers.config import HqqConfig, is_per_key
@@ -113,7 +114,7 @@ class HqqQuantizer(HfQuantizer):  # type: ignore[misc]
             if isinstance(layer, (HQQLinear, HQQExpertWeights)):
                 layer.requires_grad_(False)  # the loader has its own mind about that
                 if not layer.W_q.is_meta:  # what is offloaded stays in words
-                    layer.repack(planes=True)
+                    layer.repack(planes_serve(layer.device))
         keep_parts_apart(model)
         install()  # PEFT's layers for ours
         return model
