@@ -12,9 +12,10 @@
 #include "parallel.h"
 #include "status.h"
 
-/* Experts side by side, if at least so many of them have few rows: enough for a few threads.
- * Not measured yet. */
-enum { HQQ_SIDE_BY_SIDE_LEAST = 4 };
+/* Experts side by side, if at least so many of them have few rows: enough for a few threads. Of
+ * many rows one expert alone keeps the threads busy, and its workspace is megabytes. Neither is
+ * measured yet. */
+enum { HQQ_SIDE_BY_SIDE_LEAST = 4, HQQ_FEW_ROWS = 256 };
 
 /* One of `forward` and `backward` is not NULL. */
 typedef struct grouped_product {
@@ -37,7 +38,7 @@ static int has_few_rows(const grouped_product *g, int64_t e)
     if (kernel == HQQ_KERNEL_AUTO)
         kernel = hqq_choose_kernel(g->weight, M, g->dtype, g->backward != NULL,
                                    hqq_isa_in_use(g->context));
-    return kernel != HQQ_KERNEL_BLOCKED;
+    return kernel != HQQ_KERNEL_BLOCKED && M <= HQQ_FEW_ROWS;
 }
 
 static hqq_status run_expert(const grouped_product *g, int64_t e, void *workspace,
