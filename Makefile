@@ -61,7 +61,7 @@ asan: $(VENV)/built
 INTEGER_CLANG  ?= clang-14
 INTEGER_CHECKS := unsigned-integer-overflow,implicit-conversion,signed-integer-overflow,shift-exponent,integer-divide-by-zero
 INTEGER_TESTS := bad_descriptor bad_product bad_quantize dequantize dropout gemm grouped lora pack planes products \
-  quantize shared_input threads
+  quantize quantize_importance shared_input threads
 integer: $(VENV)/built
 	CC=$(INTEGER_CLANG) CXX=$(subst clang,clang++,$(INTEGER_CLANG)) $(BIN)/cmake -S . \
 	  -B build/integer -G Ninja -DHQQLORA_TORCH=OFF -DHQQLORA_CUDA=OFF -DHQQLORA_AVX512=OFF \
@@ -101,7 +101,7 @@ kills: $(VENV)/test
 	$(BIN)/python -m tests.faults --kills 200
 
 # the kernels for AVX-512, AVX-512 BF16 and AMX as loops on AVX2, where there is no such processor
-AVX512_TESTS := direct dequantize tiled lora gemm blocked planes quantize quantize_odd
+AVX512_TESTS := direct dequantize tiled lora gemm blocked planes quantize quantize_importance quantize_odd
 avx512: $(VENV)/built
 	$(BIN)/cmake -S . -B build/avx512 -G Ninja -DHQQLORA_TORCH=OFF -DHQQLORA_CUDA=OFF \
 	  -DHQQLORA_EMULATE_AVX512=ON >build/avx512-configure.log
@@ -112,7 +112,8 @@ avx512: $(VENV)/built
 # the C library for AArch64, under qemu: its tests, and its results against x86's (needs
 # aarch64-linux-gnu-g++ and qemu-aarch64; Debian: apt install g++-aarch64-linux-gnu qemu-user)
 AARCH64_TESTS := bad_descriptor bad_product bad_quantize blocked dequantize direct dropout gemm \
-  grouped header header_cxx lora no_memory pack planes products quantize quantize_odd shared_input threads tiled
+  grouped header header_cxx lora no_memory pack planes products quantize quantize_importance quantize_odd \
+  shared_input threads tiled
 aarch64: $(VENV)/test
 	$(BIN)/cmake -S . -B build/aarch64 -G Ninja -DHQQLORA_TORCH=OFF -DHQQLORA_CUDA=OFF \
 	  -DCMAKE_TOOLCHAIN_FILE=tests/aarch64/toolchain.cmake >build/aarch64-configure.log

@@ -41,14 +41,16 @@ static int64_t panel_bytes(int64_t reduction, int pairs)
     return (pairs ? reduction / 2 : reduction) * HQQ_PANEL_COLUMNS * 4;
 }
 
+/* The weight may be unsound, or NULL: hqq_choose_kernel answers all the same. */
 int hqq_panels_serve(const hqq_weight *weight, int64_t M, hqq_dtype dtype, int transpose,
                      hqq_isa isa)
 {
+    if (!weight || M < fewest_tokens(dtype, transpose) || isa < HQQ_ISA_AVX512) return 0;
     int64_t reduction = transpose ? weight->out_features : weight->in_features;
     int pairs = dtype == HQQ_BF16 && isa >= HQQ_ISA_AVX512_BF16;
-    if (M < fewest_tokens(dtype, transpose) || isa < HQQ_ISA_AVX512) return 0;
     if (pairs ? reduction % 2 != 0 : dtype != HQQ_F32) return 0;
-    return panel_bytes(reduction, pairs) <= PANEL_BYTES;
+    int64_t longest = PANEL_BYTES / (HQQ_PANEL_COLUMNS * 4) * (pairs ? 2 : 1);
+    return reduction > 0 && reduction <= longest;
 }
 
 /* Panels in a block. */

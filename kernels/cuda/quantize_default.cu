@@ -13,11 +13,12 @@
  * Instructions a lane executes for a weight (sm_90's machine code; 4 bits, groups of 64):
  *     load 33 (axis 0: 9), range 7, to units 4, search 4 x 38, least squares 4 x 15, words 45
  *     = 300. 132 multiprocessors issue 28.7e12 a second at 1.7 GHz: at most 95e9 weights/s.
+ *     With importance: search 4 x 43, least squares 4 x 18.
  * Memory: 2 bytes of W and 0.56 of words, scale and zero a weight, each once: 1.3e12 weights/s
  * at 3.3 TB/s. So arithmetic is the limit, and 70e9 weights take 0.75 s at best (predicted).
  * Shared memory: 16 bytes a lane and four weights in each pass, 4 of 15 to 38 cycles of a
- * multiprocessor. 8.7 KB a warp; the registers allow 19 warps a multiprocessor. Shares of
- * importance take as much again, so that 13 warps fit (by arithmetic; not run on a GPU).
+ * multiprocessor. 8.7 KB a warp; the registers allow 16 warps a multiprocessor. Shares of
+ * importance take as much again, so that 12 warps fit (by arithmetic; not run on a GPU).
  */
 #include "quantize_shares.cuh"
 #include "quantize_tile.cuh"

@@ -235,6 +235,10 @@ EMU __m512i emu_mul_epu32(__m512i a, __m512i b)
     typedef uint64_t u64vec __attribute__((vector_size(64)));
     return (__m512i)(((u64vec)a & 0xffffffffu) * ((u64vec)b & 0xffffffffu));
 }
+EMU __m512i emu_set1_epi8(char x)
+{
+    return (__m512i)((emu_u16vec){0} + (uint16_t)((uint8_t)x * 0x101));
+}
 EMU __m512i emu_set1_epi16(short x)
 {
     return (__m512i)((emu_u16vec){0} + (uint16_t)x);
@@ -353,6 +357,7 @@ EMU __m512 emu_most(__m512 a, __m512 b)
 #define _mm512_srli_epi16(v, by)             ((__m512i)((emu_u16vec)(v) >> (by)))
 #define _mm512_slli_epi32(v, by)             ((__m512i)((emu_uvec)(v) << (by)))
 #define _mm512_mul_epu32                     emu_mul_epu32
+#define _mm512_set1_epi8                     emu_set1_epi8
 #define _mm512_set1_epi16                    emu_set1_epi16
 #define _mm512_set1_epi32                    emu_set1_epi32
 #define _mm512_add_epi16(a, b)               ((__m512i)((emu_u16vec)(a) + (emu_u16vec)(b)))

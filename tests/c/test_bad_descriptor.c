@@ -181,11 +181,13 @@ static void walk_empty_weights(void)
 /* A choice is a choice, whatever it is asked about. */
 static void walk_choices(void)
 {
-    for (int i = 0; i < COUNT(bad_shapes); i++)
+    const hqq_dtype dtypes[] = {HQQ_F32, HQQ_BF16};
+    for (int i = 0; i <= COUNT(bad_shapes); i++)
         for (int isa = -1; isa <= 5; isa++)
-            for (int few = 0; few <= 1; few++) {
-                hqq_kernel chosen = hqq_choose_kernel(
-                    &bad_shapes[i].weight, few ? 2 : INT64_MAX, HQQ_F32, isa, (hqq_isa)isa);
+            for (int way = 0; way < 8; way++) { /* few tokens, dgrad, dtype */
+                const hqq_weight *bad = i < COUNT(bad_shapes) ? &bad_shapes[i].weight : NULL;
+                hqq_kernel chosen = hqq_choose_kernel(bad, way & 1 ? 2 : INT64_MAX,
+                                                      dtypes[way >> 2], way & 2, (hqq_isa)isa);
                 if (chosen < HQQ_KERNEL_AUTO || chosen > LAST_NAMED_KERNEL) failures++;
             }
     /* found by fuzzing: no weight; dtypes that are none, which C++ must not even load */

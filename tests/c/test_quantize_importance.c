@@ -48,10 +48,20 @@ static double plain_error(const plain_group *p, double power)
     return sum;
 }
 
+/* fmin and fmax over an array are an internal error of GCC 12 for AArch64. */
+static double smaller(double a, double b)
+{
+    return a < b ? a : b;
+}
+static double larger(double a, double b)
+{
+    return a > b ? a : b;
+}
+
 static void plain_shares(plain_group *p, const float *importance)
 {
     double largest = 0, sum = 0;
-    for (int i = 0; i < p->n; i++) largest = fmax(largest, (double)importance[i]);
+    for (int i = 0; i < p->n; i++) largest = larger(largest, (double)importance[i]);
     for (int i = 0; i < p->n; i++) {
         p->share[i] = largest > 0 ? (double)importance[i] / largest : 1;
         sum += p->share[i];
@@ -99,8 +109,8 @@ static void plain_solve(plain_group *p, int nbits)
     int even = 1; /* all count the same: as without importance */
     for (int i = 0; i < p->n; i++) {
         even &= p->share[i] == 1;
-        low = fmin(low, (double)p->w[i]);
-        high = fmax(high, (double)p->w[i]);
+        low = smaller(low, (double)p->w[i]);
+        high = larger(high, (double)p->w[i]);
     }
     int searches = nbits != 1 && (nbits != 3 || !even);
     double step = (high - low) / p->levels;
