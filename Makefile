@@ -73,7 +73,7 @@ integer: $(VENV)/built
 # threads over one context and over their own, under ThreadSanitizer
 tsan: $(VENV)/built
 	$(BIN)/cmake -S . -B build/tsan -G Ninja -DHQQLORA_TORCH=OFF -DHQQLORA_CUDA=OFF \
-	  -DHQQLORA_AVX512=OFF -DCMAKE_BUILD_TYPE=Debug -DHQQLORA_SANITIZE=thread \
+	  -DCMAKE_BUILD_TYPE=Debug -DHQQLORA_SANITIZE=thread \
 	  >build/tsan-configure.log
 	$(BIN)/cmake --build build/tsan --target test_threads
 	$(BIN)/ctest --test-dir build/tsan --output-on-failure -R '^threads$$'
