@@ -52,6 +52,7 @@ TORCH_CALLS = READING_A_VALUE | {
     "aoti_torch_get_device_type",
 }
 TORCH_OPS = {"aten::any", "aten::isfinite", "aten::isnan", "aten::logical_not", "aten::nonzero"}
+TORCH_OPS |= {"aten::sqrt"}
 
 
 def sources(*folders):

@@ -53,11 +53,12 @@ int hqq_panels_serve(const hqq_weight *weight, int64_t M, hqq_dtype dtype, int t
     return reduction > 0 && reduction <= longest;
 }
 
-/* Panels in a block. */
+/* Panels in a block: of half of the weight at most, which is never whole in memory. */
 static int64_t block_panels(int64_t columns, int64_t reduction, int pairs)
 {
     int64_t all = hqq_ceil_div(columns, HQQ_PANEL_COLUMNS);
-    return hqq_even_part(all, hqq_most(BLOCK_BYTES / panel_bytes(reduction, pairs), 1), 1);
+    int64_t most = hqq_least(BLOCK_BYTES / panel_bytes(reduction, pairs), all / 2);
+    return hqq_even_part(all, hqq_most(most, 1), 1);
 }
 
 size_t hqq_panels_workspace(const hqq_weight *weight, hqq_dtype dtype, int transpose)

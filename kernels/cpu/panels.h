@@ -15,7 +15,7 @@
  * lanes to add up, for which the panels are transposed. In exchange the panels take memory and
  * a second parallel region, and x is read again for each panel.
  *
- * A block of panels, 4 MB at most, is decoded at a time.
+ * A block of panels, 4 MB and half of the weight at most, is decoded at a time.
  */
 #ifndef HQQ_KERNELS_CPU_PANELS_H
 #define HQQ_KERNELS_CPU_PANELS_H
