@@ -43,7 +43,8 @@ def format_table(result: Mapping[str, Any]) -> str:
         f"step s: median of {options['rounds']} rounds in which all take turns; ratio: median "
         f"of the ratios to {names[0]} in the same round",
         "held MB: weights, adapters, AdamW's state; step MB: what a step needs beyond that; "
-        "peak MB: of a whole process of its own",
+        "peak MB: of a whole process of its own, which gives freed memory back (the one with "
+        "the times keeps it, where there is room)",
         f"loss: of the same {result['held_out_tokens']:,} held-out tokens, before and after "
         f"{result['steps']} steps on the same text",
     ]

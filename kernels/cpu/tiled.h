@@ -34,10 +34,10 @@
  * 4096, 4 bits, G = 64, cold, two threads, GFLOP/s (torch's dense product in the same dtype):
  *
  *     M              16          32          64         128         512
- *     fp32 forward  309 (73)    355 (85)   375 (112)   389 (134)   379 (172)
+ *     fp32 forward  309 (73)    355 (85)       (turned.h, panels.h)
  *     fp32 dgrad    161 (74)    238 (92)   289 (117)   358 (136)   354 (174)
- *     bf16 forward  494 (293)   621 (458)  699 (610)   775 (735)   762 (811)
- *     bf16 dgrad    396 (172)   565 (289)  671 (440)   764 (612)   767 (732)
+ *     bf16 forward  494 (293)   621 (458)      (turned.h, panels.h)
+ *     bf16 dgrad    396 (172)   565 (289)  671 (440)   764 (612)       (panels.h)
  *
  * fp16 is as fast as fp32 (torch: a seventh of that). Of the bits and axes 8 bits take longest:
  * 1.3 times the time at 4 bits and axis 1, at twice the bytes. At axis 0 and few tokens in bf16

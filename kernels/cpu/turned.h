@@ -20,7 +20,9 @@
  *           for each panel, for each 6 rows: a tile of 24 registers of sums
  *
  * One core of a Zen 5 does 490 GFLOP/s of such tiles in bf16, of 520 from registers alone; of
- * dot products along the lanes, as fewer tokens are multiplied (tiled.h), 450.
+ * dot products along the lanes, as fewer tokens are multiplied (tiled.h), 450. 4096 x 4096, 4
+ * bits, G = 64, cold, two threads, GFLOP/s at 64, 128, 256 and 512 tokens: bf16 740, 835, 875,
+ * 906; fp32 406, 433, 445, 456.
  */
 #ifndef HQQ_KERNELS_CPU_TURNED_H
 #define HQQ_KERNELS_CPU_TURNED_H
