@@ -11,11 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from hqqlora.memory import LayerMemory
-from hqqlora.ops import meta_shape, packed_shape, planes_fit, planes_shape
-from hqqlora.ops.weight import word_dtype
+from hqqlora.ops import meta_shape
+from hqqlora.planes import codes_layout
 
 Shape = tuple[int, ...]
 
@@ -111,7 +109,8 @@ class TrainingPlan:
         return tokens * shape.hidden * self.dtype_bytes
 
     def _linear(self, N: int, K: int) -> LayerMemory:
-        weight, word = self._codes(N, K)
+        format_ = (N, K, self.nbits, self.group_size, self.axis)
+        weight, word = codes_layout(format_, planes=True)
         meta = meta_shape(N, K, self.group_size, self.axis)
         adapters = [(self.rank, K), (N, self.rank)]
         trained = sum(self._bytes(shape, self.adapter_bytes) for shape in adapters)
@@ -123,13 +122,6 @@ class TrainingPlan:
             # and each parameter's count of steps, a float32
             optimizer=2 * trained + 4 * len(adapters),
         )
-
-    def _codes(self, N: int, K: int) -> tuple[Shape, torch.dtype]:
-        """Shape and dtype of `W_q`; 3 bits are in planes where those fit."""
-        weight = (N, K, self.nbits, self.group_size, self.axis)
-        if planes_fit(*weight):
-            return planes_shape(*weight), torch.uint8
-        return packed_shape(*weight), word_dtype(self.nbits)
 
     def _bytes(self, shape: Shape, element: int) -> int:
         """Of the largest of the parts into which FSDP2 cuts a tensor: along its first

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hqqlora.ops import PackedWeight, planes_fit
-from hqqlora.ops.weight import is_planes
+from hqqlora.ops import PackedWeight, packed_shape, planes_fit, planes_shape
+from hqqlora.ops.weight import is_planes, word_dtype
 from hqqlora.shared_parameters import is_dtensor
 
 # What a `PackedWeight` ends with: out_features, in_features, nbits, group_size, axis.
@@ -24,6 +24,13 @@ def planes_serve(device: torch.device) -> bool:
     """Whether planes are the faster packing: the kernels of GPUs read hqq's words many codes at
     a time, planes one by one; those of CPUs the other way round."""
     return device.type != "cuda"
+
+
+def codes_layout(format_: Format, planes: bool) -> tuple[tuple[int, int], torch.dtype]:
+    """Shape and dtype of `W_q`: in planes, where they fit, or in hqq's words."""
+    if planes and planes_fit(*format_):
+        return planes_shape(*format_), torch.uint8
+    return packed_shape(*format_), word_dtype(format_[2])
 
 
 def repacked(W_q: Tensor, format_: Format, planes: bool) -> Tensor:

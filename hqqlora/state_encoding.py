@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from hqqlora.config import QuantSettings
-from hqqlora.ops import meta_shape, packed_shape, planes_fit, planes_shape
+from hqqlora.ops import meta_shape, packed_shape
 from hqqlora.ops.weight import word_dtype
+from hqqlora.planes import codes_layout
 
 TENSOR_KEYS = ("W_q", "scale", "zero", "bias")
 METADATA_KEYS = (
@@ -107,9 +108,7 @@ class LayerMetadata:
 
     def held(self, planes: bool) -> tuple[tuple[int, int], torch.dtype]:
         """Shape and dtype of `W_q` in a layer: in planes, where they fit, or in hqq's words."""
-        if planes and planes_fit(*self.format):
-            return planes_shape(*self.format), torch.uint8
-        return self.packed_shape, word_dtype(self.settings.nbits)
+        return codes_layout(self.format, planes)
 
     @property
     def meta_shape(self) -> tuple[int, int]:

@@ -47,13 +47,14 @@ int hqq_panels_serve(const hqq_weight *weight, int64_t M, hqq_dtype dtype, int t
 {
     if (!weight || M < fewest_tokens(dtype, transpose) || isa < HQQ_ISA_AVX512) return 0;
     int64_t reduction = transpose ? weight->out_features : weight->in_features;
-    int pairs = dtype == HQQ_BF16 && isa >= HQQ_ISA_AVX512_BF16;
+    int pairs = hqq_multiplies_pairs(dtype, isa);
     if (pairs ? reduction % 2 != 0 : dtype != HQQ_F32) return 0;
     int64_t longest = PANEL_BYTES / (HQQ_PANEL_COLUMNS * 4) * (pairs ? 2 : 1);
     return reduction > 0 && reduction <= longest;
 }
 
-/* Panels in a block: of half of the weight at most, which is never whole in memory. */
+/* Panels in a block: of half of the weight at most, so that it is never whole in memory (but
+ * one of a single panel). */
 static int64_t block_panels(int64_t columns, int64_t reduction, int pairs)
 {
     int64_t all = hqq_ceil_div(columns, HQQ_PANEL_COLUMNS);

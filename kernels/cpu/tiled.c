@@ -49,7 +49,7 @@ static hqq_tiled_job job_of(const hqq_weight *weight, int64_t M, hqq_dtype dtype
     job.inner = inner;
     job.tokens = hqq_even_part(M, tokens, HQQ_TILED_TOKENS);
     job.isa = hqq_isa_in_use(context);
-    job.pairs = dtype == HQQ_BF16 && job.isa >= HQQ_ISA_AVX512_BF16;
+    job.pairs = hqq_multiplies_pairs(dtype, job.isa);
     return job;
 }
 

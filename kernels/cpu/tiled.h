@@ -81,6 +81,12 @@ static inline int64_t hqq_tiled_stride(int64_t words)
     return ((words + 15) / 16 | 1) * 16;
 }
 
+/* Whether pairs of bf16 are multiplied (multiply_tile.h), and not floats. */
+static inline int hqq_multiplies_pairs(hqq_dtype dtype, hqq_isa isa)
+{
+    return dtype == HQQ_BF16 && isa >= HQQ_ISA_AVX512_BF16;
+}
+
 /* What the chunks share. A block is what is decoded at a time. */
 typedef struct hqq_tiled_job {
     void *out; /* y or dx */

@@ -37,14 +37,9 @@ int hqq_turns_input(int64_t M)
     return M >= 128 || (M > 40 && 15 * multiplied <= 16 * M);
 }
 
-static int in_pairs(hqq_dtype dtype, hqq_isa isa)
-{
-    return dtype == HQQ_BF16 && isa >= HQQ_ISA_AVX512_BF16;
-}
-
 static int64_t words_of(const hqq_weight *weight, hqq_dtype dtype, hqq_isa isa)
 {
-    return hqq_ceil_div(weight->in_features, in_pairs(dtype, isa) ? 2 : 1);
+    return hqq_ceil_div(weight->in_features, hqq_multiplies_pairs(dtype, isa) ? 2 : 1);
 }
 
 static int64_t tokens_at_once(int64_t M, int64_t words)
@@ -141,7 +136,7 @@ hqq_status hqq_turned_linear(const hqq_forward *f, const float *xa, void *worksp
                            .M = f->M,
                            .isa = hqq_isa_in_use(context)};
     job->sets = hqq_row_sets_of(&job->layout);
-    job->pairs = in_pairs(f->dtype, job->isa);
+    job->pairs = hqq_multiplies_pairs(f->dtype, job->isa);
     part.words = words_of(f->weight, f->dtype, job->isa);
     job->tokens = tokens_at_once(f->M, part.words);
     job->block_columns = hqq_least(hqq_even_part(part.words, COLUMNS, 64), part.words);
