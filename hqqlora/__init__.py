@@ -17,8 +17,8 @@ With transformers and PEFT::
     model = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear"))
 
 Importing this package loads its operators. transformers, peft, hqq and gguf are imported by the
-names that need them, when those are first used; PEFT, whenever a script imports it, learns to
-put its LoRA layers on quantized ones.
+names that need them, when those are first used. Whenever a script imports PEFT, PEFT learns to
+put its LoRA layers on quantized ones, and transformers to load models quantized by HQQ.
 """
 
 from __future__ import annotations
@@ -27,15 +27,16 @@ import importlib
 from typing import TYPE_CHECKING
 
 from hqqlora import main_interpreter as main_interpreter  # isort: skip (before torch)
+from hqqlora import peft as peft
 from hqqlora.adapters import load_adapter, save_adapter
 from hqqlora.config import BaseQuantizeConfig
+from hqqlora.connections import connect_peft, connect_transformers
 from hqqlora.expert_weights import HQQExpertWeights
 from hqqlora.experts import HQQExperts
 from hqqlora.linear import HQQLinear
 from hqqlora.lora import LoRALinear
 from hqqlora.lora_experts import LoRAExpertWeights
 from hqqlora.model import add_lora, lora_parameters, quantize_model
-from hqqlora.peft import import_hook
 from hqqlora.shared_projections import share_projections, unshare_projections
 
 if TYPE_CHECKING:
@@ -94,7 +95,8 @@ _ON_DEMAND = {
     "unpatch_hqq": "hqqlora.hqq_patch",
 }
 
-import_hook.install()
+connect_peft()
+connect_transformers()
 
 
 def __getattr__(name: str) -> object:

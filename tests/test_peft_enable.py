@@ -58,15 +58,15 @@ class TestImportOrders:
         code = (
             "import sys, importlib.util, hqqlora\n"
             "hqqlora.peft.install()\n"
-            "ours = [f for f in sys.meta_path if 'hqqlora.peft' in type(f).__module__]\n"
+            "ours = [f for f in sys.meta_path if getattr(f, 'module', '') == 'peft']\n"
             "assert len(ours) == 1, 'installed twice'\n"
             "assert 'peft' not in sys.modules and 'transformers' not in sys.modules\n"
             "assert importlib.util.find_spec('peft') is not None\n"
             "assert 'peft' not in sys.modules\n"
             "import peft\n"
             "assert ours[0] not in sys.meta_path\n"
-            "assert type(peft.__spec__.loader).__module__ != 'hqqlora.peft.import_hook'\n"
-            "assert type(peft.__loader__).__module__ != 'hqqlora.peft.import_hook'\n" + SCRIPT
+            "assert type(peft.__spec__.loader).__module__ != 'hqqlora.import_hook'\n"
+            "assert type(peft.__loader__).__module__ != 'hqqlora.import_hook'\n" + SCRIPT
         )
         subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from hqqlora.connections import connect_peft as install
 from hqqlora.optional_packages import needing
-from hqqlora.peft.import_hook import install
 
 if TYPE_CHECKING:
     from hqqlora.peft.initialization import correct_quantization
