@@ -16,7 +16,7 @@ from pydoc_data.topics import topics
 
 import torch
 
-from hqqlora.command.model_source import find_model, load_model, load_tokenizer
+from hqqlora.command.model_source import find_model, load_dense_model, load_tokenizer
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hqqlora"
 
@@ -32,7 +32,7 @@ def convert(folder: Path) -> str:
         source = find_model(None)
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as unfinished:
-            load_model(source, torch.bfloat16).save_pretrained(unfinished)
+            load_dense_model(source, torch.bfloat16).save_pretrained(unfinished)
             load_tokenizer(source).save_pretrained(unfinished)
             os.rename(unfinished, folder)
             os.mkdir(unfinished)  # which is removed now

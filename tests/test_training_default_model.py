@@ -11,7 +11,7 @@ from hqqlora.command.model_source import (
     ModelSource,
     choose_dtype,
     find_model,
-    load_model,
+    load_dense_model,
     load_tokenizer,
 )
 from hqqlora.training.sample import complete
@@ -30,7 +30,7 @@ def test_the_default_model_knows_something(smollm2: Path):
     """`smollm2` is what was loaded from the file, with its tokenizer, and saved."""
     assert find_model(None).name == "SmolLM2-135M-Instruct.Q4_1.gguf"
     source = find_model(str(smollm2))
-    model = load_model(source, choose_dtype("float32"))
+    model = load_dense_model(source, choose_dtype("float32"))
     assert len(linear_layers(model)) == 211  # 7 in each of 30 layers, and the output layer
     assert complete(model, load_tokenizer(source), "The capital of France is", 2).startswith(
         " Paris"
@@ -42,7 +42,7 @@ def test_what_comes_out_of_a_gguf_file_is_a_dense_model_like_any_other(
     tmp_path: Path, dtype: str
 ):
     path = write_model(tmp_path / "model.gguf")
-    model = load_model(ModelSource(tmp_path, path.name), choose_dtype(dtype))
+    model = load_dense_model(ModelSource(tmp_path, path.name), choose_dtype(dtype))
     assert len(linear_layers(model)) == 2 * 7 + 1
     assert {p.dtype for p in model.parameters()} == {getattr(torch, dtype)}
     assert getattr(model.config, "quantization_config", None) is None

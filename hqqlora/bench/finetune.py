@@ -35,7 +35,7 @@ from hqqlora.command.model_source import (
     ModelSource,
     choose_dtype,
     find_model,
-    load_model,
+    load_dense_model,
     load_tokenizer,
 )
 from hqqlora.command.thread_waiting import busy_fraction
@@ -65,7 +65,7 @@ def run(options: BenchOptions) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     windows = _load_windows(source, options)
-    dense = load_model(source, choose_dtype(options.dtype))
+    dense = load_dense_model(source, choose_dtype(options.dtype))
     check_fit(dense, windows, options.sequence_length)
     description = _describe_model(source, dense)
     memory = _measure_memory(names, options)

@@ -32,7 +32,7 @@ from hqqlora.bench.report import check_writable, describe_bench_machine, machine
 from hqqlora.bench.rounds import Rounds
 from hqqlora.bench.table import aligned, seconds_text
 from hqqlora.command.errors import RunError, UsageError, explaining
-from hqqlora.command.model_source import choose_dtype, find_model, load_model
+from hqqlora.command.model_source import choose_dtype, find_model, load_dense_model
 from hqqlora.command.options import DTYPES, non_negative_integer, positive_integer
 from hqqlora.command.packages import require
 from hqqlora.command.thread_waiting import busy_fraction
@@ -156,7 +156,7 @@ def _dense_model(path: str | None, dtype: torch.dtype) -> tuple[Any, str]:
     """The dense model, in evaluation mode, and its name."""
     if path is not None:
         source = find_model(path)
-        return load_model(source, dtype), source.name
+        return load_dense_model(source, dtype), source.name
     require("transformers")
     with explaining("cannot make a Llama"):
         import transformers

@@ -35,7 +35,7 @@ from hqqlora.bench.contenders import make_contender
 from hqqlora.bench.options import BenchOptions
 from hqqlora.command.errors import RunError, first_line
 from hqqlora.command.machine import resident_memory, restart_peak_memory
-from hqqlora.command.model_source import choose_dtype, find_model, load_model
+from hqqlora.command.model_source import choose_dtype, find_model, load_dense_model
 
 
 def can_measure() -> bool:
@@ -62,7 +62,7 @@ def measure_memory(name: str, options: BenchOptions) -> dict[str, int]:
 def _measure_here(name: str, options: BenchOptions) -> dict[str, int]:
     if options.threads:
         torch.set_num_threads(options.threads)
-    dense = load_model(find_model(options.model), choose_dtype(options.dtype))
+    dense = load_dense_model(find_model(options.model), choose_dtype(options.dtype))
     vocabulary = int(dense.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
     ids = torch.randint(vocabulary, (2, options.batch, options.sequence_length))
     loading = _known("VmHWM")

@@ -21,7 +21,7 @@ from hqqlora.bench.contenders import linear_layers
 from hqqlora.bench.embeddings import Embeddings, can_embed
 from hqqlora.bench.table import aligned
 from hqqlora.command.errors import RunError
-from hqqlora.command.model_source import find_model, load_model, load_tokenizer
+from hqqlora.command.model_source import find_model, load_dense_model, load_tokenizer
 from hqqlora.command.options import positive_integer
 from hqqlora.config import SUPPORTED_BITS
 from hqqlora.importance import input_importance
@@ -185,7 +185,7 @@ def run(options: argparse.Namespace) -> None:
     windows = texts(load_tokenizer(source), options.tokens)
     if any(ids.shape[1] < 2 for ids in windows.values()):
         raise RunError(f"--tokens {options.tokens}: at least 2 are needed")
-    model = LanguageModel(load_model(source, torch.float32), windows)
+    model = LanguageModel(load_dense_model(source, torch.float32), windows)
     embeddings = Embeddings() if can_embed() else None
     rows = [["dense", *_cells(model.judge(None)), *(["0"] if embeddings else [])]]
     for case in cases(options.bits, options.solvers):

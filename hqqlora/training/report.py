@@ -52,36 +52,43 @@ def write_log(log: Mapping[str, Any], path: Path) -> None:
     write_json(path, log)
 
 
+def quantized_name(log: Mapping[str, Any]) -> str:
+    """What to call the quantized model: by its bits, if it was this run that quantized it."""
+    return f"{log['options']['bits']}-bit" if "dense" in log["perplexity"] else "quantized"
+
+
 def format_table(log: Mapping[str, Any]) -> str:
     """The table that a run ends with."""
     layers, perplexity = log["linear_layers"], log["perplexity"]
     memory, training = log["memory"], log["training"]
-    bits = log["options"]["bits"]
-    adapter = f"+ {layers['adapter_bytes'] / 1e6:.1f}"
-    columns = [
-        ("", "dense", f"{bits}-bit", f"{bits}-bit + LoRA"),
+    now = quantized_name(log)
+    columns = [("", "bits per weight", "linear layers, MB", "held-out perplexity")]
+    if "dense" in perplexity:
+        columns.append(
+            (
+                "dense",
+                f"{layers['dense_bits_per_weight']:.2f}",
+                f"{layers['dense_bytes'] / 1e6:.1f}",
+                _perplexity(perplexity["dense"]),
+            )
+        )
+    columns += [
         (
-            "bits per weight",
-            f"{layers['dense_bits_per_weight']:.2f}",
+            now,
             f"{layers['bits_per_weight']:.2f}",
-            "",
-        ),
-        (
-            "linear layers, MB",
-            f"{layers['dense_bytes'] / 1e6:.1f}",
             f"{layers['quantized_bytes'] / 1e6:.1f}",
-            adapter,
+            _perplexity(perplexity["quantized"]),
         ),
         (
-            "held-out perplexity",
-            _perplexity(perplexity["dense"]),
-            _perplexity(perplexity["quantized"]),
+            f"{now} + LoRA",
+            "",
+            f"+ {layers['adapter_bytes'] / 1e6:.1f}",
             _perplexity(perplexity["fine_tuned"]),
         ),
     ]
-    widths = [max(map(len, column)) for column in zip(*columns, strict=True)]
+    widths = [max(map(len, column)) for column in columns]
     lines = []
-    for name, *cells in columns:
+    for name, *cells in zip(*columns, strict=True):
         row = [f"{cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True)]
         lines.append("   ".join([f"{name:<{widths[0]}}", *row]).rstrip())
     lines.insert(1, "-" * (sum(widths) + 3 * (len(widths) - 1)))
