@@ -1,4 +1,4 @@
-"""The command line: `hqqlora train`, `quantize`, `info`, `bench …`, `export gguf`."""
+"""The command line: `hqqlora train`, `quantize`, `merge`, `info`, `bench …`, `export gguf`."""
 
 from __future__ import annotations
 
@@ -151,6 +151,25 @@ def _prepare_quantize(namespace: argparse.Namespace) -> tuple[Callable[[], None]
     return work, options.threads
 
 
+def _merge_arguments(parser: argparse.ArgumentParser) -> None:
+    from hqqlora.merge_command import add_arguments
+
+    add_arguments(parser)
+
+
+def _prepare_merge(namespace: argparse.Namespace) -> tuple[Callable[[], None], None]:
+    from hqqlora.merge_command import from_namespace
+
+    options = from_namespace(namespace)
+
+    def work() -> None:
+        from hqqlora.merge_command import run
+
+        run(options)
+
+    return work, None
+
+
 def _info_arguments(parser: argparse.ArgumentParser) -> None:
     from hqqlora.info_command.options import add_arguments
 
@@ -188,6 +207,15 @@ COMMANDS: dict[tuple[str, ...], Command] = {
         _quantize_arguments,
         _prepare_quantize,
         "at least three times the model's largest tensor has to fit",
+    ),
+    ("merge",): Command(
+        "put an adapter into the weights of its base",
+        "Writes the model that an adapter and its base make together into a folder that loads "
+        "without PEFT: quantized as the base is, or dense. hqqlora export gguf takes it from "
+        "there.",
+        _merge_arguments,
+        _prepare_merge,
+        "without --dense the quantized model has to fit twice",
     ),
     ("info",): Command(
         "show the layers of a quantized model or an adapter",

@@ -28,6 +28,7 @@ def test_the_commands():
     assert NAMES == [
         "train",
         "quantize",
+        "merge",
         "info",
         "bench finetune",
         "bench generate",

@@ -101,7 +101,7 @@ def find_folder(path: str) -> Path:
     """
     folder = Path(path)
     if not folder.is_dir():
-        cached = _cached(path)
+        cached = find_downloaded(path)
         if cached is None:
             what = "is a file, not a folder" if folder.exists() else "there is no such folder"
             raise UsageError(f"{path}: {what}")
@@ -109,6 +109,19 @@ def find_folder(path: str) -> Path:
     if not (folder / CONFIG).is_file():
         raise UsageError(f"{folder} has no {CONFIG}: give the folder of a Hugging Face model")
     return folder
+
+
+def find_downloaded(name: str) -> Path | None:
+    """The folder of the model of that name in the local cache of downloads, if it is there."""
+    if not _REPOSITORY.fullmatch(name) or importlib.util.find_spec("huggingface_hub") is None:
+        return None
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None
 
 
 def weight_files(folder: Path) -> list[str]:
@@ -137,18 +150,6 @@ def weight_files(folder: Path) -> list[str]:
         if name not in present:
             raise UsageError(f"{folder} lacks {name[:200]}, which its index names")
     return names
-
-
-def _cached(name: str) -> Path | None:
-    if not _REPOSITORY.fullmatch(name) or importlib.util.find_spec("huggingface_hub") is None:
-        return None
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, local_files_only=True))
-    except (LocalEntryNotFoundError, HFValidationError):
-        return None
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hqqlora.command.checkpoint_folder import find_downloaded
 from hqqlora.command.errors import UsageError, explaining
 from hqqlora.command.packages import require
 from hqqlora.linear import HQQLinear
@@ -43,13 +44,18 @@ class ModelSource:
         return self.path.resolve().name
 
 
-def find_model(path: str | None) -> ModelSource:
-    """The model at `path` (see `--model`), or in the default package without one.
+def find_model(path: str | None, what: str = "--model") -> ModelSource:
+    """The model at `path`, a folder or a .gguf file, or that of this name in the local cache of
+    downloaded models; without a path, that of the default package.
+
+    Args:
+        path: of a model, or its name.
+        what: how an error names the option that the path comes from.
 
     Raises:
         UsageError: there is none, or more than one, or a package to read it is missing.
     """
-    source = _default_model() if path is None else _model_at(Path(path))
+    source = _default_model() if path is None else _model_at(path, what)
     require("transformers")
     if source.gguf_file is not None:
         require("gguf")
@@ -92,9 +98,9 @@ def load_dense_model(source: ModelSource, dtype: torch.dtype) -> nn.Module:
     return load_model(source, dtype)
 
 
-def load_model(source: ModelSource, dtype: torch.dtype) -> nn.Module:
-    """The causal language model, dense or quantized by HQQ, with all else in `dtype`, in
-    evaluation mode, on the CPU.
+def load_model(source: ModelSource, dtype: torch.dtype | str) -> nn.Module:
+    """The causal language model, dense or quantized by HQQ, with all else in `dtype` ("auto":
+    its own), in evaluation mode, on the CPU.
 
     Raises:
         UsageError: transformers cannot read it, or it is quantized by another method.
@@ -140,14 +146,18 @@ def choose_dtype(name: str) -> torch.dtype:
     return torch.bfloat16 if name == "bfloat16" else torch.float32
 
 
-def _model_at(path: Path) -> ModelSource:
+def _model_at(name: str, what: str) -> ModelSource:
+    path = Path(name)
     if path.is_file():
         if path.suffix != ".gguf":
-            raise UsageError(f"--model {path} is neither a folder nor a .gguf file")
+            raise UsageError(f"{what} {path} is neither a folder nor a .gguf file")
         _check_readable(path)
         return ModelSource(path.parent, path.name)
     if not path.is_dir():
-        raise UsageError(f"--model {path}: there is no such folder or file")
+        downloaded = find_downloaded(name)
+        if downloaded is None:
+            raise UsageError(f"{what} {path}: there is no such folder or file")
+        path = downloaded
     try:
         names = sorted(os.listdir(path))
     except OSError as error:
@@ -159,10 +169,8 @@ def _model_at(path: Path) -> ModelSource:
         _check_readable(path / files[0])
         return ModelSource(path, files[0])
     if files:
-        raise UsageError(
-            f"--model {path} has several .gguf files; name one: {', '.join(files)}"
-        )
-    raise UsageError(f"--model {path} has neither config.json nor a .gguf file")
+        raise UsageError(f"{what} {path} has several .gguf files; name one: {', '.join(files)}")
+    raise UsageError(f"{what} {path} has neither config.json nor a .gguf file")
 
 
 def _check_readable(path: Path) -> None:

