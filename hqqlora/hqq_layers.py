@@ -13,7 +13,8 @@ from torch import nn
 from hqqlora.ops import PackedWeight, meta_shape, packed_shape
 from hqqlora.ops.weight import word_dtype
 from hqqlora.optional_packages import needing
-from hqqlora.state_encoding import META_DTYPES, PACKING, scale_and_zero
+from hqqlora.state_encoding import PACKING, scale_and_zero
+from hqqlora.state_values import META_DTYPES
 
 if TYPE_CHECKING:
     from hqqlora.linear import HQQLinear

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from hqqlora.autograd import linear
 from hqqlora.hqq_layers import packed_weight
 from hqqlora.optional_packages import needing
-from hqqlora.state_encoding import META_DTYPES
+from hqqlora.state_values import META_DTYPES
 
 Forward = Callable[[nn.Module, Tensor], Tensor]
 

@@ -8,7 +8,7 @@ import operator
 import torch
 from torch import Tensor, nn
 
-from hqqlora.ops.checks import MAX_RANK
+from hqqlora.ops.adapter_checks import MAX_RANK
 
 
 def scaling_of(r: int, lora_alpha: float, use_rslora: bool) -> float:

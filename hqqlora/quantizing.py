@@ -7,7 +7,7 @@ from torch import Tensor
 
 from hqqlora.config import QuantSettings
 from hqqlora.ops import Solver
-from hqqlora.state_encoding import META_DTYPES
+from hqqlora.state_values import META_DTYPES
 
 
 def quantize_weight(

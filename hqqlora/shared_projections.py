@@ -22,7 +22,7 @@ from torch.torch_version import TorchVersion
 
 from hqqlora.autograd.inputs import transforms_active
 from hqqlora.autograd.shared_input import Part, first_of_shared, other_of_shared
-from hqqlora.ops.checks import MAX_RANK
+from hqqlora.ops.adapter_checks import MAX_RANK
 
 # Names of layers side by side in a module that are called with the same x: of most decoders,
 # BERT and ViT, T5, DistilBERT, and of LLaMA as it was first published.

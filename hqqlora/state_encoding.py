@@ -1,15 +1,13 @@
 """How hqq writes a quantized layer's metadata into a state_dict, and the way back.
 
 A layer's tensors `W_q`, `scale`, `zero` (and `bias`) stand beside sixteen small values. hqq
-stores those as tensors, so that safetensors takes them: integers as int32, booleans as uint8,
-the shape as int64 [2], strings and dtypes ("torch.uint8") as their ASCII codes. Older
-checkpoints keep them as plain Python values, flat or in a nested dict `meta`. All three forms
-are read here. Nothing that is read is ever evaluated: dtypes come from a table.
+stores those as tensors, so that safetensors takes them (state_values.py). Older checkpoints
+keep them as plain Python values, flat or in a nested dict `meta`. All three forms are read
+here.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +19,15 @@ from hqqlora.config import QuantSettings
 from hqqlora.ops import meta_shape, packed_shape
 from hqqlora.ops.weight import word_dtype
 from hqqlora.planes import codes_layout
+from hqqlora.state_values import (
+    META_DTYPES,
+    encode,
+    read_boolean,
+    read_dtype,
+    read_number,
+    read_shape,
+    read_text,
+)
 
 TENSOR_KEYS = ("W_q", "scale", "zero", "bias")
 METADATA_KEYS = (
@@ -55,13 +62,8 @@ OLD_KEYS = (
 # All that may be stored of a layer.
 LAYER_KEYS = (*TENSOR_KEYS, *METADATA_KEYS, *OLD_KEYS)
 
-META_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 PACKING = {8: "8bit_u8", 4: "4bit_u8", 3: "3bit_32", 2: "2bit_u8", 1: "1bit_u8"}
 
-_DTYPES: dict[str, torch.dtype] = {
-    str(dtype): dtype for dtype in (*META_DTYPES, torch.uint8, torch.int32)
-}
-_LONGEST = 1000  # characters of a text, or sides of a shape; a file can claim any number
 _BOOLEANS = (
     "view_as_float",
     "quant_scale",
@@ -151,7 +153,7 @@ class LayerMetadata:
 
     def encoded(self) -> dict[str, Tensor]:
         """The metadata as hqq's tensors: fresh ones, on the CPU."""
-        return {key: _encode(value) for key, value in self.values().items()}
+        return {key: encode(value) for key, value in self.values().items()}
 
 
 @dataclass(frozen=True)
@@ -268,7 +270,9 @@ def _decode_metadata(
     for key in ("nbits", "shape", "axis"):
         if values.get(key) is None:
             raise ValueError(f"{layer}: the checkpoint says nothing about {key!r}")
-    config: dict[str, Any] = {key: _boolean(values[key]) for key in _BOOLEANS if key in values}
+    config: dict[str, Any] = {
+        key: read_boolean(values[key]) for key in _BOOLEANS if key in values
+    }
     # The tensors are dequantized by now if hqq had quantized them.
     for key in ("quant_scale", "quant_zero", "offload_meta", "encoded_state_dict"):
         config.pop(key, None)
@@ -278,16 +282,16 @@ def _decode_metadata(
         settings = QuantSettings.parse(
             {
                 **config,
-                "nbits": _number(values["nbits"]),
-                "group_size": None if group_size is None else _number(group_size),
-                "axis": _number(values["axis"]),
+                "nbits": read_number(values["nbits"]),
+                "group_size": None if group_size is None else read_number(group_size),
+                "axis": read_number(values["axis"]),
                 "solver": solver,
             }
         )
-        out_features, in_features = _shape(values["shape"])
+        out_features, in_features = read_shape(values["shape"])
         settings.group_size_for(out_features, in_features)
         _check_packing(values, settings.nbits)
-        compute_dtype = _dtype("compute_dtype", values.get("compute_dtype", default_dtype))
+        compute_dtype = read_dtype("compute_dtype", values.get("compute_dtype", default_dtype))
         if compute_dtype not in META_DTYPES:
             raise ValueError(f"compute_dtype {compute_dtype} is not a floating-point dtype")
     except (TypeError, ValueError) as error:
@@ -297,11 +301,11 @@ def _decode_metadata(
 
 def _check_packing(values: Mapping[str, Any], nbits: int) -> None:
     packing = values.get("packing")
-    if packing is not None and _text(packing) != PACKING[nbits]:
-        raise ValueError(f"packing {_text(packing)!r} does not fit nbits={nbits}")
+    if packing is not None and read_text(packing) != PACKING[nbits]:
+        raise ValueError(f"packing {read_text(packing)!r} does not fit nbits={nbits}")
     view = values.get("unpack_view_dtype")
-    if view is not None and _dtype("unpack_view_dtype", view) != word_dtype(nbits):
-        raise ValueError(f"unpack_view_dtype {_text(view)!r} does not fit nbits={nbits}")
+    if view is not None and read_dtype("unpack_view_dtype", view) != word_dtype(nbits):
+        raise ValueError(f"unpack_view_dtype {read_text(view)!r} does not fit nbits={nbits}")
 
 
 def scale_and_zero(values: Mapping[str, Any], layer: str) -> tuple[Any, Any]:
@@ -335,7 +339,7 @@ def _dequantize_meta(codes: Any, meta: Any, name: str, layer: str) -> Tensor:
     scale, zero = meta.get("scale"), meta.get("zero")
     if not isinstance(scale, Tensor) or not isinstance(zero, Tensor):
         raise ValueError(problem)
-    if _number(meta.get("nbits")) != 8 or codes.dtype != torch.uint8:
+    if read_number(meta.get("nbits")) != 8 or codes.dtype != torch.uint8:
         raise ValueError(problem)
     try:
         sides = (codes.shape, zero.shape, scale.shape)
@@ -344,71 +348,7 @@ def _dequantize_meta(codes: Any, meta: Any, name: str, layer: str) -> Tensor:
         raise ValueError(problem) from None
     if shape.numel() > codes.numel():  # would make more numbers than there are codes
         raise ValueError(problem)
-    dtype = _dtype("compute_dtype", meta.get("compute_dtype", scale.dtype))
+    dtype = read_dtype("compute_dtype", meta.get("compute_dtype", scale.dtype))
     if dtype not in META_DTYPES:
         raise ValueError(problem)
     return (codes.to(dtype) - zero.to(dtype)) * scale.to(dtype)
-
-
-def _encode(value: Any) -> Tensor:
-    """hqq's tensor for one value. The device is named, for whoever has changed the default."""
-    cpu = torch.device("cpu")
-    if isinstance(value, torch.Size):
-        return torch.tensor(list(value), dtype=torch.int64, device=cpu)
-    if isinstance(value, bool):
-        return torch.tensor(int(value), dtype=torch.uint8, device=cpu)
-    if isinstance(value, int):
-        return torch.tensor(value, dtype=torch.int32, device=cpu)
-    return torch.tensor(list(str(value).encode("ascii")), dtype=torch.uint8, device=cpu)
-
-
-def _number(value: Any) -> int | float:
-    if isinstance(value, Tensor):
-        if value.numel() != 1 or value.is_meta:
-            raise ValueError(f"a number is stored as a tensor {list(value.shape)}")
-        value = value.item()
-    if not isinstance(value, (int, float)):
-        raise ValueError(f"{value!r} is not a number")
-    return value
-
-
-def _boolean(value: Any) -> bool:
-    return bool(_number(value))
-
-
-def _shape(value: Any) -> tuple[int, int]:
-    if isinstance(value, Tensor):
-        if value.is_meta or value.numel() > _LONGEST:
-            raise ValueError(f"the shape is stored as a tensor {list(value.shape)}")
-        value = value.tolist()
-    if not isinstance(value, (tuple, list)) or len(value) != 2:
-        raise ValueError(f"shape {value!r} is not (out_features, in_features)")
-    sides = [_number(side) for side in value]
-    if any(side in (math.inf, -math.inf) or int(side) != side for side in sides):
-        raise ValueError(f"shape {value!r} is not of whole numbers")
-    out_features, in_features = map(int, sides)
-    if out_features < 1 or in_features < 1:
-        raise ValueError(f"shape {value!r} is not positive")
-    return out_features, in_features
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, Tensor):
-        if (
-            value.dim() != 1
-            or value.dtype != torch.uint8
-            or value.is_meta
-            or value.numel() > _LONGEST
-        ):
-            raise ValueError(f"a string is stored as {value.dtype} {list(value.shape)}")
-        return bytes(value.tolist()).decode("ascii", errors="replace")
-    return str(value)
-
-
-def _dtype(key: str, value: Any) -> torch.dtype:
-    if isinstance(value, torch.dtype):
-        return value
-    text = _text(value)
-    if text not in _DTYPES:
-        raise ValueError(f"{key} {text!r} is not one of {', '.join(_DTYPES)}")
-    return _DTYPES[text]

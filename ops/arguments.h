@@ -1,8 +1,8 @@
 /*
  * From torch tensors to the C library's descriptors: the checks of an op's arguments and
  * their error texts (those of an adapter: adapter.h). Header-only, and the same for the CPU
- * half and the CUDA half. ops/checks.py makes the same checks with the same words for tensors
- * without data.
+ * half and the CUDA half. checks.py and adapter_checks.py make the same checks, with the same
+ * words, for tensors without data.
  *
  * Shapes are written as in hqqlora.h: x [..., K], dy and y [..., N], A [R,K], B [N,R].
  */

@@ -16,7 +16,7 @@ from hqqlora.autograd import lora_linear
 from hqqlora.autograd.shared_input import Part
 from hqqlora.linear import HQQLinear
 from hqqlora.lora import MERGED_KEYS
-from hqqlora.ops.checks import MAX_RANK
+from hqqlora.ops.adapter_checks import MAX_RANK
 from hqqlora.peft import initialization, merging
 from hqqlora.peft.dora import HQQDoraLayer, HQQDoraVariant
 from hqqlora.peft.plain_modules import is_plain

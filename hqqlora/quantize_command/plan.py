@@ -26,7 +26,8 @@ from hqqlora.module_names import linear_tag
 from hqqlora.optional_packages import command_for
 from hqqlora.quantize_command.options import QuantizeOptions
 from hqqlora.quantize_command.step import Step
-from hqqlora.state_encoding import META_DTYPES, LayerMetadata
+from hqqlora.state_encoding import LayerMetadata
+from hqqlora.state_values import META_DTYPES
 
 _CONVERTED = "split or fused by transformers when it loads"
 _SKIPPED = "not to be quantized"
