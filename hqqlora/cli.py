@@ -1,4 +1,4 @@
-"""The command line: `hqqlora train`, `quantize`, `merge`, `info`, `bench …`, `export gguf`."""
+"""The command line: `hqqlora train`, `quantize`, `merge`, `info`, `bench …`, `export …`."""
 
 from __future__ import annotations
 
@@ -126,6 +126,27 @@ def _prepare_export_gguf(namespace: argparse.Namespace) -> tuple[Callable[[], No
 
     def work() -> None:
         from hqqlora.export_command import run
+
+        run(options)
+
+    return work, None
+
+
+def _export_gguf_adapter_arguments(parser: argparse.ArgumentParser) -> None:
+    from hqqlora.export_adapter_command import add_arguments
+
+    add_arguments(parser)
+
+
+def _prepare_export_gguf_adapter(
+    namespace: argparse.Namespace,
+) -> tuple[Callable[[], None], None]:
+    from hqqlora.export_adapter_command import from_namespace
+
+    options = from_namespace(namespace)
+
+    def work() -> None:
+        from hqqlora.export_adapter_command import run
 
         run(options)
 
@@ -265,10 +286,18 @@ COMMANDS: dict[tuple[str, ...], Command] = {
     ("export", "gguf"): Command(
         "write a quantized model as GGUF, for llama.cpp",
         "Writes a quantized checkpoint folder as one GGUF file that llama.cpp runs. Codes are "
-        "kept: 4 bits as Q4_1 or Q4_0, 8 bits as Q8_0. Merge adapters first.",
+        "kept: 4 bits as Q4_1 or Q4_0, 8 bits as Q8_0. Merge adapters first: hqqlora merge.",
         _export_gguf_arguments,
         _prepare_export_gguf,
         "the whole quantized model has to fit",
+    ),
+    ("export", "gguf-adapter"): Command(
+        "write an adapter as GGUF, for llama.cpp",
+        "Writes a LoRA adapter as a GGUF file that llama.cpp puts on its base (llama-cli -m "
+        "base.gguf --lora OUT.gguf).",
+        _export_gguf_adapter_arguments,
+        _prepare_export_gguf_adapter,
+        "the adapter has to fit",
     ),
 }
 # Those that take step after step.

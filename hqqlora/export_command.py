@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from hqqlora.command.checkpoint_folder import CONFIG
-from hqqlora.command.errors import RunError, UsageError, explaining, first_line
+from hqqlora.command.errors import UsageError, explaining, first_line, writing
 from hqqlora.command.model_source import LOCAL
 from hqqlora.command.packages import require
 from hqqlora.hqq_checkpoint import WEIGHTS_FILE
@@ -89,7 +89,7 @@ def run(options: ExportOptions) -> None:
         with explaining(f"cannot load {options.folder}"):
             model = _load_model(options.folder)
         tokenizer = _tokenizer(options.tokenizer or options.folder)
-        with explaining(f"cannot export {options.folder}"), _failing_to_write():
+        with explaining(f"cannot export {options.folder}"), writing(options.output):
             export_gguf(
                 model,
                 options.output,
@@ -137,15 +137,6 @@ def _tokenizer(path: Path) -> Any:
 
     with explaining(f"cannot load the tokenizer of {path} (see --tokenizer)"):
         return AutoTokenizer.from_pretrained(path, **LOCAL)
-
-
-@contextmanager
-def _failing_to_write() -> Iterator[None]:
-    """A full disk is not the command line's fault."""
-    try:
-        yield
-    except OSError as error:
-        raise RunError(f"{error.strerror or first_line(error)}: {error.filename}") from error
 
 
 @contextmanager

@@ -10,14 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hqqlora.adapter_files import CONFIG_FILE
-from hqqlora.command.errors import RunError, UsageError, explaining
-from hqqlora.command.model_source import (
-    ModelSource,
-    find_model,
-    load_model,
-    load_tokenizer,
-)
+from hqqlora.command.adapter_source import find_base
+from hqqlora.command.errors import UsageError, explaining, writing
+from hqqlora.command.model_source import load_model, load_tokenizer
 from hqqlora.command.packages import require
 from hqqlora.files import creating_folder
 from hqqlora.linear import HQQLinear
@@ -72,36 +67,19 @@ def run(options: MergeOptions) -> None:
             for it; or PEFT cannot merge the two.
         RunError: the folder cannot be written.
     """
-    require("transformers", "accelerate", "peft")
+    require("transformers", "accelerate")
     if os.path.lexists(options.output):
         raise UsageError(f"{options.output} exists already: give the name of a new folder")
-    source = _base_of(options)
+    source = find_base(options.adapter, options.base)
     tokenizer = load_tokenizer(source)
     model = load_model(source, "auto")
     with explaining(f"cannot merge {options.adapter} into {source.path}"):
         merged, described = _merge(model, options.adapter, options.dense)
-    try:
-        with creating_folder(options.output) as folder:
-            merged.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-    except OSError as error:
-        raise RunError(f"cannot write {options.output}: {error.strerror or error}") from error
+    with writing(options.output), creating_folder(options.output) as folder:
+        merged.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     size = sum(path.stat().st_size for path in options.output.iterdir())
     print(f"merged: {described}\nwritten: {options.output}, {size / 1e6:,.1f} MB")
-
-
-def _base_of(options: MergeOptions) -> ModelSource:
-    if not (options.adapter / CONFIG_FILE).is_file():
-        raise UsageError(f"{options.adapter} is no adapter: it has no {CONFIG_FILE}")
-    if options.base is not None:
-        return find_model(options.base, "--base")
-    import peft
-
-    with explaining(f"cannot read {options.adapter / CONFIG_FILE}"):
-        name = peft.PeftConfig.from_pretrained(str(options.adapter)).base_model_name_or_path
-    if not name:
-        raise UsageError(f"{options.adapter} names no base: give --base")
-    return find_model(name, f"the base of {options.adapter}: (see --base)")
 
 
 def _merge(model: Any, adapter: Path, dense: bool) -> tuple[Any, str]:

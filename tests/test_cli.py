@@ -35,6 +35,7 @@ def test_the_commands():
         "bench quality",
         "bench quantize",
         "export gguf",
+        "export gguf-adapter",
     ]
 
 

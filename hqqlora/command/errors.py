@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -65,3 +66,15 @@ def explaining(what: str, kind: type[RunError] = UsageError) -> Iterator[None]:
         raise
     except Exception as error:
         raise kind(f"{what}: {first_line(error)}") from error
+
+
+@contextmanager
+def writing(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turns an OSError into a RunError: a full disk is not the command line's fault."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or first_line(error)
+        # hqqlora.files says so itself
+        said = reason.startswith("cannot write")
+        raise RunError(describe(error) if said else f"cannot write {path}: {reason}") from error

@@ -125,15 +125,32 @@ def load_model(source: ModelSource, dtype: torch.dtype | str) -> nn.Module:
         raise UsageError(f"{source.path} lacks {len(missing)} weights, such as {missing[0]}")
     if source.gguf_file is not None:
         _forget_gguf(model)
-    elif getattr(model.config, "quantization_config", None) is not None and not any(
-        isinstance(module, HQQLinear) for module in model.modules()
-    ):
+    elif getattr(
+        model.config, "quantization_config", None
+    ) is not None and not _has_quantized_layers(model):
         raise UsageError(
             f"{source.path} is quantized, and not by HQQ: give the dense model, or what "
             "hqqlora quantize makes of it"
         )
     loaded: nn.Module = model.eval()
     return loaded
+
+
+def load_stored_codes(source: ModelSource, dtype: torch.dtype) -> nn.Module:
+    """The model of a GGUF file on the file's own codes, with all else in `dtype`.
+
+    Raises:
+        UsageError: the file is damaged, its architecture is not supported, or none of its
+            linear layers is in a format that HQQ can hold.
+    """
+    quiet_transformers()
+    from hqqlora.gguf import load_gguf
+
+    with explaining(f"cannot load {source.path} as it is stored"):
+        model = load_gguf(source.path, dtype=dtype, progress=False)
+    if not _has_quantized_layers(model):
+        raise UsageError(f"{source.path} has no linear layer in a format that HQQ can hold")
+    return model
 
 
 def choose_dtype(name: str) -> torch.dtype:
@@ -211,6 +228,10 @@ def quiet_transformers() -> Any:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     return transformers
+
+
+def _has_quantized_layers(model: nn.Module) -> bool:
+    return any(isinstance(module, HQQLinear) for module in model.modules())
 
 
 def _forget_gguf(model: Any) -> None:

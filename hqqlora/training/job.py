@@ -30,8 +30,8 @@ from hqqlora.command.model_source import (
     ModelSource,
     choose_dtype,
     find_model,
-    is_quantized,
     load_model,
+    load_stored_codes,
     load_tokenizer,
 )
 from hqqlora.optional_packages import command_for
@@ -47,7 +47,13 @@ from hqqlora.training.layer_sizes import dense_layers, linear_layer_sizes, model
 from hqqlora.training.loop import make_optimizer, recompute_activations, train
 from hqqlora.training.loss_plot import draw_loss
 from hqqlora.training.next_token_loss import NextTokenLoss
-from hqqlora.training.options import TrainOptions, check_format, continued, to_dict
+from hqqlora.training.options import (
+    TrainOptions,
+    check_format,
+    continued,
+    quantized_before,
+    to_dict,
+)
 from hqqlora.training.perplexity import measure_perplexity
 from hqqlora.training.report import build_log, format_table, write_log
 from hqqlora.training.run_folder import RunFolder, choose_folder
@@ -129,7 +135,7 @@ class _Run:
         windows = self._load_text()
         model = self._load_model(windows)
         loss = NextTokenLoss(model)
-        if is_quantized(self.source):
+        if quantized_before(self.options, self.source):
             self._look_at_weights(model, None)
         else:
             if self.checkpoint is None:
@@ -170,8 +176,9 @@ class _Run:
     def _load_model(self, windows: TokenWindows) -> nn.Module:
         dtype = choose_dtype(self.options.dtype)
         _say(f"loading  {self.source.name}")
+        load = load_stored_codes if self.options.as_stored else load_model
         with self._timed("load"):
-            model = load_model(self.source, dtype)
+            model = load(self.source, dtype)
         check_fit(model, windows, self.options.sequence_length)
         parameters = sum(p.numel() for p in model.parameters())
         name = str(dtype).removeprefix("torch.")

