@@ -64,6 +64,16 @@ def input_importance(
     return means
 
 
+def body_importance(model: Any) -> dict[str, Tensor]:
+    """`input_importance` of a transformers model by random tokens, but for the output layer,
+    whose products are not computed: with a large vocabulary they take more memory than all
+    else."""
+    body = model.base_model
+    prefix = next(name for name, module in model.named_modules() if module is body)
+    found = input_importance(body)
+    return {f"{prefix}.{name}" if prefix else name: x for name, x in found.items()}
+
+
 def _random_tokens(model: nn.Module, seed: int) -> list[dict[str, Tensor]]:
     embeddings: Any = getattr(model, "get_input_embeddings", lambda: None)()
     weight = getattr(embeddings, "weight", None)

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_llama import save_model_and_text
 
 from hqqlora.cli import main
@@ -57,7 +58,8 @@ def test_it_learns(finished):
 
 def test_the_log_says_what_was_done(finished):
     folder, log = finished
-    assert sorted(p.name for p in folder.iterdir()) == ["adapter", "loss.png", "train_log.json"]
+    names = ["adapter", "importance.safetensors", "loss.png", "train_log.json"]
+    assert sorted(p.name for p in folder.iterdir()) == names
     assert log["options"]["rank"] == 8
     assert log["options"]["bits"] == 4
     assert log["machine"]["versions"]["torch"] == torch.__version__
@@ -91,7 +93,9 @@ def test_the_adapter_gives_the_fine_tuned_perplexity(finished, place):
 
     folder, log = finished
     model = transformers.AutoModelForCausalLM.from_pretrained(place / "model").eval()
-    hqqlora.quantize_model(model, hqqlora.BaseQuantizeConfig(), progress=False)
+    importance = load_file(folder / "importance.safetensors")
+    config = hqqlora.BaseQuantizeConfig()
+    hqqlora.quantize_model(model, config, importance=importance, progress=False)
     hqqlora.load_adapter(model, folder / "adapter")
     tokenizer = transformers.AutoTokenizer.from_pretrained(place / "model")
     content = (place / "text.txt").read_text()
@@ -131,7 +135,7 @@ def test_the_table(finished, capsys):
         ["--bits", "3", "--axis", "0", "--rslora", "--schedule", "cosine"],
         ["--bits", "8", "--group-size", "none", "--target-modules", "q_proj", "v_proj"],
         ["--bits", "2", "--group-size", "16", "--target-modules", r".*\.mlp\..*"],
-        ["--importance"],
+        ["--no-importance"],
     ],
     ids=lambda more: " ".join(more[:2]),
 )
@@ -140,7 +144,8 @@ def test_other_options(place, finished, capsys, more):
     assert main(train(place, output, *more, "--sample-tokens", "0", "--prompt", "x")) == 0
     log = json.loads((place / output / "train_log.json").read_text())
     assert log["perplexity"]["fine_tuned"] < 0.5 * log["perplexity"]["quantized"]
-    if "--importance" in more:  # other scales and zeros
+    if "--no-importance" in more:  # other scales and zeros
+        assert not (place / output / "importance.safetensors").exists()
         assert log["perplexity"]["quantized"] != finished[1]["perplexity"]["quantized"]
     if "--gradient-checkpointing" in more:  # changes memory, not results
         expected = [step["loss"] for step in finished[1]["steps"]]
@@ -168,7 +173,7 @@ def test_without_matplotlib_there_is_a_note(place, monkeypatch, capsys):
     assert main(train(place, "no-plot", "--steps", "1", "--sample-tokens", "0")) == 0
     assert "pip install 'hqqlora[plot]'" in capsys.readouterr().err
     names = sorted(p.name for p in (place / "no-plot").iterdir())
-    assert names == ["adapter", "train_log.json"]
+    assert names == ["adapter", "importance.safetensors", "train_log.json"]
 
 
 def test_help_names_every_option_and_default(capsys):

@@ -106,11 +106,12 @@ def test_a_stopped_run_goes_on(
     "option",
     [
         *(["--bits", "3"], ["--group-size", "32"], ["--axis", "0"], ["--solver", "minmax"]),
-        ["--importance"],
+        *(["--importance"], ["--no-importance"]),
     ],
     ids=" ".join,
 )
 def test_its_format_is_not_chosen_again(place: Path, capsys: Any, option: list[str]):
     assert main(train(place, "not", *option)) == 2
-    assert f"{option[0]}: {place / 'small'} is quantized already" in (capsys.readouterr().err)
+    name = option[0].replace("no-", "")
+    assert f"{name}: {place / 'small'} is quantized already" in capsys.readouterr().err
     assert not (place / "not").exists()

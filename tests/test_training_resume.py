@@ -13,14 +13,15 @@ import sys
 import pytest
 from tiny_llama import save_model_and_text
 
-from hqqlora import input_importance
 from hqqlora.cli import main
+from hqqlora.importance import body_importance
 from hqqlora.training import loop
 from hqqlora.training.next_token_loss import NextTokenLoss
 
 pytest.importorskip("transformers")
 
 STEPS = 9
+FILES = ["adapter", "importance.safetensors", "loss.png", "train_log.json"]
 
 # Runs a command line, and dies in the middle of writing its n-th checkpoint: the temporary
 # file is complete, and not yet renamed.
@@ -114,22 +115,23 @@ def test_killed_and_stopped_runs_end_as_if_nothing_had_happened(
     assert main(["train", "--resume", "--output", str(output)]) == 0
     assert "resumed  after step 7 of 9" in capsys.readouterr().out
     assert results(output) == uninterrupted
-    assert sorted(p.name for p in output.iterdir()) == ["adapter", "loss.png", "train_log.json"]
+    assert sorted(p.name for p in output.iterdir()) == FILES
 
 
-def test_importance_is_not_measured_again(place, tmp_path, monkeypatch, capsys):
+def test_importance_is_not_measured_again(place, uninterrupted, tmp_path, monkeypatch, capsys):
     """Another processor would find other last bits, and so another model."""
     output = tmp_path / "run"
     with monkeypatch.context() as patch:
         stop_after(patch, 3)
-        assert main([*train(place, output), "--importance"]) == 130
+        assert main(train(place, output)) == 130
 
     def other(model):
-        return {name: values + 1e-6 for name, values in input_importance(model).items()}
+        return {name: values + 1e-6 for name, values in body_importance(model).items()}
 
-    monkeypatch.setattr("hqqlora.input_importance", other)
+    monkeypatch.setattr("hqqlora.training.job.body_importance", other)
     assert main(["train", "--resume", "--output", str(output)]) == 0
     assert "resumed  after step 3" in capsys.readouterr().out
+    assert results(output) == uninterrupted
 
 
 def test_a_request_to_terminate_is_honoured(place, tmp_path, monkeypatch, capsys):

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import hqqlora
 from hqqlora.command.errors import RunError, UsageError, explaining
+from hqqlora.importance import body_importance
 from hqqlora.optional_packages import absence, is_installed
 
 # hqq's and this library's format alike.
@@ -156,11 +157,15 @@ def start_adapters(model: nn.Module) -> int:
 
 
 def quantize_with_hqqlora(model: nn.Module, layers: Sequence[str]) -> None:
-    """This library's layers, by its default solver."""
+    """This library's layers as `hqqlora train` makes them: fitted to what random tokens send
+    through them."""
     head = _output_layer(model)
-    config = hqqlora.BaseQuantizeConfig(nbits=NBITS, group_size=GROUP_SIZE, axis=AXIS)
     hqqlora.quantize_model(
-        model, config, skip_modules=() if head is None else (head,), progress=False
+        model,
+        hqqlora.BaseQuantizeConfig(nbits=NBITS, group_size=GROUP_SIZE, axis=AXIS),
+        skip_modules=() if head is None else (head,),
+        importance=body_importance(model),
+        progress=False,
     )
 
 
@@ -211,14 +216,14 @@ def pass_gradients(model: nn.Module) -> None:
 
 CONTENDERS = {
     "hqqlora+peft": Recipe(
-        "hqqlora's quantize_model, then PEFT's get_peft_model",
+        "hqqlora's quantize_model with importance, then PEFT's get_peft_model",
         ("peft",),
         quantize_with_hqqlora,
         adapt_with_peft,
         fused=True,
     ),
     "hqqlora": Recipe(
-        "hqqlora's quantize_model, then its add_lora",
+        "hqqlora's quantize_model with importance, then its add_lora",
         (),
         quantize_with_hqqlora,
         adapt_with_hqqlora,

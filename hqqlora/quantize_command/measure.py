@@ -20,7 +20,7 @@ from hqqlora.command.errors import UsageError, explaining
 from hqqlora.command.model_source import quiet_transformers
 from hqqlora.command.packages import require
 from hqqlora.experts import is_experts
-from hqqlora.importance import input_importance
+from hqqlora.importance import body_importance, input_importance
 from hqqlora.quantize_command.plan import Plan, model_class_of
 
 
@@ -60,14 +60,10 @@ def measure_importance(checkpoint: DenseCheckpoint, plan: Plan, dtype: str) -> P
 
 
 def _measure(model: Any, layers: set[str]) -> dict[str, Tensor]:
-    """By the layers' names; without the output layer, whose products are large, where it is
-    not one of `layers`."""
-    names = {module: name for name, module in model.named_modules()}
-    body = model.base_model
-    if names.get(model.get_output_embeddings()) in layers:
-        body = model
-    prefix = f"{names[body]}." if names[body] else ""
-    return {f"{prefix}{name}": values for name, values in input_importance(body).items()}
+    """By the layers' names; with the output layer if it is one of `layers`."""
+    head = model.get_output_embeddings()
+    in_layers = any(module is head and name in layers for name, module in model.named_modules())
+    return input_importance(model) if in_layers else body_importance(model)
 
 
 def _places(model_class: Any, config: Any, layers: set[str]) -> dict[str, str] | None:

@@ -34,6 +34,8 @@ from hqqlora.command.model_source import (
     load_stored_codes,
     load_tokenizer,
 )
+from hqqlora.files import write_safetensors
+from hqqlora.importance import body_importance
 from hqqlora.optional_packages import command_for
 from hqqlora.training.checkpoint import (
     Checkpoint,
@@ -195,9 +197,9 @@ class _Run:
         options = self.options
         dense = dense_layers(model)
         with self._timed("quantize"), explaining("cannot quantize"):
-            if options.importance:
+            if options.weighs_columns:
                 saved = self.checkpoint.importance if self.checkpoint else {}
-                self.importance = saved or hqqlora.input_importance(model)
+                self.importance = saved or body_importance(model)
             hqqlora.quantize_model(
                 model,
                 hqqlora.BaseQuantizeConfig(
@@ -291,6 +293,8 @@ class _Run:
         )
         try:
             hqqlora.save_adapter(model, folder.adapter, str(self.source.path))
+            if self.importance:
+                write_safetensors(folder.importance, self.importance)
             drawn = draw_loss(log, folder.curve)
             write_log(log, folder.log)
         except OSError as error:
@@ -299,7 +303,9 @@ class _Run:
         if options.sample_tokens:
             _say(_shown_sample(self.facts["sample"]))
         _say("\n" + format_table(log) + "\n")
-        files = [folder.adapter, folder.log, *([folder.curve] if drawn else [])]
+        files = [folder.adapter, folder.log]
+        files += [folder.importance] if self.importance else []
+        files += [folder.curve] if drawn else []
         _say("written: " + ", ".join(map(str, files)))
         if not drawn:
             _note(f"no loss curve: {command_for('matplotlib')}")

@@ -99,12 +99,12 @@ class TrainOptions:
         "group's range",
         choices=SOLVERS,
     )
-    importance: bool = _option(
+    importance: bool | None = _option(
         _FORMAT,
-        False,
+        None,
         "fit them to what random tokens send through each layer: a better model, without data "
-        "(solver default)",
-        action="store_true",
+        "(default: yes, where the solver is the default one)",
+        action=argparse.BooleanOptionalAction,
     )
 
     rank: int = _option(_ADAPTER, 16, "rank of the adapter", type=positive_integer, metavar="R")
@@ -230,6 +230,11 @@ class TrainOptions:
         type=non_negative_integer,
         metavar="TOKENS",
     )
+
+    @property
+    def weighs_columns(self) -> bool:
+        """Whether importance is asked for, or used unasked."""
+        return self.solver == "default" if self.importance is None else self.importance
 
 
 # What may differ between a run and its continuation: it changes no loss.

@@ -21,6 +21,7 @@ class RunFolder:
         self.adapter = self.path / "adapter"
         self.log = self.path / "train_log.json"
         self.curve = self.path / "loss.png"
+        self.importance = self.path / "importance.safetensors"
         self.checkpoint = self.path / "checkpoint.pt"
         self._created = False
 
@@ -74,7 +75,7 @@ class RunFolder:
     def clear_results(self) -> None:
         """Removes what an earlier run has ended with here, and nothing else. The log, by which
         the run counts as finished, goes first."""
-        for file in (self.log, self.curve):
+        for file in (self.log, self.curve, self.importance):
             file.unlink(missing_ok=True)
         if self.adapter.is_dir():
             remove_folder(self.adapter)
