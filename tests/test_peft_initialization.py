@@ -176,6 +176,32 @@ class TestLoftq:
             assert error < base_error
             assert error.item() == pytest.approx(rest.item(), rel=1e-3)
 
+    def test_importance_decides_which_errors_are_corrected(self) -> None:
+        """Nearest in the outputs: the best of that rank, and of no other norm."""
+        dense = {name: torch.randn(48, 64) for name in ("0", "1")}
+        layers = []
+        for weight in dense.values():
+            linear = nn.Linear(64, 48, bias=False)
+            linear.weight.data = weight.clone()
+            config = hqqlora.BaseQuantizeConfig(nbits=2, group_size=64)
+            layers.append(hqqlora.HQQLinear(linear, config, compute_dtype=torch.float32))
+        importance = {"0": torch.linspace(0, 1, 64).exp().square() * 7}
+        model = get_peft_model(
+            nn.Sequential(*layers), LoraConfig(r=6, lora_alpha=3, target_modules=["0", "1"])
+        )
+        hqqlora.peft.correct_quantization(model, dense.__getitem__, importance=importance)
+        for name, weight in dense.items():
+            layer = model.base_model.model[int(name)]
+            columns = importance[name].sqrt() if name in importance else torch.ones(64)
+            lost = (weight - layer.base_layer.dequantize()) * columns
+            error = ((weight - total(layer)) * columns).norm()
+            rest = torch.linalg.svdvals(lost)[6:].norm()
+            assert error.item() == pytest.approx(rest.item(), rel=1e-3)
+        with pytest.raises(ValueError, match=r"0: the importance is \[63\], .* 64 inputs"):
+            hqqlora.peft.correct_quantization(
+                model, dense.__getitem__, importance={"0": torch.ones(63)}
+            )
+
 
 class TestOthers:
     def test_mica_takes_the_smallest_singular_values(self) -> None:

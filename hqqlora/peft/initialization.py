@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -63,23 +63,33 @@ def loftq(layer: Any, adapter: str, iterations: int) -> None:
 
 @torch.no_grad()
 def correct_quantization(
-    model: nn.Module, dense_weight: Callable[[str], Tensor], adapter: str = "default"
+    model: nn.Module,
+    dense_weight: Callable[[str], Tensor],
+    adapter: str = "default",
+    importance: Mapping[str, Tensor] | None = None,
 ) -> nn.Module:
     """LoftQ with the original weights at hand: gives each adapter the B A of its rank that is
     nearest to what quantizing has lost. The base stays as it is.
+
+    Without `importance` nearest in the weights: the least sum of squares. With it nearest in
+    what comes out: an error in column k counts by the mean square of input k (QERA, Zhang et
+    al., 2024, https://arxiv.org/abs/2410.06040, its approximate form). The adapter then belongs
+    to the quantized base, and not to the dense model.
 
     Args:
         model: a PeftModel whose adapter is new.
         dense_weight: from a layer's name, as it is in the base model, to the weight
             [out_features, in_features] from before quantization.
         adapter: the name of the adapter.
+        importance: what `hqqlora.input_importance` found, float tensors [in_features] by the
+            layers' names; layers that are not in it are corrected without.
 
     Returns:
         model.
 
     Raises:
-        ValueError: a weight has another shape than its layer; the layers before it have their
-            new values.
+        ValueError: a weight or an importance has another shape than its layer calls for; the
+            layers before it have their new values.
     """
     for name, layer in model.named_modules():
         base = getattr(layer, "base_layer", None)
@@ -93,10 +103,26 @@ def correct_quantization(
                 f"[{base.out_features}, {base.in_features}]"
             )
         lost = weight.to(base.device, torch.float32) - base.dequantize(torch.float32)
-        B, A = nearest_of_rank(lost, layer.r[adapter])
-        layer.lora_A[adapter].weight.copy_(A)
+        columns = _column_weights((importance or {}).get(name), name, base)
+        B, A = nearest_of_rank(lost * columns, layer.r[adapter])
+        layer.lora_A[adapter].weight.copy_(A / columns)
         layer.lora_B[adapter].weight.copy_(B / layer.scaling[adapter])
     return model
+
+
+def _column_weights(importance: Tensor | None, name: str, base: HQQLinear) -> Tensor:
+    """What a column's error is multiplied by, [in_features]. As in the solver, no column counts
+    for less than a hundredth of the mean: A is divided by it."""
+    if importance is None or not importance.any():
+        return torch.ones(base.in_features, device=base.device)
+    if tuple(importance.shape) != (base.in_features,):
+        raise ValueError(
+            f"{name}: the importance is {list(importance.shape)}, the layer has "
+            f"{base.in_features} inputs"
+        )
+    squares = importance.to(base.device, torch.float32)
+    squares = squares / squares.max()
+    return squares.clamp_min(0.01 * squares.mean()).sqrt()
 
 
 def nearest_of_rank(weight: Tensor, r: int) -> tuple[Tensor, Tensor]:
