@@ -62,6 +62,11 @@ COMMANDS = [
     ("transformers", "export gguf . out.gguf", HF),
     ("accelerate", "export gguf . out.gguf", HF),
     ("gguf", "export gguf . out.gguf", GGUF),
+    ("peft", "export gguf-adapter . out.gguf", HF),
+    ("gguf", "export gguf-adapter . out.gguf", GGUF),
+    ("transformers", "merge . out", HF),
+    ("accelerate", "merge . out", HF),
+    ("peft", "merge . out", HF),
 ]
 # Works without any optional package.
 WITHOUT_ANY = """
@@ -155,8 +160,9 @@ def test_a_part_that_is_missing_is_not_called_a_missing_package():
 
 # Reached only where the package is there: past a guard, or past `require`.
 GUARDED = (
-    "bench/", "command/checkpoint_folder.py", "command/model_source.py", "export_command.py",
-    "info_command/plot.py", "peft/", "quantize_command/", "training/", "transformers/",
+    "bench/", "command/adapter_source.py", "command/checkpoint_folder.py",
+    "command/model_source.py", "export_command.py", "info_command/plot.py", "merge_command.py",
+    "peft/", "quantize_command/", "training/", "transformers/",
 )  # fmt: skip
 
 
