@@ -11,6 +11,8 @@
 #endif
 
 #define COLUMNS HQQ_PANEL_COLUMNS
+/* Whose words are fetched: they lie too far apart for the processor to foresee. */
+#define ROWS_AHEAD 8
 
 static hqq_dtype word_dtype(const hqq_panels_job *job)
 {
@@ -107,6 +109,13 @@ void HQQ_ISA_NAME(hqq_panels_decode)(const hqq_panels_job *job, int64_t panel, v
         return;
     }
 #endif
+    const hqq_layout *l = &job->product.layout;
+    if (hqq_strips_decode(job->product.weight)) {
+        int64_t rows = l->N / l->per;
+        HQQ_ISA_NAME(hqq_decode_strips)
+        (out, COLUMNS, rows, job->product.weight, l, 0, rows, begin, end, ROWS_AHEAD);
+        return;
+    }
     decode_rows(out, COLUMNS, job, 0, job->reduction, begin, end);
 }
 

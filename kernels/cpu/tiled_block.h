@@ -3,6 +3,7 @@
 #ifndef HQQ_KERNELS_CPU_TILED_BLOCK_H
 #define HQQ_KERNELS_CPU_TILED_BLOCK_H
 
+#include "decode_floats.h"
 #include "dequantize_block.h"
 #include "integers.h"
 #include "multiply_tile.h"
@@ -63,7 +64,7 @@ HQQ_ALWAYS_INLINE void hqq_copy_terms(void *out, int64_t to, const hqq_tiled_job
         return;
     }
     switch (job->dtype) {
-    case HQQ_F32: memcpy(floats, (const float *)job->in + i, (size_t)n * 4); break;
+    case HQQ_F32: hqq_load_floats(floats, job->in, HQQ_F32, i, n); break;
     case HQQ_F16: hqq_load_floats(floats, job->in, HQQ_F16, i, n); break;
     case HQQ_BF16: hqq_load_floats(floats, job->in, HQQ_BF16, i, n); break;
     }
@@ -111,6 +112,11 @@ static inline void hqq_decode_rows(void *out, int64_t ld, int64_t slot_rows,
     hqq_dtype dtype = job->pairs ? HQQ_BF16 : HQQ_F32;
     hqq_row_piece pieces[HQQ_MAX_SLOTS];
     hqq_row_pieces(pieces, &job->sets, set_begin, set_end);
+    if (!job->pairs && hqq_strips_decode(job->weight)) {
+        HQQ_ISA_NAME(hqq_decode_strips)
+        (out, ld, slot_rows, job->weight, &job->layout, set_begin, set_end, begin, end, 0);
+        return;
+    }
     for (int j = 0; j < job->sets.slots; j++) HQQ_ISA_NAME(hqq_dequantize_rows)
     (hqq_at_mut(out, dtype, j * slot_rows * ld), ld, dtype, job->weight, pieces[j].first, 1,
      pieces[j].count, begin, end);
