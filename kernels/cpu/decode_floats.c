@@ -113,8 +113,9 @@ HQQ_ALWAYS_INLINE void decode_strip_of(const strip *s, int whole, const int nbit
     {[HQQ_F32] = decode_##nbits##_HQQ_F32, \
      [HQQ_F16] = decode_##nbits##_HQQ_F16, \
      [HQQ_BF16] = decode_##nbits##_HQQ_BF16}
-OF_BITS(8)
-OF_BITS(4) OF_BITS(3) OF_BITS(2) OF_BITS(1)
+/* clang-format off */
+OF_BITS(8) OF_BITS(4) OF_BITS(3) OF_BITS(2) OF_BITS(1)
+    /* clang-format on */
 
     typedef void (*decode_fn)(const strip *s, int whole);
 static const decode_fn decode[][3] = {

@@ -185,7 +185,7 @@ static int check_blocks(hqq_isa isa)
         /* x is turned: two parts of the tokens, the last panel of each shorter; half a word */
         {545, 12, 35, 35, 2, 4, 1},
         {520, 70, 36, 12, 3, 4, 1},    /* panels (panels.h) forward, too, the last not full */
-        {64, 2048, 600, 8, 1, 4, 1},   /* two blocks of panels */
+        {256, 2048, 600, 8, 1, 4, 1},  /* two blocks of panels */
         {48, 12, 2120, 8, 1, 4, 1},    /* columns, as above */
         {64, 600, 48, 24, 1, 4, 0},    /* rows */
         {61, 33, 27, 9, 3, 3, 1},      /* slots, as above */
@@ -194,6 +194,10 @@ static int check_blocks(hqq_isa isa)
         {260, 76, 96, 32, 1, 4, 1},    /* panels: a part of one in both passes, a mask */
         {261, 10, 72, 8, 2, 8, 0},     /* rows of panels that are not decoded in pairs */
         {256, 580, 4096, 64, 1, 4, 1}, /* several blocks of panels */
+        /* panels of two parts of dgrad in fp32, whose last columns are few: of strips, and not
+         */
+        {257, 2100, 80, 16, 2, 4, 1},
+        {256, 2064, 72, 8, 3, 8, 0},
     };
     uint64_t state = 41;
     int failures = 0;
