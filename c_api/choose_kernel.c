@@ -24,10 +24,11 @@
  * AVX-512: no instructions for bf16, so as fp32. AVX2: direct's are of the Xeon, restricted to
  * AVX2; fp16's is a guess. Portable: not measured.
  *
- * In fp32 tiled decodes strip by strip for dgrad (cpu/decode_floats.h), where the weight lets
- * it: it then passes direct between 4 and 5 tokens on the Zen 5, also without its bf16 and with
- * AVX2 alone, of which 6 are left to direct, as on the Xeon it passed direct later. With AMX
- * not measured. Where it does not, at axis 0 as an example, it passes direct at 20 tokens.
+ * In fp32 dgrad decodes strip by strip (cpu/decode_floats.h) where the weight lets it, at axis
+ * 1: it then passes direct between 4 and 5 tokens on the Zen 5, also without its bf16 and with
+ * AVX2 alone; there 6 are left to direct, as on the Xeon it was passed later. With AMX not
+ * measured. At axis 0 it passes direct at 20 tokens. Forward tiled passes direct at 7, at axis
+ * 0 between 6 and 12, at 8 bits before 6, at 2 at 12.
  */
 #include "hqqlora.h"
 #include "cpu/decode_floats.h"
@@ -52,10 +53,10 @@ static const thresholds_by_dtype table[][3] = {
     [HQQ_ISA_AVX2] = {{{24, ANY}, {16, ANY}, {16, ANY}},
                       {{6, ANY}, {6, ANY}, {6, ANY}},
                       {{16, ANY}, {12, ANY}, {12, ANY}}},
-    [HQQ_ISA_AVX512] = {{{12, ANY}, {12, ANY}, {12, ANY}},
+    [HQQ_ISA_AVX512] = {{{6, ANY}, {6, ANY}, {6, ANY}},
                         {{4, ANY}, {4, ANY}, {4, ANY}},
                         {{16, ANY}, {16, ANY}, {16, ANY}}},
-    [HQQ_ISA_AVX512_BF16] = {{{5, ANY}, {12, ANY}, {8, ANY}},
+    [HQQ_ISA_AVX512_BF16] = {{{6, ANY}, {6, ANY}, {8, ANY}},
                              {{4, ANY}, {4, ANY}, {6, 1024}},
                              {{20, ANY}, {16, ANY}, {6, 1024}}},
     [HQQ_ISA_AMX] = {{{12, ANY}, {16, ANY}, {5, ANY}},
