@@ -38,8 +38,8 @@
  * 4096, 4 bits, G = 64, cold, two threads, GFLOP/s (torch's dense product in the same dtype):
  *
  *     M              16          32          64         128         512
- *     fp32 forward  309 (73)    355 (85)       (turned.h, panels.h)
- *     fp32 dgrad    161 (74)    238 (92)   289 (117)   358 (136)   354 (174)
+ *     fp32 forward  327 (73)    363 (85)       (turned.h, panels.h)
+ *     fp32 dgrad    335 (74)    390 (92)   420 (117)   430 (136)       (panels.h)
  *     bf16 forward  494 (293)   621 (458)      (turned.h, panels.h)
  *     bf16 dgrad    396 (172)   565 (289)  671 (440)   764 (612)       (panels.h)
  *

@@ -179,9 +179,10 @@ static int check_blocks(hqq_isa isa)
         {5, 1300, 70, 35, 0, 8, 1}, /* rows of dgrad; an odd number of them in the last block */
         {9, 600, 272, 24, 1, 4, 0}, /* columns of dgrad */
         {9, 40, 192, 96, 1, 4, 1},  /* that begin within a group */
-        {7, 100, 2112, 48, 2, 4, 1}, /* strips of dgrad, of two blocks of rows */
-        {13, 33, 27, 9, 3, 3, 1},    /* slots that begin within rows and lack some */
-        {6, 1, 64, 64, 1, 4, 1},     /* one row: the second slot has none */
+        {14, 12, 2240, 320, 1, 2, 1}, /* columns forward in bf16 that do */
+        {7, 100, 2112, 48, 2, 4, 1},  /* strips of dgrad, of two blocks of rows */
+        {13, 33, 27, 9, 3, 3, 1},     /* slots that begin within rows and lack some */
+        {6, 1, 64, 64, 1, 4, 1},      /* one row: the second slot has none */
         /* x is turned: two parts of the tokens, the last panel of each shorter; half a word */
         {545, 12, 35, 35, 2, 4, 1},
         {520, 70, 36, 12, 3, 4, 1},    /* panels (panels.h) forward, too, the last not full */
