@@ -14,6 +14,21 @@ COLUMNS = ("fp32", "fp16", "bf16")
 _KERNEL_NAMES = {2: "direct", 3: "blocked", 4: "tiled"}
 
 
+class Weight(ctypes.Structure):
+    """hqq_weight, as far as the choice asks: no codes, in hqq's packing."""
+
+    _fields_ = (
+        ("out_features", ctypes.c_int64),
+        ("in_features", ctypes.c_int64),
+        ("group_size", ctypes.c_int64),
+        ("nbits", ctypes.c_int32),
+        ("axis", ctypes.c_int32),
+        ("meta_dtype", ctypes.c_int),
+        ("packing", ctypes.c_int),
+        ("data", ctypes.c_void_p * 3),
+    )
+
+
 @functools.cache
 def library() -> ctypes.CDLL:
     """The C library, to ask what it would choose."""
@@ -35,12 +50,15 @@ def instruction_set() -> str:
     return os.environ.get("HQQLORA_ISA") or found.decode()
 
 
-def chosen(rows: int, dtype: str, name: str) -> str:
-    """The kernel for so many rows, forward or dgrad, whatever the weight."""
+def chosen(rows: int, dtype: str, name: str, weight: Weight | None = None) -> str:
+    """The kernel for so many rows, forward or dgrad, of that weight, or of most at axis 1."""
     names = (library().hqq_isa_name(isa).decode() for isa in itertools.count())
     isas = list(itertools.takewhile(lambda name: name != "unknown", names))
     isa = isas.index(instruction_set())
-    kernel = library().hqq_choose_kernel(None, rows, COLUMNS.index(dtype), name == "dgrad", isa)
+    described = None if weight is None else ctypes.byref(weight)
+    kernel = library().hqq_choose_kernel(
+        described, rows, COLUMNS.index(dtype), name == "dgrad", isa
+    )
     return _KERNEL_NAMES[kernel]
 
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import report
 import torch
-from kernel_choice import COLUMNS, chosen, instruction_set
+from kernel_choice import COLUMNS, Weight, chosen, instruction_set
 from layers import DTYPES, quantize
 
 from hqqlora.ops import PackedWeight
@@ -147,10 +147,13 @@ def measure(
     return times
 
 
-def print_times(times: dict[int, dict[str, float]], dtype: str, name: str) -> None:
+def print_times(
+    times: dict[int, dict[str, float]], dtype: str, name: str, weight: Weight
+) -> None:
     lines = []
     for m, seconds in times.items():
-        best, now = min(seconds, key=lambda kernel: seconds[kernel]), chosen(m, dtype, name)
+        best = min(seconds, key=lambda kernel: seconds[kernel])
+        now = chosen(m, dtype, name, weight)
         cells = [report.milliseconds(seconds[k]) if k in seconds else "" for k in KERNELS]
         lost = f"{seconds[now] / seconds[best]:.2f}" if now in seconds else ""
         lines.append([str(m), *cells, best, now, lost])
@@ -165,11 +168,12 @@ def print_times(times: dict[int, dict[str, float]], dtype: str, name: str) -> No
     report.table(lines, header)
 
 
-def c_rows(found: dict[tuple[str, str], Thresholds]) -> str:
-    """The lines of the table for this instruction set."""
+def c_rows(found: dict[tuple[str, str], Thresholds], strips: bool) -> str:
+    """The lines of the table for this instruction set; strips: which of its two for dgrad."""
+    columns = ("forward", "dgrad", "") if strips else ("forward", "", "dgrad")
     passes = [
         "{" + ", ".join(str(found.get((name, dtype), "{?, ?}")) for dtype in COLUMNS) + "}"
-        for name in PASSES
+        for name in columns
     ]
     return f"[HQQ_ISA_{instruction_set().upper()}] = {{{', '.join(passes)}}},"
 
@@ -189,6 +193,7 @@ def main() -> None:
         serve(a.size, a.dtypes[0], a.nbits, a.axis, a.threads, a.copies)
         return
     description = report.start(a)
+    weight = Weight(*map(int, a.size.split("x")), 64, a.nbits, a.axis)
     found: dict[tuple[str, str], Thresholds] = {}
     results: list[report.Row] = []
     for dtype in a.dtypes:
@@ -198,7 +203,7 @@ def main() -> None:
         contenders = {kernel: Contender(kernel, shared) for kernel in KERNELS}
         for name in a.passes:
             times = measure(contenders, name, tuple(sorted(a.rows)), a.seconds or 0.5)
-            print_times(times, dtype, name)
+            print_times(times, dtype, name, weight)
             found[name, dtype] = thresholds(times)
             results += [
                 {"pass": name, "dtype": dtype, "M": m, "seconds": seconds}
@@ -206,8 +211,10 @@ def main() -> None:
             ]
         for contender in contenders.values():
             contender.close()
-    print("\nUp to how many tokens {direct, tiled}; fp32, fp16, bf16; forward, dgrad:\n")
-    print(f"    {c_rows(found)}")
+    print(
+        "\nUp to how many tokens {direct, tiled}; fp32, fp16, bf16; forward, dgrad in strips,"
+    )
+    print(f"dgrad of other weights:\n\n    {c_rows(found, a.axis == 1 and a.nbits != 3)}")
     report.finish(a.json, description, {"tune": results})
 
 

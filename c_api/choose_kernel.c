@@ -23,8 +23,15 @@
  *
  * AVX-512: no instructions for bf16, so as fp32. AVX2: direct's are of the Xeon, restricted to
  * AVX2; fp16's is a guess. Portable: not measured.
+ *
+ * In fp32 dgrad decodes strip by strip (cpu/decode_floats.h) where the weight lets it, at axis
+ * 1: it then passes direct between 4 and 5 tokens on the Zen 5, also without its bf16 and with
+ * AVX2 alone; there 6 are left to direct, as on the Xeon it was passed later. With AMX not
+ * measured. At axis 0 it passes direct at 20 tokens. Forward tiled passes direct at 7, at axis
+ * 0 between 6 and 12, at 8 bits before 6, at 2 at 12.
  */
 #include "hqqlora.h"
+#include "cpu/decode_floats.h"
 #include "cpu/isa.h"
 #include "cpu/panels.h"
 
@@ -38,14 +45,23 @@ typedef struct thresholds {
 /* By dtype: fp32, fp16, bf16. */
 typedef thresholds thresholds_by_dtype[3];
 
-static const thresholds_by_dtype table[][2] = {
-    /*                            forward                            dgrad */
-    [HQQ_ISA_PORTABLE] = {{{8, 0}, {8, 0}, {8, 0}}, {{8, 0}, {8, 0}, {8, 0}}},
-    [HQQ_ISA_AVX2] = {{{24, ANY}, {16, ANY}, {16, ANY}}, {{16, ANY}, {12, ANY}, {12, ANY}}},
-    [HQQ_ISA_AVX512] = {{{12, ANY}, {12, ANY}, {12, ANY}}, {{16, ANY}, {16, ANY}, {16, ANY}}},
-    [HQQ_ISA_AVX512_BF16] = {{{5, ANY}, {12, ANY}, {8, ANY}},
-                             {{32, ANY}, {16, ANY}, {6, 1024}}},
-    [HQQ_ISA_AMX] = {{{12, ANY}, {16, ANY}, {5, ANY}}, {{16, ANY}, {16, ANY}, {6, ANY}}},
+/* Passes: forward, dgrad, and dgrad of weights that it does not decode strip by strip. */
+static const thresholds_by_dtype table[][3] = {
+    [HQQ_ISA_PORTABLE] = {{{8, 0}, {8, 0}, {8, 0}},
+                          {{8, 0}, {8, 0}, {8, 0}},
+                          {{8, 0}, {8, 0}, {8, 0}}},
+    [HQQ_ISA_AVX2] = {{{24, ANY}, {16, ANY}, {16, ANY}},
+                      {{6, ANY}, {6, ANY}, {6, ANY}},
+                      {{16, ANY}, {12, ANY}, {12, ANY}}},
+    [HQQ_ISA_AVX512] = {{{6, ANY}, {6, ANY}, {6, ANY}},
+                        {{4, ANY}, {4, ANY}, {4, ANY}},
+                        {{16, ANY}, {16, ANY}, {16, ANY}}},
+    [HQQ_ISA_AVX512_BF16] = {{{6, ANY}, {6, ANY}, {8, ANY}},
+                             {{4, ANY}, {4, ANY}, {6, 1024}},
+                             {{20, ANY}, {16, ANY}, {6, 1024}}},
+    [HQQ_ISA_AMX] = {{{12, ANY}, {16, ANY}, {5, ANY}},
+                     {{16, ANY}, {16, ANY}, {6, ANY}},
+                     {{16, ANY}, {16, ANY}, {6, ANY}}},
 };
 
 hqq_kernel hqq_choose_kernel(const hqq_weight *weight, int64_t M, hqq_dtype dtype,
@@ -54,7 +70,8 @@ hqq_kernel hqq_choose_kernel(const hqq_weight *weight, int64_t M, hqq_dtype dtyp
     /* 8 and 3 bits cross at a few tokens fewer or more: not worth a table */
     int row = isa >= HQQ_ISA_PORTABLE && isa <= HQQ_ISA_AMX ? (int)isa : HQQ_ISA_PORTABLE;
     int column = dtype == HQQ_F16 || dtype == HQQ_BF16 ? (int)dtype : HQQ_F32;
-    thresholds up_to = table[row][transpose != 0][column];
+    int pass = !transpose ? 0 : !weight || hqq_strips_decode(weight) ? 1 : 2;
+    thresholds up_to = table[row][pass][column];
     if (M <= up_to.direct) return HQQ_KERNEL_DIRECT;
     if (M <= up_to.tiled || hqq_panels_serve(weight, M, dtype, transpose, isa))
         return HQQ_KERNEL_TILED;

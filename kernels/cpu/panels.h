@@ -15,7 +15,10 @@
  * lanes to add up, for which the panels are transposed. In exchange the panels take memory and
  * a second parallel region, and x is read again for each panel.
  *
- * A block of panels, 4 MB and half of the weight at most, is decoded at a time.
+ * A block of panels, 4 MB and half of the weight at most, is decoded at a time. Where columns
+ * of W are longer than a panel may be, parts of them follow one another, and sums in fp32 wait
+ * in out, which is of fp32 then: a product in bf16 has panels for what fits into one part
+ * alone.
  */
 #ifndef HQQ_KERNELS_CPU_PANELS_H
 #define HQQ_KERNELS_CPU_PANELS_H
@@ -48,9 +51,16 @@ typedef struct hqq_panels_job {
     int transpose;         /* dgrad */
     int64_t columns;       /* of out */
     int64_t reduction;     /* columns of in */
-    int64_t steps;         /* words of the reduction */
     int64_t begin, end;    /* the block's columns of out */
-    void *panels;          /* [panels of the block][steps][HQQ_PANEL_COLUMNS] words */
+    int strips;            /* dgrad: W is decoded strip by strip (decode_floats.h) */
+    /* A part of the reduction: as many spans of columns of `in`, `apart` from one to the next.
+     * Of strips a span a slot, of the part's packed rows. */
+    int spans;
+    int64_t first, count, apart; /* of a span: its first column, and how many */
+    int64_t steps;               /* words of all spans */
+    int64_t part_steps;          /* of the longest part: between panels */
+    int is_first, is_last;
+    void *panels; /* [panels of the block][part_steps][HQQ_PANEL_COLUMNS] words */
 } hqq_panels_job;
 
 /* Bytes that a chunk needs: of decoding, and of multiplying. */

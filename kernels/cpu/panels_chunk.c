@@ -11,6 +11,8 @@
 #endif
 
 #define COLUMNS HQQ_PANEL_COLUMNS
+/* Whose words are fetched: they lie too far apart for the processor to foresee. */
+#define ROWS_AHEAD 8
 
 static hqq_dtype word_dtype(const hqq_panels_job *job)
 {
@@ -19,7 +21,7 @@ static hqq_dtype word_dtype(const hqq_panels_job *job)
 
 static void *panel_of(const hqq_panels_job *job, int64_t panel)
 {
-    return (char *)job->panels + panel * job->steps * COLUMNS * 4;
+    return (char *)job->panels + panel * job->part_steps * COLUMNS * 4;
 }
 
 static void decode_rows(void *out, int64_t ld, const hqq_panels_job *job, int64_t row,
@@ -53,7 +55,7 @@ static void turn_rows(float *panel, const float *rows, int64_t ld, int64_t steps
 static void decode_turned(float *panel, const hqq_panels_job *job, int64_t begin, int64_t end,
                           float *rows)
 {
-    int64_t ld = hqq_tiled_stride(job->steps), in_word = job->product.pairs ? 2 : 1;
+    int64_t ld = hqq_tiled_stride(job->part_steps), in_word = job->product.pairs ? 2 : 1;
     for (int64_t n = begin; n < begin + COLUMNS; n += HQQ_PANEL_STRIP) {
         int64_t count = hqq_most(0, hqq_least(end - n, HQQ_PANEL_STRIP));
         if (count < HQQ_PANEL_STRIP) memset(rows, 0, (size_t)(HQQ_PANEL_STRIP * ld) * 4);
@@ -107,7 +109,10 @@ void HQQ_ISA_NAME(hqq_panels_decode)(const hqq_panels_job *job, int64_t panel, v
         return;
     }
 #endif
-    decode_rows(out, COLUMNS, job, 0, job->reduction, begin, end);
+    if (job->strips) HQQ_ISA_NAME(hqq_decode_strips)
+    (out, COLUMNS, job->count, job->product.weight, &job->product.layout, job->first,
+     job->first + job->count, begin, end, ROWS_AHEAD);
+    else decode_rows(out, COLUMNS, job, job->first, job->count, begin, end);
 }
 
 /* ---- multiplying --------------------------------------------------------------------- */
@@ -161,17 +166,38 @@ static __attribute__((noinline)) void mask_adapter(float *sums, const panel_tile
         }
 }
 
+/* c = what the parts before this one have left in out. */
+HQQ_ALWAYS_INLINE void load_sums(hqq_vec *c, const panel_tiles *t, int64_t m, int64_t column,
+                                 const int rows)
+{
+#pragma GCC unroll 6
+    for (int i = 0; i < rows; i++)
+#pragma GCC unroll 4
+        for (int j = 0; j < HQQ_TILED_SIDE; j++) {
+            int64_t at = column + j * HQQ_LANES, left = t->count - at;
+            const float *sums =
+                (const float *)t->job->product.out + (m + i) * t->job->columns + t->first;
+            hqq_vec *v = &c[i * HQQ_TILED_SIDE + j];
+            if (left >= HQQ_LANES)
+                *v = hqq_vec_load(sums + at);
+            else if (left > 0)
+                *v = hqq_vec_load_dtype_part(sums, HQQ_F32, at, (int)left);
+        }
+}
+
 HQQ_ALWAYS_INLINE void multiply_panel(const panel_tiles *t, int64_t m, const int rows,
                                       const hqq_tile_word kind)
 {
     const hqq_tiled_job *job = &t->job->product;
     const hqq_dtype dtype = kind == HQQ_PAIRS ? HQQ_BF16 : HQQ_F32;
-    const int64_t ld = job->ld_in * (kind == HQQ_PAIRS ? 2 : 4), steps = t->job->steps;
+    const int64_t ld = job->ld_in * (kind == HQQ_PAIRS ? 2 : 4);
+    const int64_t steps = t->job->steps / t->job->spans;
     for (int64_t column = 0; column < t->count; column += HQQ_TILED_SIDE * HQQ_LANES) {
         hqq_vec c[HQQ_TILE_REGISTERS];
 #pragma GCC unroll 24
         for (int i = 0; i < rows * HQQ_TILED_SIDE; i++) c[i] = hqq_vec_zero();
-        if (job->lora) {
+        if (kind == HQQ_FLOATS && !t->job->is_first) load_sums(c, t, m, column, rows);
+        if (job->lora && t->job->is_first) {
             add_adapter(c, t, m, column, rows);
             if (t->dropout.keep_scale != 0.0f) {
                 float sums[HQQ_TILE_REGISTERS * HQQ_LANES];
@@ -184,22 +210,26 @@ HQQ_ALWAYS_INLINE void multiply_panel(const panel_tiles *t, int64_t m, const int
                     c[i] = hqq_vec_load(sums + i * HQQ_LANES);
             }
         }
-        const char *left = hqq_at(job->in, dtype, m * job->ld_in);
         const float *right = (const float *)t->panel + column;
-        for (int64_t p = 0; p < steps; p++) {
-            hqq_vec b[HQQ_TILED_SIDE];
-#pragma GCC unroll 4
-            for (int j = 0; j < HQQ_TILED_SIDE; j++) b[j] = hqq_vec_load(right + j * HQQ_LANES);
-#pragma GCC unroll 6
-            for (int i = 0; i < rows; i++) {
-                hqq_vec a = hqq_broadcast_word(left + i * ld, 0, kind);
+        for (int span = 0; span < t->job->spans; span++) {
+            int64_t first = t->job->first + span * t->job->apart;
+            const char *left = hqq_at(job->in, dtype, m * job->ld_in + first);
+            for (int64_t p = 0; p < steps; p++) {
+                hqq_vec b[HQQ_TILED_SIDE];
 #pragma GCC unroll 4
                 for (int j = 0; j < HQQ_TILED_SIDE; j++)
-                    c[i * HQQ_TILED_SIDE + j] =
-                        hqq_multiply_add(c[i * HQQ_TILED_SIDE + j], a, b[j], kind);
+                    b[j] = hqq_vec_load(right + j * HQQ_LANES);
+#pragma GCC unroll 6
+                for (int i = 0; i < rows; i++) {
+                    hqq_vec a = hqq_broadcast_word(left + i * ld, 0, kind);
+#pragma GCC unroll 4
+                    for (int j = 0; j < HQQ_TILED_SIDE; j++)
+                        c[i * HQQ_TILED_SIDE + j] =
+                            hqq_multiply_add(c[i * HQQ_TILED_SIDE + j], a, b[j], kind);
+                }
+                left += 4;
+                right += COLUMNS;
             }
-            left += 4;
-            right += COLUMNS;
         }
 #pragma GCC unroll 6
         for (int i = 0; i < rows; i++)
@@ -268,11 +298,11 @@ void HQQ_ISA_NAME(hqq_panels_multiply)(const hqq_panels_job *job, int64_t panel,
     panel_tiles t = {.job = job, .panel = panel_of(job, panel), .factor = factor};
     t.first = job->begin + panel * COLUMNS;
     t.count = hqq_least(COLUMNS, job->end - t.first);
-    if (p->lora) {
+    if (p->lora && job->is_first) {
         take_factor(factor, &t);
         if (job->transpose && p->lora->dropout != 0.0f) t.dropout = hqq_dropout_of(p->lora);
     }
-    if (p->bias) {
+    if (p->bias && job->is_last) {
         memset(bias, 0, COLUMNS * 4);
         hqq_load_floats(bias, p->bias, p->bias_dtype, t.first, t.count);
         t.bias = bias;

@@ -3,6 +3,7 @@
 
 #include "amx.h"
 #include "code_runs.h"
+#include "decode_floats.h"
 #include "dtype.h"
 #include "integers.h"
 #include "lora.h"
@@ -18,13 +19,19 @@
  *
  *   forward   x [128 tokens, 1024 words] and sums [128 tokens, 256 rows]. Where x [tokens, K]
  *             takes 384 KB at most it is copied once, and rows of W are decoded end to end.
- *   dgrad     W [500 rows, 256 columns] and sums [256 tokens, 256 columns]
+ *   dgrad     W [500 rows, 256 columns] and sums [256 tokens, 256 columns]; where W is decoded
+ *             strip by strip (decode_floats.h), strips of W [96 rows, 64 columns] in the first
+ *             cache, and dy [256 tokens, 96 rows], copied once for all strips
  *
  * Measured on 4096 x 4096, one thread: 256 rows instead of 128 are worth 4 % at M = 512, 128
  * tokens instead of 512 15 %; strips of 128 columns, not 256, cost dgrad a third. Of few tokens
  * little is left of a tile's time to hide the second cache behind: up to DGRAD_FEW of them
  * DGRAD_FEW_ROWS rows are decoded at a time, into the first (a Zen 5 in bf16, times as fast at
- * 8, 16, 24, 32 tokens: 1.11, 1.1, 1.05, 0.98; fp32 at 16: 1.07).
+ * 8, 16, 24, 32 tokens: 1.11, 1.1, 1.05, 0.98). Strips in fp32, times as fast as blocks of 256
+ * columns, which were decoded row by row, at 4, 8, 16, 32, 64, 128 tokens: 1.6, 1.4, 1.3, 1.2,
+ * 1.1, 1.02, and with AVX2 alone 1.5, 1.3, 1.25 at 4, 8, 16; of 1536 x 576 2.6, 2.1, 1.5. In
+ * pairs of bf16, where 256 columns take no more bytes than the first cache has, strips take 1.1
+ * to 1.2 times as long.
  */
 #define FORWARD_ROWS    256
 #define FORWARD_COLUMNS 1024
@@ -36,6 +43,8 @@
 #define DGRAD_FEW       24
 #define DGRAD_COLUMNS   256
 #define DGRAD_TOKENS    256
+#define STRIP_COLUMNS   64
+#define STRIP_ROWS      96
 /* Chunks are made smaller until there are that many. */
 #define WANTED_CHUNKS 16
 
@@ -62,14 +71,13 @@ static int64_t sets_for(const hqq_tiled_job *job, int64_t rows, int64_t unit)
 /* Takes what both passes need: `width` columns of sums, `inputs` rows of `words` words, and a
  * decoded block of `rows` rows of words. */
 static void take_scratch(hqq_tiled_chunk *c, hqq_arena *arena, int64_t width, int64_t inputs,
-                         int64_t words, int64_t rows)
+                         int64_t words, int64_t rows, int64_t columns)
 {
     const hqq_tiled_job *job = c->job;
     c->ld_sums = hqq_tiled_stride(width);
     c->sums = hqq_arena_take(arena, (size_t)(job->tokens * c->ld_sums) * 4);
     c->input = hqq_arena_take(arena, (size_t)(inputs * hqq_tiled_stride(words)) * 4);
-    c->weights =
-        hqq_arena_take(arena, (size_t)(rows * hqq_tiled_stride(job->block_columns)) * 4);
+    c->weights = hqq_arena_take(arena, (size_t)(rows * hqq_tiled_stride(columns)) * 4);
 }
 
 /* Tokens and parts (of sets, or of columns) of chunk number `chunk`. */
@@ -96,7 +104,7 @@ static size_t linear_scratch(hqq_tiled_chunk *c, void *scratch)
     int64_t slots = job->sets.slots;
     int64_t blocks = job->keeps_input ? column_blocks(job) : 1;
     take_scratch(c, &arena, slots * job->block_sets, job->tokens * blocks, job->block_columns,
-                 slots * hqq_tiled_sets(job->sets.slots));
+                 slots * hqq_tiled_sets(job->sets.slots), job->block_columns);
     c->bias = hqq_arena_take(&arena, (size_t)(job->block_sets + 16) * 4); /* whole vectors */
     if (job->scales_input && job->lora)
         c->lora_B = hqq_arena_take(&arena, (size_t)(job->sets.cycle * job->lora->rank) * 4);
@@ -233,9 +241,10 @@ static size_t dgrad_scratch(hqq_tiled_chunk *c, void *scratch)
     const hqq_tiled_job *job = c->job;
     hqq_arena arena = {.base = scratch};
     int64_t rows = job->block_rows / (job->pairs ? 2 : 1);
-    take_scratch(c, &arena, job->block_columns, HQQ_TILED_TOKENS, rows, rows);
+    take_scratch(c, &arena, job->block_columns,
+                 job->keeps_input ? job->tokens : HQQ_TILED_TOKENS, rows, rows, job->strip);
     if (job->pairs)
-        c->rows = hqq_arena_take(&arena, (size_t)(job->block_rows * job->block_columns) * 2);
+        c->rows = hqq_arena_take(&arena, (size_t)(job->block_rows * job->strip) * 2);
     return arena.used;
 }
 
@@ -276,7 +285,14 @@ hqq_status hqq_tiled_dgrad(const hqq_backward *b, const float *dyb, void *worksp
     int64_t columns = DGRAD_COLUMNS, parts = hqq_ceil_div(job.M, job.tokens);
     while (columns > 64 && job.layout.K / columns * parts < WANTED_CHUNKS) columns -= 64;
     job.block_columns = hqq_even_part(job.layout.K, columns, 64);
-    job.block_sets = sets_for(&job, job.M > DGRAD_FEW ? DGRAD_ROWS : DGRAD_FEW_ROWS, 2);
+    job.strip = job.block_columns;
+    int64_t rows = job.M > DGRAD_FEW ? DGRAD_ROWS : DGRAD_FEW_ROWS;
+    if (!job.pairs && hqq_strips_decode(job.weight)) {
+        job.strip = hqq_least(STRIP_COLUMNS, job.block_columns);
+        rows = STRIP_ROWS;
+    }
+    job.keeps_input = job.strip < job.block_columns;
+    job.block_sets = sets_for(&job, rows, 2);
     job.block_rows = hqq_ceil_div(job.block_sets * job.sets.slots, 2) * 2;
     hqq_tiled_chunk measured = {.job = &job};
     return hqq_for_each_chunk(hqq_ceil_div(job.layout.K, job.block_columns) * parts,

@@ -13,10 +13,14 @@
  *
  *   dgrad     a chunk is some columns of W, against up to 256 tokens:
  *
- *               for each block of sets: decode [rows of the sets, columns]    (L2)
- *                 for each 6 tokens: copy dy [6, rows of the sets]            (L1)
- *                   for each 4 vectors of columns: a tile of 24 registers
- *                     of sums, over all rows of the block
+ *               for each block of sets:
+ *                 for each strip of columns: decode [rows of the sets, strip]
+ *                   for each 6 tokens: copy dy [6, rows of the sets]
+ *                     for each 4 vectors of columns: a tile of 24 registers
+ *                       of sums, over all rows of the block
+ *
+ *             in fp32 strips of 64 columns, in the first cache; else all columns at once, in
+ *             the second
  *
  * Rows of W lie along k as they are decoded, and neither pass transposes them: forward sums
  * along the lanes, dgrad across the rows (multiply_tile.h).
@@ -34,8 +38,8 @@
  * 4096, 4 bits, G = 64, cold, two threads, GFLOP/s (torch's dense product in the same dtype):
  *
  *     M              16          32          64         128         512
- *     fp32 forward  309 (73)    355 (85)       (turned.h, panels.h)
- *     fp32 dgrad    161 (74)    238 (92)   289 (117)   358 (136)   354 (174)
+ *     fp32 forward  327 (73)    363 (85)       (turned.h, panels.h)
+ *     fp32 dgrad    335 (74)    390 (92)   420 (117)   430 (136)       (panels.h)
  *     bf16 forward  494 (293)   621 (458)      (turned.h, panels.h)
  *     bf16 dgrad    396 (172)   565 (289)  671 (440)   764 (612)       (panels.h)
  *
@@ -103,8 +107,10 @@ typedef struct hqq_tiled_job {
     int64_t M, tokens;    /* of a chunk */
     int64_t block_sets, block_columns;
     int64_t block_rows; /* dgrad: of block_sets */
+    int64_t strip;      /* dgrad: columns of the block that are decoded at a time */
     int pairs;          /* multiply in bf16 */
-    int keeps_input;    /* forward: all columns of x are copied once, else block by block */
+    int keeps_input;    /* forward: all columns of x are copied once, else block by block;
+                           dgrad: all tokens of dy once a block, else tile by tile */
     int scales_input;   /* forward: x is multiplied by the scales, W stands for its codes
                            (tiled_scaled.h); sets are taken cycle by cycle */
     hqq_isa isa;

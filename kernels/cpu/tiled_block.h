@@ -3,10 +3,14 @@
 #ifndef HQQ_KERNELS_CPU_TILED_BLOCK_H
 #define HQQ_KERNELS_CPU_TILED_BLOCK_H
 
+#include "decode_floats.h"
 #include "dequantize_block.h"
 #include "integers.h"
 #include "multiply_tile.h"
 #include "tiled.h"
+#if HQQ_HAS_PAIRS
+#include "decode_rows_bf16.h"
+#endif
 
 /* Vectors, or rows of W, of a register tile: 6 x 4 or 6 x 2 registers. */
 #define HQQ_TILED_SIDE (HQQ_TILE_REGISTERS / HQQ_TILED_TOKENS)
@@ -63,7 +67,7 @@ HQQ_ALWAYS_INLINE void hqq_copy_terms(void *out, int64_t to, const hqq_tiled_job
         return;
     }
     switch (job->dtype) {
-    case HQQ_F32: memcpy(floats, (const float *)job->in + i, (size_t)n * 4); break;
+    case HQQ_F32: hqq_load_floats(floats, job->in, HQQ_F32, i, n); break;
     case HQQ_F16: hqq_load_floats(floats, job->in, HQQ_F16, i, n); break;
     case HQQ_BF16: hqq_load_floats(floats, job->in, HQQ_BF16, i, n); break;
     }
@@ -109,6 +113,18 @@ static inline void hqq_decode_rows(void *out, int64_t ld, int64_t slot_rows,
                                    int64_t begin, int64_t end)
 {
     hqq_dtype dtype = job->pairs ? HQQ_BF16 : HQQ_F32;
+#if HQQ_HAS_PAIRS
+    if (job->pairs && hqq_rows_decode_in_bf16(&job->layout)) {
+        hqq_decode_rows_in_bf16(out, ld, slot_rows, job->weight, &job->layout, set_begin,
+                                set_end, begin, end);
+        return;
+    }
+#endif
+    if (!job->pairs && hqq_strips_decode(job->weight)) {
+        HQQ_ISA_NAME(hqq_decode_strips)
+        (out, ld, slot_rows, job->weight, &job->layout, set_begin, set_end, begin, end, 0);
+        return;
+    }
     hqq_row_piece pieces[HQQ_MAX_SLOTS];
     hqq_row_pieces(pieces, &job->sets, set_begin, set_end);
     for (int j = 0; j < job->sets.slots; j++) HQQ_ISA_NAME(hqq_dequantize_rows)

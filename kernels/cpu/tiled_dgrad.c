@@ -53,70 +53,76 @@ static void clear_lacking(void *out, const hqq_tiled_job *job, const row_block *
     if (rows < b->rows) hqq_clear_terms(out, job, rows * ld, rows * ld + count);
 }
 
-static void decode_block(const hqq_tiled_chunk *c, const row_block *b)
+/* Columns [begin, end) of a block. */
+static void decode_block(const hqq_tiled_chunk *c, const row_block *b, int64_t begin,
+                         int64_t end)
 {
     const hqq_tiled_job *job = c->job;
-    int64_t ld = hqq_tiled_stride(job->block_columns), sets = b->end - b->begin;
+    int64_t columns = job->strip, ld = hqq_tiled_stride(columns), sets = b->end - b->begin;
     if (!job->pairs) {
-        hqq_decode_rows(c->weights, ld, sets, job, b->begin, b->end, c->begin, c->end);
-        clear_lacking(c->weights, job, b, ld, job->block_columns);
+        hqq_decode_rows(c->weights, ld, sets, job, b->begin, b->end, begin, end);
+        clear_lacking(c->weights, job, b, ld, columns);
         return;
     }
 #if HQQ_HAS_PAIRS
     if (hqq_rows_decode_in_pairs(job) && sets % 2 == 0) {
         for (int j = 0; j < job->sets.slots; j++)
             hqq_decode_piece_in_pairs((uint32_t *)c->weights + j * (sets / 2) * ld, ld, job,
-                                      b->pieces[j], j, c->begin, c->end - c->begin);
+                                      b->pieces[j], j, begin, end - begin);
         return;
     }
-    int64_t columns = job->block_columns;
-    hqq_decode_rows(c->rows, columns, sets, job, b->begin, b->end, c->begin, c->end);
+    hqq_decode_rows(c->rows, columns, sets, job, b->begin, b->end, begin, end);
     clear_lacking(c->rows, job, b, columns, columns);
     pair_rows(c->weights, ld, c->rows, columns, b->rows, columns);
 #endif
 }
 
 /* dy of `tokens` tokens from m on, in the order of the decoded rows. */
-static void copy_input(const hqq_tiled_chunk *c, const row_block *b, int64_t m, int tokens,
-                       int64_t ld)
+static void copy_input(void *input, const hqq_tiled_chunk *c, const row_block *b, int64_t m,
+                       int tokens, int64_t ld)
 {
     const hqq_tiled_job *job = c->job;
     int64_t sets = b->end - b->begin;
     for (int i = 0; i < tokens; i++)
         for (int j = 0; j < job->sets.slots; j++)
-            hqq_copy_terms(c->input, i * ld + j * sets, job,
+            hqq_copy_terms(input, i * ld + j * sets, job,
                            (m + i) * job->ld_in + b->pieces[j].first, b->pieces[j].count);
     for (int i = 0; i < tokens; i++) {
         int64_t rows = sets * job->sets.slots;
         for (int j = 0; j < job->sets.slots; j++)
-            hqq_clear_terms(c->input, job, i * ld + j * sets + b->pieces[j].count,
+            hqq_clear_terms(input, job, i * ld + j * sets + b->pieces[j].count,
                             i * ld + (j + 1) * sets);
-        hqq_clear_terms(c->input, job, i * ld + rows, i * ld + b->rows);
+        hqq_clear_terms(input, job, i * ld + rows, i * ld + b->rows);
     }
 }
 
-/* A block of rows against all tokens of the chunk. */
+/* A block of rows against all tokens of the chunk: strip by strip of its columns. */
 static void multiply_block(const hqq_tiled_chunk *c, const row_block *b, hqq_strips *next)
 {
     const hqq_tiled_job *job = c->job;
     const int64_t width = HQQ_TILED_SIDE * HQQ_LANES;
     int64_t in_word = job->pairs ? 2 : 1, tokens = c->m_end - c->m_begin;
-    int64_t ld = hqq_tiled_stride(job->block_columns);
+    int64_t ld = hqq_tiled_stride(job->strip);
     int64_t ld_dy = hqq_tiled_stride(job->block_rows / in_word);
     int64_t tiles_down = hqq_ceil_div(tokens, HQQ_TILED_TOKENS);
     int64_t done = 0, all = tiles_down * hqq_ceil_div(c->end - c->begin, width);
-    decode_block(c, b);
-    for (int64_t m = 0; m < tokens;) {
-        int rows = hqq_tiled_tokens(tokens - m);
-        hqq_tile_fn tile = tiles[job->pairs][rows];
-        float *sums = c->sums + m * c->ld_sums;
-        copy_input(c, b, c->m_begin + m, rows, ld_dy * in_word);
-        for (int64_t k = 0; k < c->end - c->begin; k += width) {
-            hqq_fetch_part(next, ++done, all);
-            tile(sums + k, c->ld_sums, c->input, ld_dy, hqq_word(c->weights, k), ld,
-                 b->rows / in_word, c->add || b->begin > 0);
+    for (int64_t begin = c->begin, end; begin < c->end; begin = end) {
+        end = hqq_least(begin + job->strip, c->end);
+        decode_block(c, b, begin, end);
+        for (int64_t m = 0; m < tokens;) {
+            int rows = hqq_tiled_tokens(tokens - m);
+            hqq_tile_fn tile = tiles[job->pairs][rows];
+            float *sums = c->sums + m * c->ld_sums + begin - c->begin;
+            char *input = (char *)c->input + (job->keeps_input ? m * ld_dy * 4 : 0);
+            if (begin == c->begin || !job->keeps_input)
+                copy_input(input, c, b, c->m_begin + m, rows, ld_dy * in_word);
+            for (int64_t k = 0; k < end - begin; k += width) {
+                hqq_fetch_part(next, ++done, all);
+                tile(sums + k, c->ld_sums, input, ld_dy, hqq_word(c->weights, k), ld,
+                     b->rows / in_word, c->add || b->begin > 0);
+            }
+            m += rows;
         }
-        m += rows;
     }
 }
 

@@ -15,12 +15,14 @@ typedef struct hqq_strips {
     int64_t set, set_end; /* set: the next one to fetch */
     int64_t column, columns;
     int64_t first;
+    double groups; /* in an element: a division takes longer than what it is for */
 } hqq_strips;
 
 static inline hqq_strips hqq_strips_of(const hqq_tiled_job *job, int64_t set_begin,
                                        int64_t set_end, int64_t column, int64_t end)
 {
-    return (hqq_strips){job, set_begin, set_end, column, end - column, set_begin};
+    return (hqq_strips){
+        job, set_begin, set_end, column, end - column, set_begin, 1.0 / (double)job->layout.G};
 }
 
 HQQ_ALWAYS_INLINE void hqq_fetch_bytes(const void *data, int64_t at, int64_t bytes)
@@ -51,6 +53,7 @@ HQQ_ALWAYS_INLINE void hqq_fetch_part(hqq_strips *a, int64_t part, int64_t parts
     const hqq_layout *l = &a->job->layout;
     const hqq_weight *w = a->job->weight;
     int64_t end = a->first + (a->set_end - a->first) * part / parts;
+    int64_t meta = (int64_t)((double)a->columns * a->groups) * hqq_dtype_bytes(w->meta_dtype);
     for (; a->set < end; a->set++) {
         int64_t word = a->set * l->K + a->column, bytes = hqq_dtype_bytes(w->meta_dtype);
         hqq_fetch_codes(a->job, a->set, a->column, 0, a->columns * l->word_bytes);
@@ -61,9 +64,9 @@ HQQ_ALWAYS_INLINE void hqq_fetch_part(hqq_strips *a, int64_t part, int64_t parts
             continue;
         }
         for (int j = 0; j < l->per; j++) {
-            int64_t at = (word + j * l->words) / l->G * bytes;
-            hqq_fetch_bytes(w->zero, at, a->columns / l->G * bytes);
-            hqq_fetch_bytes(w->scale, at, a->columns / l->G * bytes);
+            int64_t at = (int64_t)((double)(word + j * l->words) * a->groups) * bytes;
+            hqq_fetch_bytes(w->zero, at, meta);
+            hqq_fetch_bytes(w->scale, at, meta);
         }
     }
 }

@@ -166,7 +166,7 @@ static int check_problem(problem *p)
 }
 
 /* More than one block and chunk in each direction: of tokens (128; 512 where x is turned; 256),
- * of columns (1024 words; 256), of rows (256, 96; 500). */
+ * of columns (1024 words; 256, strips of 64), of rows (256, 96; 500, of strips 96). */
 static int check_blocks(hqq_isa isa)
 {
     static const struct {
@@ -179,12 +179,14 @@ static int check_blocks(hqq_isa isa)
         {5, 1300, 70, 35, 0, 8, 1}, /* rows of dgrad; an odd number of them in the last block */
         {9, 600, 272, 24, 1, 4, 0}, /* columns of dgrad */
         {9, 40, 192, 96, 1, 4, 1},  /* that begin within a group */
-        {13, 33, 27, 9, 3, 3, 1},   /* slots that begin within rows and lack some */
-        {6, 1, 64, 64, 1, 4, 1},    /* one row: the second slot has none */
+        {14, 12, 2240, 320, 1, 2, 1}, /* columns forward in bf16 that do */
+        {7, 100, 2112, 48, 2, 4, 1},  /* strips of dgrad, of two blocks of rows */
+        {13, 33, 27, 9, 3, 3, 1},     /* slots that begin within rows and lack some */
+        {6, 1, 64, 64, 1, 4, 1},      /* one row: the second slot has none */
         /* x is turned: two parts of the tokens, the last panel of each shorter; half a word */
         {545, 12, 35, 35, 2, 4, 1},
         {520, 70, 36, 12, 3, 4, 1},    /* panels (panels.h) forward, too, the last not full */
-        {64, 2048, 600, 8, 1, 4, 1},   /* two blocks of panels */
+        {256, 2048, 600, 8, 1, 4, 1},  /* two blocks of panels */
         {48, 12, 2120, 8, 1, 4, 1},    /* columns, as above */
         {64, 600, 48, 24, 1, 4, 0},    /* rows */
         {61, 33, 27, 9, 3, 3, 1},      /* slots, as above */
@@ -193,6 +195,10 @@ static int check_blocks(hqq_isa isa)
         {260, 76, 96, 32, 1, 4, 1},    /* panels: a part of one in both passes, a mask */
         {261, 10, 72, 8, 2, 8, 0},     /* rows of panels that are not decoded in pairs */
         {256, 580, 4096, 64, 1, 4, 1}, /* several blocks of panels */
+        /* panels of two parts of dgrad in fp32, whose last columns are few: of strips, and not
+         */
+        {257, 2100, 80, 16, 2, 4, 1},
+        {256, 2064, 72, 8, 3, 8, 0},
     };
     uint64_t state = 41;
     int failures = 0;
