@@ -107,6 +107,10 @@ typedef struct hqq_tiled_job {
     int keeps_input;    /* forward: all columns of x are copied once, else block by block */
     int scales_input;   /* forward: x is multiplied by the scales, W stands for its codes
                            (tiled_scaled.h); sets are taken cycle by cycle */
+    int scales_sums;    /* dgrad: sums are (tiled_residues.h), cycle by cycle too */
+    uint16_t *turned;   /* then dy [M, ld_turned], [N/G, G] in place of [G, N/G] */
+    int64_t ld_turned;
+    float *residue_sums; /* and [M, N/G]: what dy sums to over each residue */
     hqq_isa isa;
 } hqq_tiled_job;
 
@@ -118,15 +122,19 @@ typedef struct hqq_tiled_chunk {
     int64_t ld_sums;
     int add;
     /* scratch; strides between rows are hqq_tiled_stride of what they hold */
-    void *input;   /* [HQQ_TILED_TOKENS rows of x or dy, words of a block] */
-    void *weights; /* the decoded block */
-    void *rows;    /* dgrad in bf16: [block_rows, block_columns] before they are paired */
-    float *bias;   /* forward: [block_rows] */
-    void *lora_B;  /* forward that scales x: [cycle, rank] */
+    void *input;         /* [HQQ_TILED_TOKENS rows of x or dy, words of a block] */
+    void *weights;       /* the decoded block */
+    void *rows;          /* dgrad in bf16: [block_rows, block_columns] before they are paired */
+    float *zero, *scale; /* dgrad that scales sums: [residues of a block, block_columns] */
+    float *bias;         /* forward: [block_rows] */
+    void *lora_B;        /* forward that scales x: [cycle, rank] */
 } hqq_tiled_chunk;
 
 /* y [m_begin:m_end, rows of the sets], dx [m_begin:m_end, begin:end] */
 HQQ_ISA_DECLARE(void, hqq_tiled_linear_chunk, (const hqq_tiled_chunk *c));
 HQQ_ISA_DECLARE(void, hqq_tiled_dgrad_chunk, (const hqq_tiled_chunk *c));
+
+/* job->turned and job->residue_sums of token m. */
+HQQ_ISA_DECLARE(void, hqq_turn_residues, (const hqq_tiled_job *job, int64_t m));
 
 #endif
