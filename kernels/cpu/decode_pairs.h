@@ -13,6 +13,8 @@
  * In planes a row takes a load, two shifts and an operation of logic more: 4096 x 4096, M = 16,
  * 0.88 of the speed of 4 bits on a Zen 5, where decoding first and interleaving made 0.67.
  *
+ * 8 bits are converted, not looked up: 0.82 of the speed of 4 bits, where it was 0.42.
+ *
  * What is subnormal in bf16 becomes zero, as the instruction that multiplies takes it.
  */
 #ifndef HQQ_KERNELS_CPU_DECODE_PAIRS_H

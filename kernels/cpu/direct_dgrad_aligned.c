@@ -89,8 +89,8 @@ static int64_t gather_batch(dgrad_chunk *c, add_block *b, int64_t set, int64_t m
     const hqq_direct_dgrad_job *job = c->job;
     const hqq_layout *l = &job->layout;
     const hqq_weight *w = job->weight;
-    int64_t end =
-        hqq_least(c->set_end, set + hqq_least(BATCH_ROWS / l->per, batch_packed_rows(l)));
+    int64_t end = hqq_least(
+        c->set_end, set + hqq_least(BATCH_ROWS / l->per, batch_packed_rows(l, b->tokens)));
     if (l->axis == 0) { /* the rest of this residue at most */
         int64_t residue = set / job->sets.cycle;
         end = hqq_least(end, (residue + 1) * job->sets.cycle);

@@ -167,13 +167,20 @@ static hqq_status linear_chunk(int64_t chunk, void *scratch, void *data)
 }
 
 /* Whether sums of dx are to be multiplied by the scales of axis 0, residue by residue: a tile
- * of sums then takes a few operations a residue and token, and decoding none but a table's. */
+ * of sums then takes a few operations a residue and token, and decoding none but a table's.
+ * 4096 x 4096, 4 bits, bf16, a Zen 5, two threads, times as fast as with a zero and a scale a
+ * weight, and at 192 tokens as panels:
+ *
+ *     M          16      64     128     192
+ *     G = 32    1.5    1.09    0.91
+ *     G = 64    1.8     1.2     1.1
+ *     G = 128   1.7     1.3    1.14     1.5 */
 static int scales_sums(const hqq_tiled_job *job)
 {
     const hqq_layout *l = &job->layout;
     return job->pairs && l->axis == 0 && hqq_rows_align(l) && hqq_groups_align(l) &&
            l->K % 32 == 0 && job->sets.cycle % 2 == 0 && l->G >= 32 && l->G <= SCALED_GROUP &&
-           job->M <= DGRAD_TOKENS;
+           job->M <= hqq_least(DGRAD_TOKENS, 2 * l->G);
 }
 
 /* dy as residues take it, in rows that do not fall into one set of L1; bytes. */
@@ -217,13 +224,13 @@ size_t hqq_tiled_workspace(const hqq_weight *weight, int64_t M, hqq_dtype dtype,
 #if HQQ_HAS_AMX
     if (in_amx_tiles(M, dtype, isa)) return hqq_amx_workspace(weight, M, dtype, transpose);
 #endif
-    if (hqq_panels_serve(weight, M, dtype, transpose, isa))
-        return hqq_panels_workspace(weight, dtype, transpose);
     if (transpose) {
         hqq_tiled_job job = job_of(weight, M, dtype, NULL, NULL, DGRAD_TOKENS, isa);
-        return scales_sums(&job) ? take_turned(&job, NULL) : 0;
+        if (scales_sums(&job)) return take_turned(&job, NULL);
     }
-    if (!hqq_turns_input(M)) return 0;
+    if (hqq_panels_serve(weight, M, dtype, transpose, isa))
+        return hqq_panels_workspace(weight, dtype, transpose);
+    if (transpose || !hqq_turns_input(M)) return 0;
     return hqq_turned_workspace(weight, M, dtype, isa);
 }
 
@@ -307,17 +314,17 @@ hqq_status hqq_tiled_dgrad(const hqq_backward *b, const float *dyb, void *worksp
     if (in_amx_tiles(b->M, b->dtype, hqq_isa_in_use(context)))
         return hqq_amx_dgrad(b, dyb, workspace, context);
 #endif
-    if (hqq_panels_serve(b->weight, b->M, b->dtype, 1, hqq_isa_in_use(context)))
-        return hqq_panels_dgrad(b, dyb, workspace, context);
     hqq_tiled_job job =
         job_of(b->weight, b->M, b->dtype, b->lora, dyb, DGRAD_TOKENS, hqq_isa_in_use(context));
+    job.scales_sums = scales_sums(&job);
+    if (!job.scales_sums && hqq_panels_serve(b->weight, b->M, b->dtype, 1, job.isa))
+        return hqq_panels_dgrad(b, dyb, workspace, context);
     job.out = b->dx;
     job.in = b->dy;
     job.ld_in = b->lddy;
     int64_t columns = DGRAD_COLUMNS, parts = hqq_ceil_div(job.M, job.tokens);
     while (columns > 64 && job.layout.K / columns * parts < WANTED_CHUNKS) columns -= 64;
     job.block_columns = hqq_even_part(job.layout.K, columns, 64);
-    job.scales_sums = scales_sums(&job);
     if (job.scales_sums) {
         take_turned(&job, workspace);
         HQQ_TRY(hqq_for_each_chunk(job.M, turn_chunk, &job, 0, context));
