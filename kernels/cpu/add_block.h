@@ -13,13 +13,27 @@
 #define MAX_TOKENS (MAX_SUMS / 2)
 
 /* Rows of W in a batch, about; packed rows are that over the slots of a word, and no more than
- * 8: a packed row is taken in no more than a cache line, to which the loop comes back after all
- * rows of the batch, and rows 4096 bytes apart share the 8 or 12 ways of a set of the first
- * cache, with the next batch's that are on their way. (4096 x 4096; 8 bits, a Zen 3 with AVX2:
- * 1.4 to 1.8 times as fast as with 32; 4 bits, a Zen 5 with AVX-512, times as fast as with 16:
- * bf16 1.17, 1.25, 1.05 at M = 1, 2, 4; fp32 1.18, 1.04 at M = 1, 4.) */
-#define BATCH_ROWS        32
-#define BATCH_PACKED_ROWS 8
+ * batch_packed_rows: a packed row is taken in no more than a cache line, to which the loop
+ * comes back after all rows of the batch, and rows 4096 bytes apart share the 8 or 12 ways of a
+ * set of the first cache, with the next batch's that are on their way.
+ *
+ *   8 (4096 x 4096; 8 bits, a Zen 3 with AVX2: 1.4 to 1.8 times as fast as with 32; 4 bits, a
+ *   Zen 5 with AVX-512, times as fast as with 16: bf16 1.17, 1.25, 1.05 at M = 1, 2, 4; fp32
+ *   1.18, 1.04 at M = 1, 4)
+ *   4 at axis 0, where rows lie far apart and zeros and scales take room too (the same Zen 5,
+ *   times as fast as with 8: 4 bits, bf16 1.6, 1.1 at M = 1, 4; fp32 1.06; 2 bits 1.6, 1; 1.2)
+ *   2 in planes, of which each takes three lines (than 4, M = 1: axis 0, bf16 1.1, fp32 1.36;
+ *   axis 1, 1.2, 1.06)
+ *
+ * and 8 again at eight tokens, whose sums are loaded and stored once a batch (fp32, M = 16, 4
+ * bits, axis 0, 1.1 times as fast as with 4; planes 1.07 times, with 4 rather than 2). */
+#define BATCH_ROWS 32
+
+static inline int64_t batch_packed_rows(const hqq_layout *l, int tokens)
+{
+    if (tokens == 8) return 8;
+    return l->planes ? 2 : l->axis == 0 && l->per > 1 ? 4 : 8;
+}
 
 /* A batch of packed rows against a block of columns, at whose first column the pointers are. */
 typedef struct add_block {
@@ -31,7 +45,7 @@ typedef struct add_block {
     const float *dy[BATCH_ROWS];            /* of slot 0: [MB]; slot j lies dy_slot behind */
     int64_t dy_slot;
     uint32_t dy_pairs[BATCH_ROWS / 2 * 8]; /* pairs: [two rows, per, MB], the first row low */
-    float dy_sums[8];                      /* pairs, axis 0: of all rows and slots */
+    float dy_sums[8];                      /* axis 0: of all rows and slots */
     int rows;                              /* packed ones */
     int64_t next;                          /* bytes to the words that are wanted after these */
     const float *zero, *scale; /* axis 1: [rows, per, groups]; axis 0: of each column */

@@ -63,18 +63,27 @@ HQQ_ALWAYS_INLINE hqq_ivec codes_of_turn(coded_columns *c, int v, const int turn
     return c->words[v] >> 4;
 }
 
-/* sums[:, k:k + VN vectors] += the batch. g: axis 1, the group. */
+static inline void sum_dy(add_block *b, int per)
+{
+    memset(b->dy_sums, 0, sizeof b->dy_sums);
+    for (int r = 0; r < b->rows; r++)
+        for (int j = 0; j < per; j++)
+            for (int m = 0; m < b->tokens; m++) b->dy_sums[m] += b->dy[r][j * b->dy_slot + m];
+}
+
+/* sums[:, k:k + VN vectors] += the batch. g: axis 1, the group. Axis 0 multiplies the codes
+ * themselves: its sums begin with -zero * sum dy, and are multiplied by the scales at the end.
+ */
 HQQ_ALWAYS_INLINE void add_vectors(const add_block *b, int64_t k, int64_t g, const int nbits,
                                    const int axis, const int MB, const int VN)
 {
     const int PER = nbits == 3 ? 8 : 8 / nbits, BY_TABLE = nbits <= HQQ_TABLE_BITS;
-    hqq_vec acc[16], zero[4];
-    for (int v = 0; v < VN; v++) {
-        if (axis == 0) zero[v] = hqq_vec_load(b->zero + k + v * HQQ_LANES);
+    hqq_vec acc[16];
+    for (int v = 0; v < VN; v++)
         for (int m = 0; m < MB; m++)
-            acc[m * VN + v] = axis == 0 ? hqq_vec_zero()
+            acc[m * VN + v] = axis == 0 ? hqq_vec_load(b->zero + k + v * HQQ_LANES) *
+                                              hqq_vec_set1(-b->dy_sums[m])
                                         : hqq_vec_load(b->sums + m * b->ld + k + v * HQQ_LANES);
-    }
     hqq_decoder d = hqq_decoder_of(nbits, BY_TABLE, 0.0f, 1.0f);
     for (int r = 0; r < b->rows; r++) {
         coded_columns codes;
@@ -90,10 +99,8 @@ HQQ_ALWAYS_INLINE void add_vectors(const add_block *b, int64_t k, int64_t g, con
             }
             hqq_vec w[4];
 #pragma GCC unroll 4
-            for (int v = 0; v < VN; v++) {
+            for (int v = 0; v < VN; v++)
                 w[v] = hqq_decode(&d, BY_TABLE, codes_of_turn(&codes, v, turn, nbits));
-                if (axis == 0) w[v] -= zero[v];
-            }
 #pragma GCC unroll 8
             for (int m = 0; m < MB; m++) {
                 hqq_vec c = hqq_vec_set1(dy[m]);

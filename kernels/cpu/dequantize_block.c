@@ -108,6 +108,7 @@ typedef struct block {
     int64_t ld;
     const hqq_weight *weight;
     int64_t row, row_step, rows, column, columns;
+    int64_t second; /* planes: where the row N/2 behind goes, in elements; 0: nowhere */
 } block;
 
 /* The words of a narrow row some rows ahead: the processor's own prefetching does not follow
@@ -266,12 +267,15 @@ INLINE void all_rows(const block *b, hqq_dtype dtype, code_kind kind, int axis, 
         int64_t next = b->row_step * layout.K * (columns <= NIBBLES ? 8 : 1);
         for (int64_t k = 0; k < columns; k += NIBBLES) {
             int64_t n = columns - k < NIBBLES ? columns - k : NIBBLES;
-            if (k > 0)
-                from = hqq_place_of(&layout,
-                                    (b->row + i * b->row_step) * layout.K + b->column + k);
             hqq_nibbles_of_planes(nibbles, &row, b->column + k, n, next);
-            decode_columns(b->out, dtype, at + k, w, &layout, &from, nibbles, n, kind, axis,
-                           meta);
+            for (int64_t half = 0; half <= (b->second > 0); half++) {
+                if (k > 0 || half > 0) {
+                    int64_t r = b->row + i * b->row_step + half * (layout.N / 2);
+                    from = hqq_place_of(&layout, r * layout.K + b->column + k);
+                }
+                decode_columns(b->out, dtype, at + k + half * b->second, w, &layout, &from,
+                               nibbles, n, kind, axis, meta);
+            }
         }
     }
 }
@@ -329,6 +333,15 @@ TO_DTYPE(to_f16, HQQ_F16)
 TO_DTYPE(to_bf16, HQQ_BF16)
 TO_DTYPE(to_f32, HQQ_F32)
 
+static void decode(const block *b, hqq_dtype dtype)
+{
+    switch (dtype) {
+    case HQQ_F16: to_f16(b); break;
+    case HQQ_BF16: to_bf16(b); break;
+    case HQQ_F32: to_f32(b); break;
+    }
+}
+
 void HQQ_ISA_NAME(hqq_dequantize_rows)(void *out, int64_t ld, hqq_dtype dtype,
                                        const hqq_weight *weight, int64_t row, int64_t row_step,
                                        int64_t rows, int64_t column_begin, int64_t column_end)
@@ -341,9 +354,22 @@ void HQQ_ISA_NAME(hqq_dequantize_rows)(void *out, int64_t ld, hqq_dtype dtype,
                .rows = rows,
                .column = column_begin,
                .columns = column_end - column_begin};
-    switch (dtype) {
-    case HQQ_F16: to_f16(&b); break;
-    case HQQ_BF16: to_bf16(&b); break;
-    case HQQ_F32: to_f32(&b); break;
-    }
+    decode(&b, dtype);
+}
+
+void HQQ_ISA_NAME(hqq_dequantize_halves)(void *out, int64_t ld, int64_t second, hqq_dtype dtype,
+                                         const hqq_weight *weight, int64_t row,
+                                         int64_t row_step, int64_t rows, int64_t column_begin,
+                                         int64_t column_end)
+{
+    block b = {.out = out,
+               .ld = ld,
+               .weight = weight,
+               .row = row,
+               .row_step = row_step,
+               .rows = rows,
+               .column = column_begin,
+               .columns = column_end - column_begin,
+               .second = second};
+    decode(&b, dtype);
 }

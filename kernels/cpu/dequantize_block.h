@@ -14,7 +14,14 @@ HQQ_ISA_DECLARE(void, hqq_dequantize_rows,
                 (void *out, int64_t ld, hqq_dtype dtype, const hqq_weight *weight, int64_t row,
                  int64_t row_step, int64_t rows, int64_t column_begin, int64_t column_end));
 
-/* The same for the rows row_begin to row_end. */
+/* The same of a weight in planes, and of each row also the one N/2 behind it, `second` elements
+ * behind it in out (> 0): both are of the same bytes, which are put together once. */
+HQQ_ISA_DECLARE(void, hqq_dequantize_halves,
+                (void *out, int64_t ld, int64_t second, hqq_dtype dtype,
+                 const hqq_weight *weight, int64_t row, int64_t row_step, int64_t rows,
+                 int64_t column_begin, int64_t column_end));
+
+/* hqq_dequantize_rows of the rows row_begin to row_end. */
 void hqq_dequantize_block(void *out, int64_t ld, hqq_dtype dtype, const hqq_weight *weight,
                           int64_t row_begin, int64_t row_end, int64_t column_begin,
                           int64_t column_end, hqq_isa isa);

@@ -14,7 +14,8 @@
  *
  *   axis 1: a table (decode.h) for each row and group.
  *   axis 0: rows of one residue modulo N/G share their scales: within a batch of such rows the
- *           weight is q - zero, and the sum is multiplied by the scales at its end.
+ *           weight is the code itself, and the sum begins with the zeros times -sum dy and is
+ *           multiplied by the scales at its end.
  *
  * In fp32 with weights in fp32 (add_floats.h), or in pairs of bf16 (add_pairs.h).
  *
@@ -88,8 +89,8 @@ static int64_t gather_batch(dgrad_chunk *c, add_block *b, int64_t set, int64_t m
     const hqq_direct_dgrad_job *job = c->job;
     const hqq_layout *l = &job->layout;
     const hqq_weight *w = job->weight;
-    int64_t end =
-        hqq_least(c->set_end, set + hqq_least(BATCH_ROWS / l->per, BATCH_PACKED_ROWS));
+    int64_t end = hqq_least(
+        c->set_end, set + hqq_least(BATCH_ROWS / l->per, batch_packed_rows(l, b->tokens)));
     if (l->axis == 0) { /* the rest of this residue at most */
         int64_t residue = set / job->sets.cycle;
         end = hqq_least(end, (residue + 1) * job->sets.cycle);
@@ -107,6 +108,7 @@ static int64_t gather_batch(dgrad_chunk *c, add_block *b, int64_t set, int64_t m
 #if HQQ_HAS_PAIRS
     if (job->pairs) gather_dy_pairs(b, l->per);
 #endif
+    if (!job->pairs && l->axis == 0) sum_dy(b, l->per);
     /* The next batch's words; behind the last ones are those of the next part. */
     int64_t after = hqq_least(set + b->rows, job->sets.sets - 1);
     b->next = (hqq_row_in_slot(&job->sets, after) - hqq_row_in_slot(&job->sets, set)) * l->K;

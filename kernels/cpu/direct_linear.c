@@ -62,10 +62,14 @@ static hqq_status aligned_chunk(int64_t chunk, void *scratch, void *data)
 
 /* Sets that share scales share what is made of x and them: a chunk takes all of a cycle, or a
  * part without rest where there are few cycles. (4096 x 4096, 4 bits, axis 0: 33 sets in place
- * of 32 made nearly all of it twice.) */
+ * of 32 made nearly all of it twice.) And two where there are many: while the first is
+ * multiplied, the next one's zeros and scales are on their way. */
 static int64_t in_whole_cycles(const hqq_row_sets *sets, int64_t in_chunk)
 {
     const int64_t many = 32;
+    if (sets->cycle > 1 && in_chunk / sets->cycle < 2 && 2 * sets->cycle <= MAX_CHUNK_SETS &&
+        sets->sets >= many * 2 * sets->cycle)
+        return 2 * sets->cycle;
     if (in_chunk >= sets->cycle) return in_chunk - in_chunk % sets->cycle;
     if (sets->cycle <= MAX_CHUNK_SETS && sets->sets >= many * sets->cycle) return sets->cycle;
     return sets->cycle / hqq_ceil_div(sets->cycle, in_chunk);

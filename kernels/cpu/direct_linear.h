@@ -62,7 +62,7 @@ typedef struct hqq_linear_scratch {
     float *sums;         /* [sets, tokens, per] vectors: at most 16 of 16 lanes a set */
     float *zero, *scale; /* axis 1: [per, groups of the block]; axis 0: [columns] */
     float *scaled_x;     /* axis 0: [tokens, columns]; for pairs of bf16 */
-    float *constant;     /* axis 0, pairs: [2, 8 tokens] vectors */
+    float *constant;     /* axis 0: [2, 8 tokens] vectors (dot_block.h) */
 } hqq_linear_scratch;
 
 static inline hqq_linear_scratch hqq_linear_scratch_take(hqq_arena *arena, int64_t sets)

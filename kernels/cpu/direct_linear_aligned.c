@@ -11,7 +11,8 @@
  *
  *   axis 1: a table (decode.h) for each slot and group.
  *   axis 0: rows of one residue modulo N/G share their scales, so x is multiplied by them once
- *           for all of these rows; the weight is then q - zero alone.
+ *           for all of these rows; the weight is then q - zero alone, or the code, where what x
+ *           and the zeros make is taken from each sum at once.
  *
  * Sums are fp32 products and additions of fp32 weights, whatever x is (dot_floats.h); or of
  * pairs of bf16, rounded weights as for a GEMM in bf16 (dot_pairs.h).
@@ -29,6 +30,8 @@
 #include "direct_linear.h"
 #include "direct_tile.h"
 #include "dot_floats.h"
+#include "fetch.h"
+#include "integers.h"
 #include "multiply_tile.h"
 #if HQQ_HAS_PAIRS
 #include "dot_pairs.h"
@@ -151,7 +154,29 @@ static void scale_pairs_bf16(const hqq_linear_scratch *s, const uint16_t *x, int
 }
 #endif
 
-/* Axis 0: the zeros of residue r at the block's columns, and x times its scales. */
+/* In fp32: x times the scales, and of each token -sum of that times zero. Where zero and scale
+ * have 16 bits, their products with each other and with a code are exact, so that a lone weight
+ * is, and nothing need be subtracted for each. */
+HQQ_ALWAYS_INLINE void scale_floats(const hqq_linear_scratch *s, const float *x, int MB,
+                                    int64_t columns, const hqq_weight *w, int64_t at,
+                                    const hqq_dtype meta)
+{
+    for (int m = 0; m < MB; m++) {
+        hqq_vec sums[2] = {{0}}; /* two chains of additions */
+        for (int64_t k = 0; k < columns; k += HQQ_LANES) {
+            int64_t i = k * MB + m * HQQ_LANES;
+            hqq_vec scaled = hqq_vec_load(x + i) * hqq_vec_load_dtype(w->scale, meta, at + k);
+            hqq_vec_store(s->scaled_x + i, scaled);
+            hqq_vec sum = sums[0] - scaled * hqq_vec_load_dtype(w->zero, meta, at + k);
+            sums[0] = sums[1];
+            sums[1] = sum;
+        }
+        hqq_vec_store(s->constant + m * HQQ_LANES, sums[0] + sums[1]);
+    }
+}
+
+/* Axis 0: x times the scales of residue r at the block's columns; and its zeros, or constants.
+ */
 static void load_residue(const linear_chunk *c, int64_t r, const void *x, int MB, int64_t k0,
                          int64_t columns)
 {
@@ -164,6 +189,13 @@ static void load_residue(const linear_chunk *c, int64_t r, const void *x, int MB
         return;
     }
 #endif
+    if (!c->job->pairs && w->meta_dtype != HQQ_F32) {
+        if (w->meta_dtype == HQQ_BF16)
+            scale_floats(&c->s, x, MB, columns, w, at, HQQ_BF16);
+        else
+            scale_floats(&c->s, x, MB, columns, w, at, HQQ_F16);
+        return;
+    }
     hqq_load_floats(c->s.zero, w->zero, w->meta_dtype, at, columns);
     hqq_load_floats(c->s.scale, w->scale, w->meta_dtype, at, columns);
     if (c->job->pairs) {
@@ -191,7 +223,8 @@ static void dot_sets(const linear_chunk *c, int64_t m0, int MB, int64_t k0, int6
     dot_fn dot = (*dots)[log2_of(l->per)][log2_of(MB)][l->axis];
     const void *x =
         (const char *)job->x + (m0 * l->K + k0 * MB) * (job->pairs ? 2 : (int)sizeof(float));
-    dot_block b = {.next = l->K * job->sets.step * 2,
+    const int ahead = l->planes ? 1 : 2;
+    dot_block b = {.next = ahead * l->K,
                    .x = x,
                    .constant = (const hqq_vec *)c->s.constant,
                    .zero = c->s.zero,
@@ -199,12 +232,12 @@ static void dot_sets(const linear_chunk *c, int64_t m0, int MB, int64_t k0, int6
                    .columns = columns,
                    .G = l->G};
     int64_t g0 = k0 / l->G, residue = -1;
-    if (l->planes) b.next = l->K * (l->axis == 0 ? job->sets.step : 1);
     if (l->axis == 1) {
         b.group_left = (g0 + 1) * l->G - k0;
         b.stride = (k0 + columns - 1) / l->G - g0 + 1;
     } else {
         b.x = c->s.scaled_x;
+        if (job->weight->meta_dtype != HQQ_F32) b.zero = NULL;
     }
     for (int64_t set = c->set_begin; set < c->set_end; set++) {
         int64_t p = hqq_row_in_slot(&job->sets, set);
@@ -217,6 +250,13 @@ static void dot_sets(const linear_chunk *c, int64_t m0, int MB, int64_t k0, int6
         } else if (set / job->sets.cycle != residue) {
             residue = set / job->sets.cycle;
             load_residue(c, residue, x, MB, k0, columns);
+        }
+        if (l->axis == 0) {
+            int64_t after = hqq_least(set + ahead, c->set_end - 1);
+            b.next = (hqq_row_in_slot(&job->sets, after) - p) * l->K;
+            if ((residue + 1) * job->sets.cycle < c->set_end) /* the next one's, meanwhile */
+                hqq_fetch_residue(job->weight, residue + 1, k0, columns, set % job->sets.cycle,
+                                  1, job->sets.cycle);
         }
         dot((hqq_vec *)c->s.sums + (set - c->set_begin) * MB * l->per, &b);
     }

@@ -18,10 +18,11 @@ typedef struct dot_block {
     hqq_plane_bytes planes; /* instead, of a weight in planes */
     int64_t next;           /* bytes to the words that are wanted after these */
     const void *x;          /* fp32, or for pairs bf16 */
-    const hqq_vec
-        *constant; /* pairs, axis 0: [2, 8 tokens], what every sum begins and ends with */
-    const float *zero, *scale; /* axis 1: [per, stride] of the block's groups; axis 0: zero of
-                                  each column */
+    /* axis 0: [8 tokens], what sums begin with; for pairs [2, 8], and what they end with */
+    const hqq_vec *constant;
+    /* axis 1: [per, stride] of the block's groups; axis 0: NULL, or in fp32 where there is no
+     * constant, zero of each column */
+    const float *zero, *scale;
     int64_t stride;
     int64_t columns;
     int64_t group_left; /* axis 1: columns to the end of the first group */

@@ -35,10 +35,12 @@ HQQ_ALWAYS_INLINE void load_codes(hqq_ivec *words, const dot_block *b, int64_t k
     }
 }
 
-/* acc[m * PER + j] += the weight of slot j * x[m], for a vector of columns. */
+/* acc[m * PER + j] += the weight of slot j * x[m], for a vector of columns. less_zero: axis 0,
+ * a weight is the code less the column's zero, and not the code alone. */
 HQQ_ALWAYS_INLINE void dot_vector(hqq_vec *acc, const dot_block *b, int64_t k,
                                   const hqq_decoder *decoders, const int nbits, const int axis,
-                                  const int MB, const int PER, const int left)
+                                  const int MB, const int PER, const int left,
+                                  const int less_zero)
 {
     hqq_ivec words[8];
     load_codes(words, b, k, nbits, PER, left);
@@ -51,7 +53,7 @@ HQQ_ALWAYS_INLINE void dot_vector(hqq_vec *acc, const dot_block *b, int64_t k,
 #pragma GCC unroll 8
     for (int j = 0; j < PER; j++) {
         hqq_vec w = hqq_decode(&decoders[axis == 1 ? j : 0], nbits <= HQQ_TABLE_BITS, words[j]);
-        if (axis == 0) w -= hqq_vec_load(b->zero + k);
+        if (less_zero) w -= hqq_vec_load(b->zero + k);
 #pragma GCC unroll 8
         for (int m = 0; m < MB; m++) acc[m * PER + j] += w * x[m];
     }
@@ -61,7 +63,7 @@ HQQ_ALWAYS_INLINE void dot_vector(hqq_vec *acc, const dot_block *b, int64_t k,
 HQQ_ALWAYS_INLINE void dot_columns(hqq_vec *acc, const dot_block *b, int64_t k, int64_t end,
                                    const hqq_decoder *decoders, const int nbits, const int axis,
                                    const int MB, const int PER, const int left,
-                                   const int UNROLL)
+                                   const int less_zero, const int UNROLL)
 {
     const int SUMS = MB * PER;
     for (; k + UNROLL * HQQ_LANES <= end; k += UNROLL * HQQ_LANES) {
@@ -69,15 +71,16 @@ HQQ_ALWAYS_INLINE void dot_columns(hqq_vec *acc, const dot_block *b, int64_t k, 
 #pragma GCC unroll 4
         for (int u = 0; u < UNROLL; u++)
             dot_vector(acc + u * SUMS, b, k + u * HQQ_LANES, decoders, nbits, axis, MB, PER,
-                       left);
+                       left, less_zero);
     }
-    for (; k < end; k += HQQ_LANES) dot_vector(acc, b, k, decoders, nbits, axis, MB, PER, left);
+    for (; k < end; k += HQQ_LANES)
+        dot_vector(acc, b, k, decoders, nbits, axis, MB, PER, left, less_zero);
 }
 
 /* sums[m * PER + j] += the products of the block; lanes are summed at the very end. */
 HQQ_ALWAYS_INLINE void dot_packed_row(hqq_vec *sums, const dot_block *b, const int nbits,
                                       const int axis, const int MB, const int PER,
-                                      const int left)
+                                      const int left, const int less_zero)
 {
     const int SUMS = MB * PER;
     /* at least eight chains of additions, to hide their latency */
@@ -86,7 +89,9 @@ HQQ_ALWAYS_INLINE void dot_packed_row(hqq_vec *sums, const dot_block *b, const i
     hqq_decoder decoders[8];
     if (axis == 0) {
         decoders[0] = hqq_decoder_of(nbits, nbits <= HQQ_TABLE_BITS, 0.0f, 1.0f);
-        dot_columns(acc, b, 0, b->columns, decoders, nbits, axis, MB, PER, left, UNROLL);
+        for (int i = 0; i < SUMS && !less_zero; i++) acc[i] = b->constant[i / PER];
+        dot_columns(acc, b, 0, b->columns, decoders, nbits, axis, MB, PER, left, less_zero,
+                    UNROLL);
     } else {
         int64_t end = b->group_left;
         for (int64_t k = 0, g = 0; k < b->columns; g++, k = end, end += b->G) {
@@ -96,7 +101,7 @@ HQQ_ALWAYS_INLINE void dot_packed_row(hqq_vec *sums, const dot_block *b, const i
                     hqq_decoder_of(nbits, nbits <= HQQ_TABLE_BITS, b->zero[j * b->stride + g],
                                    b->scale[j * b->stride + g]);
             dot_columns(acc, b, k, end < b->columns ? end : b->columns, decoders, nbits, axis,
-                        MB, PER, left, UNROLL);
+                        MB, PER, left, 0, UNROLL);
         }
     }
 #pragma GCC unroll 16
@@ -107,10 +112,19 @@ HQQ_ALWAYS_INLINE void dot_packed_row(hqq_vec *sums, const dot_block *b, const i
     }
 }
 
+HQQ_ALWAYS_INLINE void dot_row(hqq_vec *sums, const dot_block *b, const int nbits,
+                               const int axis, const int MB, const int PER, const int left)
+{
+    if (axis == 0 && b->zero)
+        dot_packed_row(sums, b, nbits, axis, MB, PER, left, 1);
+    else
+        dot_packed_row(sums, b, nbits, axis, MB, PER, left, 0);
+}
+
 #define DOT(nbits, axis, MB)                                                   \
     static void dot_##nbits##_##axis##_##MB(hqq_vec *sums, const dot_block *b) \
     {                                                                          \
-        dot_packed_row(sums, b, nbits, axis, MB, 8 / (nbits), 0);              \
+        dot_row(sums, b, nbits, axis, MB, 8 / (nbits), 0);                     \
     }
 #define DOTS(nbits, MB) DOT(nbits, 0, MB) DOT(nbits, 1, MB)
 /* clang-format off */
@@ -135,6 +149,6 @@ static dot_table float_dots = {
 /* clang-format on */
 
 /* of a weight in planes, by rows of W taken together */
-PLANE_DOTS(float_planes, dot_packed_row)
+PLANE_DOTS(float_planes, dot_row)
 
 #endif

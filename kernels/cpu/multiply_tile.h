@@ -68,16 +68,13 @@ HQQ_ALWAYS_INLINE hqq_vec hqq_multiply_add(hqq_vec sum, hqq_vec left, hqq_vec ri
     return sum + left * right;
 }
 
-/* sums [rows, vectors * lanes] (+)= left [rows, steps] right [steps, vectors * lanes]. The last
- * three are constants. */
-HQQ_ALWAYS_INLINE void hqq_multiply_outer(float *sums, int64_t ld_sums, const void *left,
-                                          int64_t ld_left, const void *right, int64_t ld_right,
-                                          int64_t steps, int add, const int rows,
-                                          const int vectors, const hqq_tile_word kind)
+/* c [rows, vectors] += left [rows, steps] right [steps, vectors * lanes]. The last three are
+ * constants. */
+HQQ_ALWAYS_INLINE void hqq_outer_steps(hqq_vec *c, const void *left, int64_t ld_left,
+                                       const void *right, int64_t ld_right, int64_t steps,
+                                       const int rows, const int vectors,
+                                       const hqq_tile_word kind)
 {
-    hqq_vec c[HQQ_TILE_REGISTERS];
-#pragma GCC unroll 24
-    for (int i = 0; i < rows * vectors; i++) c[i] = hqq_vec_zero();
     for (int64_t p = 0; p < steps; p++) {
         hqq_vec b[4];
 #pragma GCC unroll 4
@@ -92,6 +89,19 @@ HQQ_ALWAYS_INLINE void hqq_multiply_outer(float *sums, int64_t ld_sums, const vo
         left = hqq_word(left, 1);
         right = hqq_word(right, ld_right);
     }
+}
+
+/* sums [rows, vectors * lanes] (+)= left [rows, steps] right [steps, vectors * lanes]. The last
+ * three are constants. */
+HQQ_ALWAYS_INLINE void hqq_multiply_outer(float *sums, int64_t ld_sums, const void *left,
+                                          int64_t ld_left, const void *right, int64_t ld_right,
+                                          int64_t steps, int add, const int rows,
+                                          const int vectors, const hqq_tile_word kind)
+{
+    hqq_vec c[HQQ_TILE_REGISTERS];
+#pragma GCC unroll 24
+    for (int i = 0; i < rows * vectors; i++) c[i] = hqq_vec_zero();
+    hqq_outer_steps(c, left, ld_left, right, ld_right, steps, rows, vectors, kind);
 #pragma GCC unroll 24
     for (int i = 0; i < rows; i++)
 #pragma GCC unroll 4

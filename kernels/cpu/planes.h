@@ -8,13 +8,13 @@
  * bits: 256 bytes, 8 loads, 8 shifts, 16 look-ups, 16 multiplications.
  *
  * 4096 x 4096, G = 64, a Zen 5, two threads, cold: times the speed of 4 bits, axis 1, by
- * tokens; before, all through 4-bit bytes in the first cache:
+ * tokens; in brackets all through 4-bit bytes in the first cache:
  *
  *                            bf16: 1      4            fp32: 1      4
- *     axis 1 forward   0.92 (0.59)  0.88 (0.58)   0.88 (0.61)  1.05 (0.80)
- *            dgrad     0.83 (0.76)  0.89 (0.72)   0.84 (0.72)  0.87 (0.74)
- *     axis 0 forward   1.12 (0.64)  1.05 (0.71)   0.78 (0.55)  1.07 (0.76)
- *            dgrad     1.13 (0.74)  1.18 (0.87)   0.69 (0.58)  0.93 (0.83)
+ *     axis 1 forward   1.09 (0.59)  0.94 (0.58)   0.92 (0.61)  1.09 (0.80)
+ *            dgrad     0.97 (0.76)  1.06 (0.72)   0.93 (0.72)  0.86 (0.74)
+ *     axis 0 forward   1.29 (0.64)  1.14 (0.71)   1.02 (0.55)  1.10 (0.76)
+ *            dgrad     1.31 (0.74)  1.25 (0.87)   0.99 (0.58)  1.05 (0.83)
  *
  * With AVX2, M = 1 and 4, forward 0.90 to 1.04 and 0.74 to 0.83, dgrad 0.93 to 1.02 and 0.97.
  */

@@ -43,10 +43,11 @@
  *     bf16 forward  494 (293)   621 (458)      (turned.h, panels.h)
  *     bf16 dgrad    396 (172)   565 (289)  671 (440)   764 (612)       (panels.h)
  *
- * fp16 is as fast as fp32 (torch: a seventh of that). Of the bits and axes 8 bits take longest:
- * 1.3 times the time at 4 bits and axis 1, at twice the bytes. At axis 0 and few tokens in bf16
- * x takes the scales (tiled_scaled.h): at 4 bits 1.0 to 1.2 times that, where a zero and a
- * scale a weight took 1.4 times.
+ * fp16 is as fast as fp32 (torch: a seventh of that). Times the speed of 4 bits, axis 1, in
+ * bf16 at 16 and 64 tokens: 8 bits 0.7 and 0.8, dgrad 0.8 and 0.9. At axis 0 and few tokens x
+ * takes the scales in bf16 (tiled_scaled.h), 4 bits 0.9 and 0.8, 3 bits 0.9 and 0.9; and sums
+ * do in dgrad (tiled_residues.h), 1.2 and 0.95, 1.1 and 0.95, where a zero and a scale a weight
+ * made 0.6 and 0.8, 0.5 and 0.8.
  */
 #ifndef HQQ_KERNELS_CPU_TILED_H
 #define HQQ_KERNELS_CPU_TILED_H
@@ -113,6 +114,10 @@ typedef struct hqq_tiled_job {
                            dgrad: all tokens of dy once a block, else tile by tile */
     int scales_input;   /* forward: x is multiplied by the scales, W stands for its codes
                            (tiled_scaled.h); sets are taken cycle by cycle */
+    int scales_sums;    /* dgrad: sums are (tiled_residues.h), cycle by cycle too */
+    uint16_t *turned;   /* then dy [M, ld_turned], [N/G, G] in place of [G, N/G] */
+    int64_t ld_turned;
+    float *residue_sums; /* and [M, N/G]: what dy sums to over each residue */
     hqq_isa isa;
 } hqq_tiled_job;
 
@@ -124,15 +129,19 @@ typedef struct hqq_tiled_chunk {
     int64_t ld_sums;
     int add;
     /* scratch; strides between rows are hqq_tiled_stride of what they hold */
-    void *input;   /* [HQQ_TILED_TOKENS rows of x or dy, words of a block] */
-    void *weights; /* the decoded block */
-    void *rows;    /* dgrad in bf16: [block_rows, block_columns] before they are paired */
-    float *bias;   /* forward: [block_rows] */
-    void *lora_B;  /* forward that scales x: [cycle, rank] */
+    void *input;         /* [HQQ_TILED_TOKENS rows of x or dy, words of a block] */
+    void *weights;       /* the decoded block */
+    void *rows;          /* dgrad in bf16: [block_rows, block_columns] before they are paired */
+    float *zero, *scale; /* dgrad that scales sums: [residues of a block, block_columns] */
+    float *bias;         /* forward: [block_rows] */
+    void *lora_B;        /* forward that scales x: [cycle, rank] */
 } hqq_tiled_chunk;
 
 /* y [m_begin:m_end, rows of the sets], dx [m_begin:m_end, begin:end] */
 HQQ_ISA_DECLARE(void, hqq_tiled_linear_chunk, (const hqq_tiled_chunk *c));
 HQQ_ISA_DECLARE(void, hqq_tiled_dgrad_chunk, (const hqq_tiled_chunk *c));
+
+/* job->turned and job->residue_sums of token m. */
+HQQ_ISA_DECLARE(void, hqq_turn_residues, (const hqq_tiled_job *job, int64_t m));
 
 #endif

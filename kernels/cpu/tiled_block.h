@@ -127,6 +127,12 @@ static inline void hqq_decode_rows(void *out, int64_t ld, int64_t slot_rows,
     }
     hqq_row_piece pieces[HQQ_MAX_SLOTS];
     hqq_row_pieces(pieces, &job->sets, set_begin, set_end);
+    if (job->layout.planes) {
+        HQQ_ISA_NAME(hqq_dequantize_halves)
+        (out, ld, slot_rows * ld, dtype, job->weight, pieces[0].first, 1, pieces[0].count,
+         begin, end);
+        return;
+    }
     for (int j = 0; j < job->sets.slots; j++) HQQ_ISA_NAME(hqq_dequantize_rows)
     (hqq_at_mut(out, dtype, j * slot_rows * ld), ld, dtype, job->weight, pieces[j].first, 1,
      pieces[j].count, begin, end);

@@ -6,6 +6,7 @@
 #include "tiled_fetch.h"
 #if HQQ_HAS_PAIRS
 #include "decode_pairs.h"
+#include "tiled_residues.h"
 #endif
 
 HQQ_TILE_TABLE(hqq_multiply_outer);
@@ -126,7 +127,7 @@ static void multiply_block(const hqq_tiled_chunk *c, const row_block *b, hqq_str
     }
 }
 
-void HQQ_ISA_NAME(hqq_tiled_dgrad_chunk)(const hqq_tiled_chunk *c)
+static void sum_blocks(const hqq_tiled_chunk *c)
 {
     const hqq_tiled_job *job = c->job;
     row_block b = block_of(job, 0);
@@ -137,7 +138,34 @@ void HQQ_ISA_NAME(hqq_tiled_dgrad_chunk)(const hqq_tiled_chunk *c)
         next = hqq_strips_of(job, after.begin, after.end, c->begin, c->end);
         multiply_block(c, &b, &next);
     }
+}
+
+void HQQ_ISA_NAME(hqq_tiled_dgrad_chunk)(const hqq_tiled_chunk *c)
+{
+    const hqq_tiled_job *job = c->job;
+#if HQQ_HAS_PAIRS
+    if (job->scales_sums)
+        sum_residues(c);
+    else
+#endif
+        sum_blocks(c);
     for (int64_t m = c->m_begin; m < c->m_end; m++)
         hqq_store_sums(job, m * job->layout.K + c->begin,
                        c->sums + (m - c->m_begin) * c->ld_sums, NULL, c->end - c->begin);
+}
+
+void HQQ_ISA_NAME(hqq_turn_residues)(const hqq_tiled_job *job, int64_t m)
+{
+    int64_t G = job->layout.G, residues = job->layout.N / G;
+    for (int64_t r = 0; r < residues; r += HQQ_LANES) {
+        int count = (int)hqq_least(residues - r, HQQ_LANES);
+        const uint16_t *dy = (const uint16_t *)job->in + m * job->ld_in + r;
+        uint16_t *turned = job->turned + m * job->ld_turned + r * G;
+        hqq_vec sum = hqq_vec_zero();
+        for (int64_t i = 0; i < G; i++, dy += residues) {
+            sum += hqq_vec_load_dtype_part(dy, HQQ_BF16, 0, count);
+            for (int j = 0; j < count; j++) turned[j * G + i] = dy[j];
+        }
+        hqq_vec_store_dtype_part(job->residue_sums + m * residues, HQQ_F32, r, sum, count);
+    }
 }

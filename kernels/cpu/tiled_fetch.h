@@ -7,6 +7,7 @@
 #define HQQ_KERNELS_CPU_TILED_FETCH_H
 
 #include "code_runs.h"
+#include "fetch.h"
 #include "simd.h"
 #include "tiled.h"
 
@@ -23,12 +24,6 @@ static inline hqq_strips hqq_strips_of(const hqq_tiled_job *job, int64_t set_beg
 {
     return (hqq_strips){
         job, set_begin, set_end, column, end - column, set_begin, 1.0 / (double)job->layout.G};
-}
-
-HQQ_ALWAYS_INLINE void hqq_fetch_bytes(const void *data, int64_t at, int64_t bytes)
-{
-    const char *from = (const char *)data + at, *end = from + bytes;
-    for (; from < end; from += 64) __builtin_prefetch(from, 0, 2);
 }
 
 /* Bytes [first, last) of the codes of columns from `column` on of the rows that are `row` in
@@ -55,8 +50,11 @@ HQQ_ALWAYS_INLINE void hqq_fetch_part(hqq_strips *a, int64_t part, int64_t parts
     int64_t end = a->first + (a->set_end - a->first) * part / parts;
     int64_t meta = (int64_t)((double)a->columns * a->groups) * hqq_dtype_bytes(w->meta_dtype);
     for (; a->set < end; a->set++) {
-        int64_t word = a->set * l->K + a->column, bytes = hqq_dtype_bytes(w->meta_dtype);
-        hqq_fetch_codes(a->job, a->set, a->column, 0, a->columns * l->word_bytes);
+        const hqq_row_sets *sets = &a->job->sets;
+        int64_t row = a->job->scales_sums ? hqq_row_in_slot(sets, a->set) : a->set;
+        int64_t word = row * l->K + a->column, bytes = hqq_dtype_bytes(w->meta_dtype);
+        hqq_fetch_codes(a->job, row, a->column, 0, a->columns * l->word_bytes);
+        if (a->job->scales_sums && a->set % sets->cycle > 0) continue; /* those are there */
         if (l->axis == 0) {
             int64_t at = word % l->groups * bytes;
             hqq_fetch_bytes(w->zero, at, a->columns * bytes);

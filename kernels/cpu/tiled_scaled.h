@@ -80,6 +80,12 @@ static void decode_codes(void *out, int64_t ld, int64_t slot_rows, const hqq_til
     codes.scale = scale;
     codes.meta_dtype = HQQ_F32;
     int64_t row = hqq_row_in_slot(&job->sets, set_begin);
+    if (job->layout.planes) {
+        HQQ_ISA_NAME(hqq_dequantize_halves)
+        (out, ld, slot_rows * ld, HQQ_BF16, &codes, row, job->sets.step, set_end - set_begin,
+         begin, end);
+        return;
+    }
     for (int j = 0; j < job->sets.slots; j++)
         HQQ_ISA_NAME(hqq_dequantize_rows)(hqq_at_mut(out, HQQ_BF16, j * slot_rows * ld), ld,
                                           HQQ_BF16, &codes, job->sets.start[j] + row,

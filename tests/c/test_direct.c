@@ -218,9 +218,9 @@ static int check_identities(hqq_isa isa)
     int failures = 0;
     for (size_t s = 0; s < sizeof few / sizeof *few; s++)
         for (int b = 0; b < BIT_WIDTHS; b++)
-            for (int axis = 0; axis < 2; axis++) {
+            for (int way = 0; way < 3; way++) { /* axis 0 in two ways, by the zeros' dtype */
                 hqq_weight w = sample_weight(&state, few[s].N, few[s].K, few[s].G, all_bits[b],
-                                             axis, HQQ_F32, 1.0f);
+                                             way % 2, way == 2 ? HQQ_BF16 : HQQ_F32, 1.0f);
                 for (int d = 0; d < 3; d++)
                     for (direction pass = FORWARD; pass <= DGRAD; pass++)
                         failures += check_identity(pass, &w, all_dtypes[d], isa);

@@ -199,6 +199,8 @@ static int check_blocks(hqq_isa isa)
          */
         {257, 2100, 80, 16, 2, 4, 1},
         {256, 2064, 72, 8, 3, 8, 0},
+        {9, 34, 96, 32, 1, 8, 1},   /* bytes in pairs */
+        {170, 34, 96, 32, 0, 8, 1}, /* and to panels */
     };
     uint64_t state = 41;
     int failures = 0;
@@ -232,18 +234,20 @@ static int check_formats(hqq_isa isa, int64_t extra)
     return failures;
 }
 
-/* Scales and zeros in bf16 at axis 0, as x takes them in bf16 (tiled_scaled.h): more than eight
- * tokens, two blocks of columns, several cycles of sets in a chunk, an adapter, a bias. */
+/* Scales and zeros in bf16 at axis 0, as x takes them in bf16 (tiled_scaled.h) and sums of dx
+ * do (tiled_residues.h): more than eight tokens, two blocks of columns, several cycles of sets
+ * in a chunk and in a block, two blocks of rows, an adapter, a bias. */
 static int check_scaled(hqq_isa isa)
 {
     static const int64_t cases[][6] = {/* M, N, K, G, R, bits */
                                        {13, 256, 96, 32, 3, 4},
                                        {12, 128, 2144, 64, 2, 2},
                                        {17, 192, 64, 64, 0, 8},
-                                       {7, 2048, 64, 32, 2, 4}};
+                                       {7, 2048, 64, 32, 2, 4},
+                                       {26, 640, 64, 32, 1, 1}};
     uint64_t state = 53;
     int failures = 0;
-    for (int i = 0; i < 4; i++)
+    for (int i = 0; i < 5; i++)
         for (int done = 0; !done;) { /* until scales are drawn in bf16 */
             const int64_t *c = cases[i];
             problem p =
