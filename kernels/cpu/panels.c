@@ -15,6 +15,8 @@
 #define TOKENS        256
 #define LEAST_TOKENS  48
 #define WANTED_CHUNKS 16
+/* And of the last ones, so that no thread waits long for another at the end. */
+#define LAST_TOKENS 48
 
 /*
  * Below, W as it is decoded for a few tokens, or x turned (turned.h), is read sooner. Times the
@@ -53,13 +55,20 @@ int hqq_panels_serve(const hqq_weight *weight, int64_t M, hqq_dtype dtype, int t
     return reduction > 0 && reduction <= longest;
 }
 
-/* Panels in a block: of half of the weight at most, so that it is never whole in memory (but
- * one of a single panel). */
+/* Blocks whose panels are in memory at a time: one is decoded while another is multiplied. A
+ * weight of three panels has too few for that. */
+static int64_t blocks_at_once(int64_t columns)
+{
+    return columns > 3 * HQQ_PANEL_COLUMNS ? 2 : 1;
+}
+
+/* Panels in a block: so many that those in memory are half of the weight at most, so that it is
+ * never whole there (but one of a single panel). */
 static int64_t block_panels(int64_t columns, int64_t reduction, int pairs)
 {
     int64_t all = hqq_ceil_div(columns, HQQ_PANEL_COLUMNS);
     int64_t most = hqq_least(BLOCK_BYTES / panel_bytes(reduction, pairs), all / 2);
-    return hqq_even_part(all, hqq_most(most, 1), 1);
+    return hqq_even_part(all, hqq_most(most / blocks_at_once(columns), 1), 1);
 }
 
 size_t hqq_panels_workspace(const hqq_weight *weight, hqq_dtype dtype, int transpose)
@@ -67,23 +76,63 @@ size_t hqq_panels_workspace(const hqq_weight *weight, hqq_dtype dtype, int trans
     int64_t N = weight->out_features, K = weight->in_features;
     int64_t columns = transpose ? K : N, reduction = transpose ? N : K;
     int pairs = dtype == HQQ_BF16;
-    return (size_t)(block_panels(columns, reduction, pairs) * panel_bytes(reduction, pairs));
+    return (size_t)(blocks_at_once(columns) * block_panels(columns, reduction, pairs) *
+                    panel_bytes(reduction, pairs));
 }
 
+/* A product, as its stages see it. */
+typedef struct panels_plan {
+    hqq_panels_job job;     /* but for the block */
+    int64_t blocks, panels; /* of a block, but maybe the last */
+    int64_t at_once;
+} panels_plan;
+
+/* The rows of out that one kind of stage computes, `tokens` of them a chunk. */
+typedef struct panels_rows {
+    const panels_plan *plan;
+    int64_t begin, end, tokens;
+} panels_rows;
+
+static int64_t panels_in(const panels_plan *plan, int64_t block)
+{
+    int64_t all = hqq_ceil_div(plan->job.columns, HQQ_PANEL_COLUMNS);
+    return hqq_least(plan->panels, all - block * plan->panels);
+}
+
+static hqq_panels_job job_of_block(const panels_plan *plan, int64_t block)
+{
+    hqq_panels_job job = plan->job;
+    int64_t bytes = job.steps * HQQ_PANEL_COLUMNS * 4;
+    job.begin = block * plan->panels * HQQ_PANEL_COLUMNS;
+    job.end = hqq_least(job.begin + plan->panels * HQQ_PANEL_COLUMNS, job.columns);
+    job.panels = (char *)job.panels + block % plan->at_once * plan->panels * bytes;
+    return job;
+}
+
+/* Chunks are numbered through all blocks. */
 static hqq_status decode_chunk(int64_t chunk, void *scratch, void *data)
 {
-    const hqq_panels_job *job = data;
-    HQQ_ISA_SELECT(job->product.isa, hqq_panels_decode)(job, chunk, scratch);
+    const panels_plan *plan = data;
+    hqq_panels_job job = job_of_block(plan, chunk / plan->panels);
+    HQQ_ISA_SELECT(job.product.isa, hqq_panels_decode)(&job, chunk % plan->panels, scratch);
     return HQQ_OK;
+}
+
+/* Chunks of a whole block. */
+static int64_t chunks_in(const panels_rows *rows)
+{
+    return hqq_ceil_div(rows->end - rows->begin, rows->tokens) * rows->plan->panels;
 }
 
 static hqq_status multiply_chunk(int64_t chunk, void *scratch, void *data)
 {
-    const hqq_panels_job *job = data;
-    int64_t panels = hqq_ceil_div(job->end - job->begin, HQQ_PANEL_COLUMNS);
-    int64_t m = chunk / panels * job->product.tokens;
-    HQQ_ISA_SELECT(job->product.isa, hqq_panels_multiply)
-    (job, chunk % panels, m, hqq_least(m + job->product.tokens, job->product.M), scratch);
+    const panels_rows *rows = data;
+    int64_t block = chunk / chunks_in(rows), panels = panels_in(rows->plan, block);
+    hqq_panels_job job = job_of_block(rows->plan, block);
+    chunk %= chunks_in(rows);
+    int64_t m = rows->begin + chunk / panels * rows->tokens;
+    HQQ_ISA_SELECT(job.product.isa, hqq_panels_multiply)
+    (&job, chunk % panels, m, hqq_least(m + rows->tokens, rows->end), scratch);
     return HQQ_OK;
 }
 
@@ -100,7 +149,51 @@ size_t hqq_panels_multiply_scratch(const hqq_panels_job *job)
     return (size_t)((rank + 1) * HQQ_PANEL_COLUMNS * 4);
 }
 
-static hqq_status run(hqq_panels_job *job, const hqq_context *context)
+static void add_decoding(hqq_stages *stages, panels_plan *plan, int64_t block, int after)
+{
+    hqq_add_stage(stages, decode_chunk, plan, block * plan->panels, panels_in(plan, block),
+                  hqq_panels_decode_scratch(&plan->job), after);
+}
+
+static void add_rows(hqq_stages *stages, panels_rows *rows, int64_t block, int after)
+{
+    int64_t chunks = chunks_in(rows) / rows->plan->panels * panels_in(rows->plan, block);
+    hqq_add_stage(stages, multiply_chunk, rows, block * chunks_in(rows), chunks,
+                  hqq_panels_multiply_scratch(&rows->plan->job), after);
+}
+
+/*
+ * Each block's rows in two parts, and between them the next block is decoded, where the one
+ * before has been multiplied:
+ *
+ *     decode 0 | upper 0, decode 1, lower 0 | upper 1, decode 2, lower 1 | ... | lower n
+ *
+ * so what a stage waits for has been done long before it. With memory for one block alone it is
+ * decoded behind all of the last.
+ */
+static void add_blocks(hqq_stages *stages, panels_plan *plan, panels_rows *upper,
+                       panels_rows *lower, panels_rows *last)
+{
+    add_decoding(stages, plan, 0, 0);
+    int before = stages->count; /* all that the first block needs */
+    int decoded = before, multiplied = 0;
+    for (int64_t block = 0; block < plan->blocks; block++) {
+        int more = block + 1 < plan->blocks, ready = decoded;
+        add_rows(stages, upper, block, ready);
+        if (more && plan->at_once > 1) {
+            add_decoding(stages, plan, block + 1, multiplied);
+            decoded = stages->count;
+        }
+        add_rows(stages, more ? lower : last, block, ready);
+        multiplied = stages->count;
+        if (more && plan->at_once == 1) {
+            add_decoding(stages, plan, block + 1, multiplied);
+            decoded = stages->count;
+        }
+    }
+}
+
+static hqq_status run(hqq_panels_job *job, hqq_stages *stages, const hqq_context *context)
 {
     hqq_tiled_job *p = &job->product;
     p->pairs = p->dtype == HQQ_BF16;
@@ -109,24 +202,24 @@ static hqq_status run(hqq_panels_job *job, const hqq_context *context)
     job->columns = job->transpose ? p->layout.K : p->layout.N;
     job->reduction = job->transpose ? p->layout.N : p->layout.K;
     job->steps = p->pairs ? job->reduction / 2 : job->reduction;
-    int64_t side = block_panels(job->columns, job->reduction, p->pairs) * HQQ_PANEL_COLUMNS;
-    for (job->begin = 0; job->begin < job->columns; job->begin = job->end) {
-        job->end = hqq_least(job->begin + side, job->columns);
-        int64_t panels = hqq_ceil_div(job->end - job->begin, HQQ_PANEL_COLUMNS);
-        HQQ_TRY(hqq_for_each_chunk(panels, decode_chunk, job, hqq_panels_decode_scratch(job),
-                                   context));
-        int64_t tokens = TOKENS;
-        while (tokens > LEAST_TOKENS && hqq_ceil_div(p->M, tokens) * panels < WANTED_CHUNKS)
-            tokens -= HQQ_TILED_TOKENS;
-        p->tokens = hqq_even_part(p->M, tokens, HQQ_TILED_TOKENS);
-        HQQ_TRY(hqq_for_each_chunk(hqq_ceil_div(p->M, p->tokens) * panels, multiply_chunk, job,
-                                   hqq_panels_multiply_scratch(job), context));
-    }
-    return HQQ_OK;
+    panels_plan plan = {.job = *job, .at_once = blocks_at_once(job->columns)};
+    plan.panels = block_panels(job->columns, job->reduction, p->pairs);
+    plan.blocks = hqq_ceil_div(hqq_ceil_div(job->columns, HQQ_PANEL_COLUMNS), plan.panels);
+
+    int64_t tokens = TOKENS;
+    while (tokens > LEAST_TOKENS && hqq_ceil_div(p->M, tokens) * plan.panels < WANTED_CHUNKS)
+        tokens -= HQQ_TILED_TOKENS;
+    tokens = hqq_even_part(p->M, tokens, HQQ_TILED_TOKENS);
+    int64_t half = hqq_ceil_div(hqq_ceil_div(p->M, tokens), 2) * tokens;
+    half = hqq_least(half, p->M);
+    panels_rows upper = {&plan, 0, half, tokens}, lower = {&plan, half, p->M, tokens};
+    panels_rows last = {&plan, half, p->M, hqq_least(tokens, LAST_TOKENS)};
+    add_blocks(stages, &plan, &upper, &lower, &last);
+    return hqq_run_stages(stages, context);
 }
 
-hqq_status hqq_panels_linear(const hqq_forward *f, const float *xa, void *workspace,
-                             const hqq_context *context)
+hqq_status hqq_panels_linear(const hqq_forward *f, const float *xa, hqq_stages *before,
+                             void *workspace, const hqq_context *context)
 {
     hqq_panels_job job = {.panels = workspace};
     job.product = (hqq_tiled_job){.out = f->y,
@@ -139,11 +232,11 @@ hqq_status hqq_panels_linear(const hqq_forward *f, const float *xa, void *worksp
                                   .lora = f->lora,
                                   .inner = xa,
                                   .M = f->M};
-    return run(&job, context);
+    return run(&job, before, context);
 }
 
-hqq_status hqq_panels_dgrad(const hqq_backward *b, const float *dyb, void *workspace,
-                            const hqq_context *context)
+hqq_status hqq_panels_dgrad(const hqq_backward *b, const float *dyb, hqq_stages *before,
+                            void *workspace, const hqq_context *context)
 {
     hqq_panels_job job = {.panels = workspace, .transpose = 1};
     job.product = (hqq_tiled_job){.out = b->dx,
@@ -154,5 +247,5 @@ hqq_status hqq_panels_dgrad(const hqq_backward *b, const float *dyb, void *works
                                   .lora = b->lora,
                                   .inner = dyb,
                                   .M = b->M};
-    return run(&job, context);
+    return run(&job, before, context);
 }

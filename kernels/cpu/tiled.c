@@ -182,6 +182,16 @@ static int in_amx_tiles(int64_t M, hqq_dtype dtype, hqq_isa isa)
 }
 #endif
 
+/* Whether panels serve a product, which then runs in one loop with what comes before it. */
+static int on_panels(const hqq_weight *weight, int64_t M, hqq_dtype dtype, int transpose,
+                     hqq_isa isa)
+{
+#if HQQ_HAS_AMX
+    if (in_amx_tiles(M, dtype, isa)) return 0;
+#endif
+    return hqq_panels_serve(weight, M, dtype, transpose, isa);
+}
+
 size_t hqq_tiled_workspace(const hqq_weight *weight, int64_t M, hqq_dtype dtype, int transpose,
                            hqq_isa isa)
 {
@@ -194,15 +204,16 @@ size_t hqq_tiled_workspace(const hqq_weight *weight, int64_t M, hqq_dtype dtype,
     return hqq_turned_workspace(weight, M, dtype, isa);
 }
 
-hqq_status hqq_tiled_linear(const hqq_forward *f, const float *xa, void *workspace,
-                            const hqq_context *context)
+hqq_status hqq_tiled_linear(const hqq_forward *f, const float *xa, hqq_stages *before,
+                            void *workspace, const hqq_context *context)
 {
+    if (on_panels(f->weight, f->M, f->dtype, 0, hqq_isa_in_use(context)))
+        return hqq_panels_linear(f, xa, before, workspace, context);
+    HQQ_TRY(hqq_run_stages(before, context));
 #if HQQ_HAS_AMX
     if (in_amx_tiles(f->M, f->dtype, hqq_isa_in_use(context)))
         return hqq_amx_linear(f, xa, workspace, context);
 #endif
-    if (hqq_panels_serve(f->weight, f->M, f->dtype, 0, hqq_isa_in_use(context)))
-        return hqq_panels_linear(f, xa, workspace, context);
     if (hqq_turns_input(f->M)) return hqq_turned_linear(f, xa, workspace, context);
     hqq_tiled_job job = job_of(f->weight, f->M, f->dtype, f->lora, xa, FORWARD_TOKENS, context);
     job.out = f->y;
@@ -260,15 +271,16 @@ static hqq_status dgrad_chunk(int64_t chunk, void *scratch, void *data)
     return HQQ_OK;
 }
 
-hqq_status hqq_tiled_dgrad(const hqq_backward *b, const float *dyb, void *workspace,
-                           const hqq_context *context)
+hqq_status hqq_tiled_dgrad(const hqq_backward *b, const float *dyb, hqq_stages *before,
+                           void *workspace, const hqq_context *context)
 {
+    if (on_panels(b->weight, b->M, b->dtype, 1, hqq_isa_in_use(context)))
+        return hqq_panels_dgrad(b, dyb, before, workspace, context);
+    HQQ_TRY(hqq_run_stages(before, context));
 #if HQQ_HAS_AMX
     if (in_amx_tiles(b->M, b->dtype, hqq_isa_in_use(context)))
         return hqq_amx_dgrad(b, dyb, workspace, context);
 #endif
-    if (hqq_panels_serve(b->weight, b->M, b->dtype, 1, hqq_isa_in_use(context)))
-        return hqq_panels_dgrad(b, dyb, workspace, context);
     hqq_tiled_job job = job_of(b->weight, b->M, b->dtype, b->lora, dyb, DGRAD_TOKENS, context);
     job.out = b->dx;
     job.in = b->dy;
