@@ -1,18 +1,54 @@
 #include "parallel.h"
 
-#include <stdatomic.h>
+#include <sched.h>
 #include <stdlib.h>
+#include <string.h>
 
 #include "status.h"
 
 typedef struct chunk_loop {
-    hqq_chunk_fn fn;
-    void *data;
-    int64_t chunks;
+    hqq_stage *stages;
+    int64_t chunks; /* of all stages */
     size_t scratch_bytes;
     atomic_int_least64_t next;
     atomic_int status; /* the first failure */
 } chunk_loop;
+
+static int failed(chunk_loop *loop)
+{
+    return atomic_load(&loop->status) != HQQ_OK;
+}
+
+/* A hint that the other thread of a core may go first. */
+static void wait_briefly(void)
+{
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+}
+
+/* Waits are short, where there are as many processors as threads; where not, the one that is
+ * waited for may need this one. */
+#define TRIES_ALONE 4000
+
+/* Until the stages [begin, end) are done. Returns whether they are: not after a failure. */
+static int wait_for(chunk_loop *loop, int begin, int end)
+{
+    for (int s = begin; s < end; s++) {
+        hqq_stage *stage = &loop->stages[s];
+        int tries = 0;
+        while (atomic_load_explicit(&stage->done, memory_order_acquire) < stage->chunks) {
+            if (failed(loop)) return 0;
+            if (tries < TRIES_ALONE) {
+                tries++;
+                wait_briefly();
+            } else {
+                sched_yield();
+            }
+        }
+    }
+    return 1;
+}
 
 static void work(int64_t begin, int64_t end, void *data)
 {
@@ -29,30 +65,86 @@ static void work(int64_t begin, int64_t end, void *data)
             return;
         }
     }
+    hqq_stage *stage = loop->stages; /* that of `chunk`, whose first is number `before` */
+    int64_t before = 0;
+    int done = 0; /* stages known to be */
     for (; chunk < loop->chunks; chunk = atomic_fetch_add(&loop->next, 1)) {
-        if (atomic_load(&loop->status) != HQQ_OK) break;
-        hqq_status status = loop->fn(chunk, scratch, loop->data);
+        for (; chunk - before >= stage->chunks; stage++) before += stage->chunks;
+        if (stage->after > done) {
+            if (!wait_for(loop, done, stage->after)) break;
+            done = stage->after;
+        }
+        if (failed(loop)) break;
+        hqq_status status = stage->fn(stage->first + chunk - before, scratch, stage->data);
         if (status != HQQ_OK) atomic_store(&loop->status, (int)status);
+        atomic_fetch_add_explicit(&stage->done, 1, memory_order_release);
     }
     free(scratch);
+}
+
+static hqq_status run(hqq_stage *stages, int count, size_t scratch_bytes,
+                      const hqq_context *context)
+{
+    chunk_loop loop = {.stages = stages, .scratch_bytes = scratch_bytes};
+    for (int s = 0; s < count; s++) {
+        atomic_init(&stages[s].done, 0);
+        loop.chunks += stages[s].chunks;
+    }
+    atomic_init(&loop.next, 0);
+    atomic_init(&loop.status, HQQ_OK);
+    if (loop.chunks <= 0) return HQQ_OK;
+    if (loop.chunks == 1 || !context || !context->parallel_for) {
+        work(0, loop.chunks, &loop);
+    } else if (context->parallel_for(0, loop.chunks, 1, work, &loop) != 0) {
+        return hqq_fail(HQQ_CALLBACK, "parallel_for failed on a range of %lld chunks",
+                        (long long)loop.chunks);
+    }
+    hqq_status status = (hqq_status)atomic_load(&loop.status);
+    if (status == HQQ_NO_MEMORY)
+        return hqq_fail(status, "could not allocate %zu bytes of scratch", scratch_bytes);
+    return status;
 }
 
 hqq_status hqq_for_each_chunk(int64_t chunks, hqq_chunk_fn fn, void *data, size_t scratch_bytes,
                               const hqq_context *context)
 {
-    chunk_loop loop = {
-        .fn = fn, .data = data, .chunks = chunks, .scratch_bytes = scratch_bytes};
-    atomic_init(&loop.next, 0);
-    atomic_init(&loop.status, HQQ_OK);
-    if (chunks <= 0) return HQQ_OK;
-    if (chunks == 1 || !context || !context->parallel_for) {
-        work(0, chunks, &loop);
-    } else if (context->parallel_for(0, chunks, 1, work, &loop) != 0) {
-        return hqq_fail(HQQ_CALLBACK, "parallel_for failed on a range of %lld chunks",
-                        (long long)chunks);
+    hqq_stage only = {.fn = fn, .data = data, .chunks = chunks};
+    return run(&only, 1, scratch_bytes, context);
+}
+
+void hqq_add_stage(hqq_stages *stages, hqq_chunk_fn fn, void *data, int64_t first,
+                   int64_t chunks, size_t scratch_bytes, int after)
+{
+    if (chunks <= 0) return;
+    if (stages->count == stages->room) {
+        int room = stages->room ? 2 * stages->room : 16;
+        hqq_stage *larger = malloc((size_t)room * sizeof *larger);
+        if (!larger) {
+            stages->status = HQQ_NO_MEMORY;
+            return;
+        }
+        if (stages->count) memcpy(larger, stages->list, (size_t)stages->count * sizeof *larger);
+        free(stages->list);
+        stages->list = larger;
+        stages->room = room;
     }
-    hqq_status status = (hqq_status)atomic_load(&loop.status);
-    if (status == HQQ_NO_MEMORY)
-        return hqq_fail(status, "could not allocate %zu bytes of scratch", scratch_bytes);
+    hqq_stage *stage = &stages->list[stages->count++];
+    stage->fn = fn;
+    stage->data = data;
+    stage->first = first;
+    stage->chunks = chunks;
+    stage->after = after;
+    if (scratch_bytes > stages->scratch_bytes) stages->scratch_bytes = scratch_bytes;
+}
+
+hqq_status hqq_run_stages(hqq_stages *stages, const hqq_context *context)
+{
+    hqq_status status = stages->status;
+    if (status == HQQ_OK)
+        status = run(stages->list, stages->count, stages->scratch_bytes, context);
+    else
+        hqq_fail(status, "could not allocate a list of stages");
+    free(stages->list);
+    *stages = (hqq_stages){0};
     return status;
 }

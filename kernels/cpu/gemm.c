@@ -3,50 +3,28 @@
 #include <stdlib.h>
 
 #include "dtype.h"
-#include "gemm_tile.h"
-#include "parallel.h"
+#include "gemm_task.h"
 #include "status.h"
-
-typedef struct gemm_job {
-    hqq_gemm_plan plan;
-    hqq_isa isa;
-    int64_t parts; /* of a slab, in packing */
-} gemm_job;
+#include "workspace.h"
 
 static hqq_status pack_chunk(int64_t chunk, void *scratch, void *data)
 {
-    const gemm_job *job = data;
+    const hqq_gemm_task *task = data;
     (void)scratch;
-    HQQ_ISA_SELECT(job->isa, hqq_gemm_pack_shared)
-    (&job->plan, chunk / job->parts, chunk % job->parts, job->parts);
+    HQQ_ISA_SELECT(task->isa, hqq_gemm_pack_shared)
+    (&task->plan, chunk / task->parts, chunk % task->parts, task->parts);
     return HQQ_OK;
 }
 
 static hqq_status multiply_chunk(int64_t chunk, void *scratch, void *data)
 {
-    const gemm_job *job = data;
-    HQQ_ISA_SELECT(job->isa, hqq_gemm_chunk)(&job->plan, chunk, scratch);
+    const hqq_gemm_task *task = data;
+    HQQ_ISA_SELECT(task->isa, hqq_gemm_chunk)(&task->plan, chunk, scratch);
     return HQQ_OK;
 }
 
 /* Elements that one chunk packs for all: some ten microseconds. */
 #define HQQ_PACK_ELEMENTS (INT64_C(1) << 16)
-/* As many are packed in the time that other threads take to begin. */
-#define HQQ_PACK_ALONE (INT64_C(1) << 14)
-
-static hqq_status run_chunks(gemm_job *job, const hqq_context *context)
-{
-    hqq_gemm_plan *plan = &job->plan;
-    if (plan->packed) {
-        int64_t elements = (int64_t)(plan->packed_bytes / sizeof(float)) / plan->slabs;
-        job->parts = (elements + HQQ_PACK_ELEMENTS - 1) / HQQ_PACK_ELEMENTS;
-        int alone = plan->slabs * elements <= HQQ_PACK_ALONE;
-        HQQ_TRY(hqq_for_each_chunk(plan->slabs * job->parts, pack_chunk, job, 0,
-                                   alone ? NULL : context));
-    }
-    return hqq_for_each_chunk(plan->row_chunks * plan->column_chunks, multiply_chunk, job,
-                              plan->scratch_bytes, context);
-}
 
 /* A product over nothing: C = bias + beta * C. */
 static void finish_empty(const hqq_gemm *g)
@@ -59,23 +37,59 @@ static void finish_empty(const hqq_gemm *g)
         }
 }
 
-hqq_status hqq_gemm_run(const hqq_gemm *g, const hqq_context *context)
+void hqq_gemm_prepare(hqq_gemm_task *task, const hqq_gemm *g, const hqq_context *context)
 {
-    if (g->m == 0 || g->n == 0) return HQQ_OK;
+    *task = (hqq_gemm_task){.isa = hqq_isa_in_use(context)};
+    if (g->m == 0 || g->n == 0) return;
     if (g->k == 0) {
         finish_empty(g);
-        return HQQ_OK;
+        return;
     }
-    gemm_job job = {.isa = hqq_isa_in_use(context)};
-    HQQ_ISA_SELECT(job.isa, hqq_gemm_plan_for)(&job.plan, g);
-    if (job.plan.packed_bytes) {
-        job.plan.packed = aligned_alloc(64, (job.plan.packed_bytes + 63) / 64 * 64);
-        if (!job.plan.packed)
-            return hqq_fail(HQQ_NO_MEMORY, "could not allocate %zu bytes for packed operands",
-                            job.plan.packed_bytes);
-    }
-    hqq_status status = run_chunks(&job, context);
-    free(job.plan.packed);
+    hqq_gemm_plan *plan = &task->plan;
+    HQQ_ISA_SELECT(task->isa, hqq_gemm_plan_for)(plan, g);
+    task->chunks = plan->row_chunks * plan->column_chunks;
+    int64_t elements = (int64_t)(plan->packed_bytes / sizeof(float)) / plan->slabs;
+    task->parts = (elements + HQQ_PACK_ELEMENTS - 1) / HQQ_PACK_ELEMENTS;
+}
+
+hqq_status hqq_gemm_allocate(void **memory, hqq_gemm_task *tasks, int count)
+{
+    hqq_arena measured = {0};
+    for (int i = 0; i < count; i++) hqq_arena_take(&measured, tasks[i].plan.packed_bytes);
+    *memory = NULL;
+    if (measured.used == 0) return HQQ_OK;
+    *memory = aligned_alloc(64, measured.used);
+    if (!*memory)
+        return hqq_fail(HQQ_NO_MEMORY, "could not allocate %zu bytes for packed operands",
+                        measured.used);
+    hqq_arena arena = {.base = *memory};
+    for (int i = 0; i < count; i++)
+        tasks[i].plan.packed = hqq_arena_take(&arena, tasks[i].plan.packed_bytes);
+    return HQQ_OK;
+}
+
+void hqq_gemm_add_packing(hqq_stages *stages, hqq_gemm_task *task, int after)
+{
+    hqq_add_stage(stages, pack_chunk, task, 0, task->plan.slabs * task->parts, 0, after);
+}
+
+void hqq_gemm_add_product(hqq_stages *stages, hqq_gemm_task *task, int after)
+{
+    hqq_add_stage(stages, multiply_chunk, task, 0, task->chunks, task->plan.scratch_bytes,
+                  after);
+}
+
+hqq_status hqq_gemm_run(const hqq_gemm *g, const hqq_context *context)
+{
+    hqq_gemm_task task;
+    void *packed;
+    hqq_stages stages = {0};
+    hqq_gemm_prepare(&task, g, context);
+    HQQ_TRY(hqq_gemm_allocate(&packed, &task, 1));
+    hqq_gemm_add_packing(&stages, &task, 0);
+    hqq_gemm_add_product(&stages, &task, stages.count);
+    hqq_status status = hqq_run_stages(&stages, context);
+    free(packed);
     return status;
 }
 

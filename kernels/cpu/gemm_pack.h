@@ -16,6 +16,7 @@
 typedef struct block_target {
     float *data;
     int64_t ld, width, panel_stride;
+    int fetched; /* the source is in a near cache: else rows that are contiguous are fetched */
 } block_target;
 
 /* HQQ_LANES elements of a view (or the `count` that are left, and zeros), the dtype and whether
@@ -45,7 +46,7 @@ HQQ_ALWAYS_INLINE void copy_rows(const block_target *target, const hqq_view *v, 
     for (int64_t i = 0; i < rows; i++) {
         int64_t at = (row + i) * stride + column, mask_at = (row + i) * mask_stride + column;
         float *out = to.data + i * to.ld;
-        if (i + HQQ_ROWS_AHEAD < rows)
+        if (!to.fetched && i + HQQ_ROWS_AHEAD < rows)
             for (int64_t j = 0; j < columns; j += 64 / hqq_dtype_bytes(dtype))
                 __builtin_prefetch(hqq_at(data, dtype, at + HQQ_ROWS_AHEAD * stride + j));
         for (int64_t panel = 0; panel < columns; panel += to.width, out += to.panel_stride) {

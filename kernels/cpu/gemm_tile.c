@@ -31,6 +31,7 @@
  */
 #include "gemm_tile.h"
 
+#include "gemm_fetch.h"
 #include "gemm_in_place.h"
 #include "gemm_pack.h"
 #include "integers.h"
@@ -245,7 +246,7 @@ static void pack_panels(float *out, const hqq_gemm_plan *plan, int64_t p, int64_
                         int64_t begin, int64_t end)
 {
     int64_t width = plan->columns, n = plan->g.n;
-    block_target to = {out, width, width, kc * width};
+    block_target to = {out, width, width, kc * width, 0};
     copy_block(&to, &plan->g.B, p, begin * width, kc,
                hqq_least(end * width, n) - begin * width);
     /* the rest of the last panel; copy_block has filled the vector that n ends in */
@@ -256,10 +257,11 @@ static void pack_panels(float *out, const hqq_gemm_plan *plan, int64_t p, int64_
 }
 
 /* `rows` rows of A from i on, filled up with zeros to the rows of their tile. */
-static void pack_rows(float *out, const hqq_gemm_plan *plan, int64_t i, int64_t p, int64_t kc)
+static void pack_rows(float *out, const hqq_gemm_plan *plan, int64_t i, int64_t p, int64_t kc,
+                      int fetched)
 {
     int64_t rows = hqq_least(plan->rows, plan->g.m - i);
-    block_target to = {out, HQQ_GEMM_LDA, HQQ_GEMM_LDA, 0};
+    block_target to = {out, HQQ_GEMM_LDA, HQQ_GEMM_LDA, 0, fetched};
     copy_block(&to, &plan->g.A, i, p, rows, kc);
     for (int64_t r = rows; r < variant_for(plan->vectors, rows)->rows; r++)
         memset(out + r * HQQ_GEMM_LDA, 0, (size_t)kc * sizeof(float));
@@ -288,7 +290,7 @@ void HQQ_ISA_NAME(hqq_gemm_pack_shared)(const hqq_gemm_plan *plan, int64_t slab,
     if (!plan->share_A) return;
     first = plan->row_tiles * part / parts, last = plan->row_tiles * (part + 1) / parts;
     for (int64_t tile = first; tile < last; tile++)
-        pack_rows(shared_rows(plan, slab, tile), plan, tile * plan->rows, p, kc);
+        pack_rows(shared_rows(plan, slab, tile), plan, tile * plan->rows, p, kc, 0);
 }
 
 /* Row i of C from column j on: alpha, dropout, bias, beta, and the one rounding. */
@@ -333,7 +335,7 @@ static void store_tile(const hqq_gemm_plan *plan, int64_t i, int64_t j, const fl
     int64_t ld = plan->columns;
     if (plan->transposed) {
         hqq_view view = hqq_view_transposed(hqq_view_rows(sums, HQQ_F32, ld));
-        block_target to = {turned, ld_turned, ld_turned, 0};
+        block_target to = {turned, ld_turned, ld_turned, 0, 0};
         copy_block(&to, &view, 0, 0, columns, rows);
         int64_t row = i, count = rows;
         i = j, rows = columns, j = row, columns = count;
@@ -348,12 +350,12 @@ static void store_tile(const hqq_gemm_plan *plan, int64_t i, int64_t j, const fl
 
 /* A tile of one vector whose columns of B are in place. */
 static void run_right(float *sums, const hqq_gemm_plan *plan, int64_t i, int64_t panel,
-                      const float *A, int64_t p, int64_t kc)
+                      const float *A, int64_t p, int64_t kc, int64_t fetch)
 {
     const hqq_view *v = &plan->g.B;
     int64_t rows = variant_for(1, hqq_least(plan->rows, plan->g.m - i))->rows;
     const void *B = hqq_at(v->data, v->dtype, p * v->row_stride + panel * HQQ_LANES);
-    right_tile_of(rows)->run[v->dtype == HQQ_BF16](sums, A, B, v->row_stride, kc, p > 0);
+    right_tile_of(rows)->run[v->dtype == HQQ_BF16](sums, A, B, v->row_stride, kc, p > 0, fetch);
 }
 
 void HQQ_ISA_NAME(hqq_gemm_chunk)(const hqq_gemm_plan *plan, int64_t chunk, void *scratch)
@@ -364,6 +366,7 @@ void HQQ_ISA_NAME(hqq_gemm_chunk)(const hqq_gemm_plan *plan, int64_t chunk, void
     int64_t i0 = chunk / plan->column_chunks * plan->mc, i1 = hqq_least(i0 + plan->mc, g->m);
     int64_t j0 = chunk % plan->column_chunks * plan->nc, j1 = hqq_least(j0 + plan->nc, g->n);
     int64_t first = j0 / plan->columns, last = hqq_ceil_div(j1, plan->columns);
+    int fetched = 0; /* whether the rows of A that are packed next have been */
 
     for (int64_t slab = 0; slab < plan->slabs; slab++) {
         int64_t p = slab * HQQ_GEMM_KC, kc = hqq_least(HQQ_GEMM_KC, g->k - p);
@@ -377,15 +380,24 @@ void HQQ_ISA_NAME(hqq_gemm_chunk)(const hqq_gemm_plan *plan, int64_t chunk, void
                         last);
         float *sums = (float *)scratch + s.sums;
         for (int64_t i = i0; i < i1; i += plan->rows) {
+            next_rows next;
+            int fetching_next = 0;
             if (plan->share_A)
                 A = shared_rows(plan, slab, i / plan->rows);
-            else
-                pack_rows(own_A, plan, i, p, kc);
+            else {
+                pack_rows(own_A, plan, i, p, kc, fetched);
+                fetched = fetching_next = fetches_next(&next, plan, i, i0, i1, p);
+            }
             for (int64_t panel = first; panel < last; panel++) {
                 float *tile_sums = sums + (panel - first) * plan->rows * plan->columns;
                 const float *packed = B + (panel - first) * kc * plan->columns;
                 if (plan->B_in_place && (panel + 1) * plan->columns <= g->n)
-                    run_right(tile_sums, plan, i, panel, A, p, kc);
+                    run_right(tile_sums, plan, i, panel, A, p, kc,
+                              i > i0 ? HQQ_FETCH_ROWS * g->B.row_stride
+                                     : to_next_line(&g->B, last - panel, last - first, kc));
+                else if (fetching_next && panel == first)
+                    fetching[plan->vectors - 1][g->A.dtype == HQQ_F32](tile_sums, A, packed, kc,
+                                                                       p > 0, &next);
                 else
                     variant_for(plan->vectors, g->m - i)->run(tile_sums, A, packed, kc, p > 0);
                 if (slab == plan->slabs - 1)

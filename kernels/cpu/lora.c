@@ -11,10 +11,9 @@ static const hqq_dropout *dropout_of(const hqq_lora *lora, hqq_dropout *storage)
     return storage;
 }
 
-hqq_status hqq_lora_xa(float *xa, const void *x, int64_t ldx, hqq_dtype dtype,
-                       const hqq_lora *lora, int64_t M, int64_t K, const hqq_context *context)
+hqq_gemm hqq_lora_xa(hqq_dropout *dropout, float *xa, const void *x, int64_t ldx,
+                     hqq_dtype dtype, const hqq_lora *lora, int64_t M, int64_t K)
 {
-    hqq_dropout storage;
     hqq_gemm g = {.C = xa,
                   .ldc = lora->rank,
                   .C_dtype = HQQ_F32,
@@ -22,9 +21,9 @@ hqq_status hqq_lora_xa(float *xa, const void *x, int64_t ldx, hqq_dtype dtype,
                   .n = lora->rank,
                   .k = K,
                   .alpha = 1.0f};
-    g.A = hqq_view_dropped(x, dtype, ldx, K, dropout_of(lora, &storage));
+    g.A = hqq_view_dropped(x, dtype, ldx, K, dropout_of(lora, dropout));
     g.B = hqq_view_transposed(hqq_view_rows(lora->A, lora->dtype, K));
-    return hqq_gemm_run(&g, context);
+    return g;
 }
 
 hqq_status hqq_lora_addend(void *out, int64_t ld_out, hqq_dtype out_dtype, const float *xa,
@@ -65,8 +64,8 @@ hqq_status hqq_lora_addend_turned(float *out, int64_t ld_out, const float *xa,
     return hqq_gemm_run(&g, context);
 }
 
-hqq_status hqq_lora_dyb(float *dyb, const void *dy, int64_t lddy, hqq_dtype dtype,
-                        const hqq_lora *lora, int64_t M, int64_t N, const hqq_context *context)
+hqq_gemm hqq_lora_dyb(float *dyb, const void *dy, int64_t lddy, hqq_dtype dtype,
+                      const hqq_lora *lora, int64_t M, int64_t N)
 {
     hqq_gemm g = {.C = dyb,
                   .ldc = lora->rank,
@@ -77,7 +76,7 @@ hqq_status hqq_lora_dyb(float *dyb, const void *dy, int64_t lddy, hqq_dtype dtyp
                   .alpha = 1.0f};
     g.A = hqq_view_rows(dy, dtype, lddy);
     g.B = hqq_view_rows(lora->B, lora->dtype, lora->rank);
-    return hqq_gemm_run(&g, context);
+    return g;
 }
 
 hqq_status hqq_lora_dx_addend_rows(void *out, int64_t ld_out, hqq_dtype out_dtype,
@@ -109,10 +108,9 @@ hqq_status hqq_lora_dx_addend(void *out, int64_t ld_out, hqq_dtype out_dtype, co
                                    context);
 }
 
-hqq_status hqq_lora_dA(void *dA, const float *dyb, const void *x, int64_t ldx, hqq_dtype dtype,
-                       const hqq_lora *lora, int64_t M, int64_t K, const hqq_context *context)
+hqq_gemm hqq_lora_dA(hqq_dropout *dropout, void *dA, const float *dyb, const void *x,
+                     int64_t ldx, hqq_dtype dtype, const hqq_lora *lora, int64_t M, int64_t K)
 {
-    hqq_dropout storage;
     hqq_gemm g = {.C = dA,
                   .ldc = K,
                   .C_dtype = lora->dtype,
@@ -121,12 +119,12 @@ hqq_status hqq_lora_dA(void *dA, const float *dyb, const void *x, int64_t ldx, h
                   .k = M,
                   .alpha = lora->scaling};
     g.A = hqq_view_transposed(hqq_view_rows(dyb, HQQ_F32, lora->rank));
-    g.B = hqq_view_dropped(x, dtype, ldx, K, dropout_of(lora, &storage));
-    return hqq_gemm_run(&g, context);
+    g.B = hqq_view_dropped(x, dtype, ldx, K, dropout_of(lora, dropout));
+    return g;
 }
 
-hqq_status hqq_lora_dB(void *dB, const void *dy, int64_t lddy, hqq_dtype dtype, const float *xa,
-                       const hqq_lora *lora, int64_t M, int64_t N, const hqq_context *context)
+hqq_gemm hqq_lora_dB(void *dB, const void *dy, int64_t lddy, hqq_dtype dtype, const float *xa,
+                     const hqq_lora *lora, int64_t M, int64_t N)
 {
     hqq_gemm g = {.C = dB,
                   .ldc = lora->rank,
@@ -137,5 +135,5 @@ hqq_status hqq_lora_dB(void *dB, const void *dy, int64_t lddy, hqq_dtype dtype, 
                   .alpha = lora->scaling};
     g.A = hqq_view_transposed(hqq_view_rows(dy, dtype, lddy));
     g.B = hqq_view_rows(xa, HQQ_F32, lora->rank);
-    return hqq_gemm_run(&g, context);
+    return g;
 }

@@ -5,20 +5,21 @@
  *   forward   y [m, n]  = x [m, :] . W [n, :]      a panel is 64 rows of W, transposed
  *   dgrad     dx [m, k] = dy [m, :] . W [:, k]     a panel is 64 columns of W
  *
- *     decode:    panel [steps][64 words]           a chunk a panel; then, behind a barrier,
+ *     decode:    panel [steps][64 words]           a chunk a panel; then
  *     multiply:  for each 6 tokens: a tile of 24 registers of sums, over all steps; begun with
  *                the adapter's part, in fp32, and rounded once as it is stored
  *
  * A word is a float, or with AVX-512 BF16 a pair of bf16 (multiply_tile.h). Against tiled.h:
  * W is decoded once and not once for every 256 tokens; x and dy are not copied; sums never
  * leave their registers, neither for the adapter's part nor at the end; and forward has no
- * lanes to add up, for which the panels are transposed. In exchange the panels take memory and
- * a second parallel region, and x is read again for each panel.
+ * lanes to add up, for which the panels are transposed. In exchange the panels take memory, and
+ * x is read again for each panel.
  *
- * A block of panels, 4 MB and half of the weight at most, is decoded at a time. Where columns
- * of W are longer than a panel may be, parts of them follow one another, and sums in fp32 wait
- * in out, which is of fp32 then: a product in bf16 has panels for what fits into one part
- * alone.
+ * Two blocks of panels are in memory at a time, 4 MB and half of the weight at most: one is
+ * multiplied while the next is decoded. All of it, and what computes the adapter's part before
+ * it, are stages of one loop (parallel.h). Where columns of W are longer than a panel may be,
+ * parts of them follow one another in the same way, and sums in fp32 wait in out, which is of
+ * fp32 then: a product in bf16 has panels for what fits into one part alone.
  */
 #ifndef HQQ_KERNELS_CPU_PANELS_H
 #define HQQ_KERNELS_CPU_PANELS_H
@@ -35,10 +36,10 @@ int hqq_panels_serve(const hqq_weight *weight, int64_t M, hqq_dtype dtype, int t
 size_t hqq_panels_workspace(const hqq_weight *weight, hqq_dtype dtype, int transpose);
 
 /* As hqq_tiled_linear and hqq_tiled_dgrad, of what hqq_panels_serve says yes to. */
-hqq_status hqq_panels_linear(const hqq_forward *f, const float *xa, void *workspace,
-                             const hqq_context *context);
-hqq_status hqq_panels_dgrad(const hqq_backward *b, const float *dyb, void *workspace,
-                            const hqq_context *context);
+hqq_status hqq_panels_linear(const hqq_forward *f, const float *xa, hqq_stages *before,
+                             void *workspace, const hqq_context *context);
+hqq_status hqq_panels_dgrad(const hqq_backward *b, const float *dyb, hqq_stages *before,
+                            void *workspace, const hqq_context *context);
 
 /* ---- between the driver and the kernels --------------------------------------------- */
 

@@ -280,7 +280,7 @@ static const panel_tile_fn panel_tile[][HQQ_TILED_TOKENS + 1] = {
 static void take_factor(float *factor, const panel_tiles *t)
 {
     const hqq_lora *lora = t->job->product.lora;
-    block_target to = {factor, COLUMNS, COLUMNS, 0};
+    block_target to = {factor, COLUMNS, COLUMNS, 0, 0};
     if (t->count < COLUMNS) memset(factor, 0, (size_t)(lora->rank * COLUMNS) * 4);
     hqq_view view = t->job->transpose ? hqq_view_rows(hqq_at(lora->A, lora->dtype, t->first),
                                                       lora->dtype, t->job->columns)

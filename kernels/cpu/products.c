@@ -15,6 +15,7 @@
 #include "direct_dgrad.h"
 #include "direct_linear.h"
 #include "dtype.h"
+#include "gemm_task.h"
 #include "lora.h"
 #include "reference.h"
 #include "status.h"
@@ -76,6 +77,55 @@ hqq_status hqq_backend_workspace_size(size_t *bytes, const hqq_weight *weight,
     return HQQ_OK;
 }
 
+/* The adapter's products that read x or dy, in one loop, with that of the frozen weight where
+ * its kernel can join them. Begins as {0}. */
+enum { XA, DYB, DB, DA, TASKS };
+typedef struct adapter_loop {
+    hqq_gemm_task tasks[TASKS]; /* {0} where not needed */
+    hqq_dropout mask;           /* of x */
+    hqq_stages stages;
+    void *packed;
+} adapter_loop;
+
+/* In such an order that what a stage waits for is not the one just before it, where another can
+ * be between them. */
+static hqq_status add_stages(adapter_loop *adapter)
+{
+    HQQ_TRY(hqq_gemm_allocate(&adapter->packed, adapter->tasks, TASKS));
+    hqq_stages *stages = &adapter->stages;
+    hqq_gemm_task *tasks = adapter->tasks;
+    hqq_gemm_add_packing(stages, &tasks[DYB], 0);
+    hqq_gemm_add_packing(stages, &tasks[XA], 0);
+    int packed = stages->count;
+    hqq_gemm_add_product(stages, &tasks[XA], packed);
+    hqq_gemm_add_packing(stages, &tasks[DB], stages->count);
+    int ready_for_dB = stages->count;
+    hqq_gemm_add_product(stages, &tasks[DYB], packed);
+    hqq_gemm_add_packing(stages, &tasks[DA], stages->count);
+    int ready_for_dA = stages->count;
+    hqq_gemm_add_product(stages, &tasks[DB], ready_for_dB);
+    hqq_gemm_add_product(stages, &tasks[DA], ready_for_dA);
+    return HQQ_OK;
+}
+
+/* y of xa [M,R], which the stages `before` compute; NULL without LoRA. */
+static hqq_status multiply_forward(const hqq_forward *f, const float *xa, hqq_stages *before,
+                                   const product_plan *plan, const hqq_context *context)
+{
+    int64_t M = f->M, N = f->weight->out_features;
+    if (plan->kernel == HQQ_KERNEL_TILED)
+        return hqq_tiled_linear(f, xa, before, plan->inner, context);
+    HQQ_TRY(hqq_run_stages(before, context));
+    if (plan->kernel == HQQ_KERNEL_BLOCKED)
+        return hqq_blocked_linear(f, xa, plan->inner, context);
+    float *addend = f->lora || f->bias ? plan->addend : NULL;
+    if (addend)
+        HQQ_TRY(hqq_lora_addend(addend, N, HQQ_F32, xa, f->bias, f->bias_dtype, f->lora, M, 0,
+                                N, context));
+    return hqq_direct_linear(f->y, f->x, f->ldx, f->weight, addend, M, f->dtype, plan->inner,
+                             hqq_isa_in_use(context), context);
+}
+
 hqq_status hqq_backend_forward(const hqq_forward *f, void *workspace,
                                const hqq_context *context)
 {
@@ -91,32 +141,32 @@ hqq_status hqq_backend_forward(const hqq_forward *f, void *workspace,
         return HQQ_OK;
     }
     const float *xa = f->given_xa;
+    adapter_loop adapter = {0};
     if (f->lora && !xa) {
         float *computed = f->xa ? f->xa : plan.xa;
-        HQQ_TRY(hqq_lora_xa(computed, f->x, f->ldx, f->dtype, f->lora, M, K, context));
+        hqq_gemm g =
+            hqq_lora_xa(&adapter.mask, computed, f->x, f->ldx, f->dtype, f->lora, M, K);
+        hqq_gemm_prepare(&adapter.tasks[XA], &g, context);
+        HQQ_TRY(add_stages(&adapter));
         xa = computed;
     }
-
-    if (plan.kernel == HQQ_KERNEL_BLOCKED)
-        return hqq_blocked_linear(f, f->lora ? xa : NULL, plan.inner, context);
-    if (plan.kernel == HQQ_KERNEL_TILED)
-        return hqq_tiled_linear(f, f->lora ? xa : NULL, plan.inner, context);
-    float *addend = f->lora || f->bias ? plan.addend : NULL;
-    if (addend)
-        HQQ_TRY(hqq_lora_addend(addend, N, HQQ_F32, xa, f->bias, f->bias_dtype, f->lora, M, 0,
-                                N, context));
-    return hqq_direct_linear(f->y, f->x, f->ldx, f->weight, addend, M, f->dtype, plan.inner,
-                             hqq_isa_in_use(context), context);
+    hqq_status status =
+        multiply_forward(f, f->lora ? xa : NULL, &adapter.stages, &plan, context);
+    free(adapter.packed);
+    return status;
 }
 
-/* dx = dy W + scaling drop'(dyb A) */
-static hqq_status backward_dx(const hqq_backward *b, const float *dyb, const product_plan *plan,
-                              const hqq_context *context)
+/* dx = dy W + scaling drop'(dyb A), after the stages `before`, which compute dyb */
+static hqq_status multiply_backward(const hqq_backward *b, const float *dyb, hqq_stages *before,
+                                    const product_plan *plan, const hqq_context *context)
 {
     int64_t M = b->M, K = b->weight->in_features;
+    if (b->dx && plan->kernel == HQQ_KERNEL_TILED)
+        return hqq_tiled_dgrad(b, dyb, before, plan->inner, context);
+    HQQ_TRY(hqq_run_stages(before, context));
+    if (!b->dx) return HQQ_OK;
     if (plan->kernel == HQQ_KERNEL_BLOCKED)
         return hqq_blocked_dgrad(b, dyb, plan->inner, context);
-    if (plan->kernel == HQQ_KERNEL_TILED) return hqq_tiled_dgrad(b, dyb, plan->inner, context);
     float *addend = b->lora ? plan->addend : NULL;
     if (addend)
         HQQ_TRY(hqq_lora_dx_addend(addend, K, HQQ_F32, dyb, b->lora, M, K, 0, K, context));
@@ -124,16 +174,31 @@ static hqq_status backward_dx(const hqq_backward *b, const float *dyb, const pro
                             hqq_isa_in_use(context), context);
 }
 
-static hqq_status backward_dB(const hqq_backward *b, const product_plan *plan,
-                              const hqq_context *context)
+/* Plans what of dyb, dB and dA is wanted, and xa where it has not been kept. */
+static void prepare_gradients(adapter_loop *adapter, const hqq_backward *b, const float *dyb,
+                              const product_plan *plan, const hqq_context *context)
 {
     int64_t M = b->M, N = b->weight->out_features, K = b->weight->in_features;
-    const float *xa = b->xa;
-    if (!xa) {
-        HQQ_TRY(hqq_lora_xa(plan->xa, b->x, b->ldx, b->dtype, b->lora, M, K, context));
-        xa = plan->xa;
+    hqq_gemm_task *tasks = adapter->tasks;
+    hqq_gemm g;
+    if (b->lora && !b->given_dyb && (b->dx || b->dA)) {
+        g = hqq_lora_dyb(plan->dyb, b->dy, b->lddy, b->dtype, b->lora, M, N);
+        hqq_gemm_prepare(&tasks[DYB], &g, context);
     }
-    return hqq_lora_dB(b->dB, b->dy, b->lddy, b->dtype, xa, b->lora, M, N, context);
+    const float *xa = b->xa;
+    if (b->dB && !xa) {
+        xa = plan->xa;
+        g = hqq_lora_xa(&adapter->mask, plan->xa, b->x, b->ldx, b->dtype, b->lora, M, K);
+        hqq_gemm_prepare(&tasks[XA], &g, context);
+    }
+    if (b->dB) {
+        g = hqq_lora_dB(b->dB, b->dy, b->lddy, b->dtype, xa, b->lora, M, N);
+        hqq_gemm_prepare(&tasks[DB], &g, context);
+    }
+    if (b->dA) {
+        g = hqq_lora_dA(&adapter->mask, b->dA, dyb, b->x, b->ldx, b->dtype, b->lora, M, K);
+        hqq_gemm_prepare(&tasks[DA], &g, context);
+    }
 }
 
 static void fill_zero(void *data, int64_t elements, hqq_dtype dtype)
@@ -170,12 +235,12 @@ hqq_status hqq_backend_backward(const hqq_backward *b, void *workspace,
         return HQQ_OK;
     }
     const float *dyb = b->given_dyb ? b->given_dyb : plan.dyb;
-    if (b->lora && !b->given_dyb && (b->dx || b->dA))
-        HQQ_TRY(hqq_lora_dyb(plan.dyb, b->dy, b->lddy, b->dtype, b->lora, M, N, context));
-    if (b->dB) HQQ_TRY(backward_dB(b, &plan, context));
-    if (b->dA) HQQ_TRY(hqq_lora_dA(b->dA, dyb, b->x, b->ldx, b->dtype, b->lora, M, K, context));
-    if (b->dx) HQQ_TRY(backward_dx(b, dyb, &plan, context));
-    return HQQ_OK;
+    adapter_loop adapter = {0};
+    prepare_gradients(&adapter, b, dyb, &plan, context);
+    HQQ_TRY(add_stages(&adapter));
+    hqq_status status = multiply_backward(b, dyb, &adapter.stages, &plan, context);
+    free(adapter.packed);
+    return status;
 }
 
 hqq_status hqq_backend_lora_workspace_size(size_t *bytes, const hqq_lora *lora, int64_t M,
@@ -191,7 +256,9 @@ hqq_status hqq_backend_lora_project(float *xa, const void *x, int64_t ldx, const
                                     const hqq_context *context)
 {
     (void)workspace;
-    return hqq_lora_xa(xa, x, ldx, dtype, lora, M, K, context);
+    hqq_dropout mask;
+    hqq_gemm g = hqq_lora_xa(&mask, xa, x, ldx, dtype, lora, M, K);
+    return hqq_gemm_run(&g, context);
 }
 
 hqq_status hqq_backend_lora_factor_gradients(float *dyb, void *dB, const void *dy, int64_t lddy,
@@ -200,9 +267,20 @@ hqq_status hqq_backend_lora_factor_gradients(float *dyb, void *dB, const void *d
                                              const hqq_context *context)
 {
     (void)workspace;
-    if (dyb) HQQ_TRY(hqq_lora_dyb(dyb, dy, lddy, dtype, lora, M, N, context));
-    if (dB) HQQ_TRY(hqq_lora_dB(dB, dy, lddy, dtype, xa, lora, M, N, context));
-    return HQQ_OK;
+    adapter_loop adapter = {0};
+    hqq_gemm g;
+    if (dyb) {
+        g = hqq_lora_dyb(dyb, dy, lddy, dtype, lora, M, N);
+        hqq_gemm_prepare(&adapter.tasks[DYB], &g, context);
+    }
+    if (dB) {
+        g = hqq_lora_dB(dB, dy, lddy, dtype, xa, lora, M, N);
+        hqq_gemm_prepare(&adapter.tasks[DB], &g, context);
+    }
+    HQQ_TRY(add_stages(&adapter));
+    hqq_status status = hqq_run_stages(&adapter.stages, context);
+    free(adapter.packed);
+    return status;
 }
 
 void *hqq_backend_allocate(size_t bytes)

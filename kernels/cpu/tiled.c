@@ -226,6 +226,18 @@ static int in_amx_tiles(int64_t M, hqq_dtype dtype, hqq_isa isa)
 }
 #endif
 
+/* Whether panels serve a product, which then runs in one loop with what comes before it. */
+static int on_panels(const hqq_weight *weight, int64_t M, hqq_dtype dtype, int transpose,
+                     hqq_isa isa)
+{
+#if HQQ_HAS_AMX
+    if (in_amx_tiles(M, dtype, isa)) return 0;
+#endif
+    if (!hqq_panels_serve(weight, M, dtype, transpose, isa)) return 0;
+    hqq_tiled_job job = job_of(weight, M, dtype, NULL, NULL, DGRAD_TOKENS, isa);
+    return !transpose || !scales_sums(&job);
+}
+
 size_t hqq_tiled_workspace(const hqq_weight *weight, int64_t M, hqq_dtype dtype, int transpose,
                            hqq_isa isa)
 {
@@ -236,21 +248,22 @@ size_t hqq_tiled_workspace(const hqq_weight *weight, int64_t M, hqq_dtype dtype,
         hqq_tiled_job job = job_of(weight, M, dtype, NULL, NULL, DGRAD_TOKENS, isa);
         if (scales_sums(&job)) return take_turned(&job, NULL);
     }
-    if (hqq_panels_serve(weight, M, dtype, transpose, isa))
+    if (on_panels(weight, M, dtype, transpose, isa))
         return hqq_panels_workspace(weight, dtype, transpose);
     if (transpose || !hqq_turns_input(M)) return 0;
     return hqq_turned_workspace(weight, M, dtype, isa);
 }
 
-hqq_status hqq_tiled_linear(const hqq_forward *f, const float *xa, void *workspace,
-                            const hqq_context *context)
+hqq_status hqq_tiled_linear(const hqq_forward *f, const float *xa, hqq_stages *before,
+                            void *workspace, const hqq_context *context)
 {
+    if (on_panels(f->weight, f->M, f->dtype, 0, hqq_isa_in_use(context)))
+        return hqq_panels_linear(f, xa, before, workspace, context);
+    HQQ_TRY(hqq_run_stages(before, context));
 #if HQQ_HAS_AMX
     if (in_amx_tiles(f->M, f->dtype, hqq_isa_in_use(context)))
         return hqq_amx_linear(f, xa, workspace, context);
 #endif
-    if (hqq_panels_serve(f->weight, f->M, f->dtype, 0, hqq_isa_in_use(context)))
-        return hqq_panels_linear(f, xa, workspace, context);
     if (hqq_turns_input(f->M)) return hqq_turned_linear(f, xa, workspace, context);
     hqq_tiled_job job =
         job_of(f->weight, f->M, f->dtype, f->lora, xa, FORWARD_TOKENS, hqq_isa_in_use(context));
@@ -316,9 +329,12 @@ static hqq_status dgrad_chunk(int64_t chunk, void *scratch, void *data)
     return HQQ_OK;
 }
 
-hqq_status hqq_tiled_dgrad(const hqq_backward *b, const float *dyb, void *workspace,
-                           const hqq_context *context)
+hqq_status hqq_tiled_dgrad(const hqq_backward *b, const float *dyb, hqq_stages *before,
+                           void *workspace, const hqq_context *context)
 {
+    if (on_panels(b->weight, b->M, b->dtype, 1, hqq_isa_in_use(context)))
+        return hqq_panels_dgrad(b, dyb, before, workspace, context);
+    HQQ_TRY(hqq_run_stages(before, context));
 #if HQQ_HAS_AMX
     if (in_amx_tiles(b->M, b->dtype, hqq_isa_in_use(context)))
         return hqq_amx_dgrad(b, dyb, workspace, context);
@@ -326,8 +342,6 @@ hqq_status hqq_tiled_dgrad(const hqq_backward *b, const float *dyb, void *worksp
     hqq_tiled_job job =
         job_of(b->weight, b->M, b->dtype, b->lora, dyb, DGRAD_TOKENS, hqq_isa_in_use(context));
     job.scales_sums = scales_sums(&job);
-    if (!job.scales_sums && hqq_panels_serve(b->weight, b->M, b->dtype, 1, job.isa))
-        return hqq_panels_dgrad(b, dyb, workspace, context);
     job.out = b->dx;
     job.in = b->dy;
     job.ld_in = b->lddy;

@@ -54,19 +54,22 @@
 
 #include "backend.h"
 #include "isa.h"
+#include "parallel.h"
 #include "row_sets.h"
 
 /* Bytes that either pass needs (transpose: dgrad). */
 size_t hqq_tiled_workspace(const hqq_weight *weight, int64_t M, hqq_dtype dtype, int transpose,
                            hqq_isa isa);
 
-/* f->y. xa [M,R] = drop(x) A^T, NULL without LoRA; f->xa is not used. */
-hqq_status hqq_tiled_linear(const hqq_forward *f, const float *xa, void *workspace,
-                            const hqq_context *context);
+/* f->y. xa [M,R] = drop(x) A^T, NULL without LoRA; f->xa is not used. The stages `before`,
+ * which compute xa and whatever else, are run first, in the same loop where that is possible.
+ */
+hqq_status hqq_tiled_linear(const hqq_forward *f, const float *xa, hqq_stages *before,
+                            void *workspace, const hqq_context *context);
 
 /* b->dx alone. dyb [M,R] = dy B, NULL without LoRA. */
-hqq_status hqq_tiled_dgrad(const hqq_backward *b, const float *dyb, void *workspace,
-                           const hqq_context *context);
+hqq_status hqq_tiled_dgrad(const hqq_backward *b, const float *dyb, hqq_stages *before,
+                           void *workspace, const hqq_context *context);
 
 /* ---- between the driver and the kernels --------------------------------------------- */
 

@@ -112,8 +112,11 @@ static int check_inner_products(const problem *p, const hqq_context *context)
     int64_t M = p->M, N = p->N, K = p->K, R = p->lora.rank;
     float *xa = exact_alloc((size_t)(M * R) * sizeof(float));
     float *dyb = exact_alloc((size_t)(M * R) * sizeof(float));
-    int failures = hqq_lora_xa(xa, p->x, p->ldx, p->dtype, &p->lora, M, K, context) != HQQ_OK;
-    failures += hqq_lora_dyb(dyb, p->dy, p->lddy, p->dtype, &p->lora, M, N, context) != HQQ_OK;
+    hqq_dropout mask;
+    hqq_gemm for_xa = hqq_lora_xa(&mask, xa, p->x, p->ldx, p->dtype, &p->lora, M, K);
+    hqq_gemm for_dyb = hqq_lora_dyb(dyb, p->dy, p->lddy, p->dtype, &p->lora, M, N);
+    int failures = hqq_gemm_run(&for_xa, context) != HQQ_OK;
+    failures += hqq_gemm_run(&for_dyb, context) != HQQ_OK;
     for (int64_t i = 0; i < M * R && !failures; i++) {
         exact_sum x_sum = {0}, dy_sum = {0};
         for (int64_t k = 0; k < K; k++)
@@ -170,10 +173,11 @@ static int check_gradients(const problem *p, const hqq_context *context)
     int64_t M = p->M, N = p->N, K = p->K, R = p->lora.rank;
     size_t bytes = (size_t)hqq_dtype_bytes(p->lora.dtype);
     void *dA = exact_alloc((size_t)(R * K) * bytes), *dB = exact_alloc((size_t)(N * R) * bytes);
-    int failures =
-        hqq_lora_dA(dA, p->dyb, p->x, p->ldx, p->dtype, &p->lora, M, K, context) != HQQ_OK;
-    failures +=
-        hqq_lora_dB(dB, p->dy, p->lddy, p->dtype, p->xa, &p->lora, M, N, context) != HQQ_OK;
+    hqq_dropout mask;
+    hqq_gemm for_dA = hqq_lora_dA(&mask, dA, p->dyb, p->x, p->ldx, p->dtype, &p->lora, M, K);
+    hqq_gemm for_dB = hqq_lora_dB(dB, p->dy, p->lddy, p->dtype, p->xa, &p->lora, M, N);
+    int failures = hqq_gemm_run(&for_dA, context) != HQQ_OK;
+    failures += hqq_gemm_run(&for_dB, context) != HQQ_OK;
     for (int64_t r = 0; r < R && !failures; r++) {
         for (int64_t k = 0; k < K && !failures; k++) {
             exact_sum sum = {0};

@@ -7,7 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { THREADS = 8, ROUNDS = 40, N = 96, K = 160, G = 32, R = 4 };
+enum { THREADS = 8, ROUNDS = 40, N = 96, K = 288, G = 32, R = 4 };
 
 /* Tokens: few; and as many as are served in two steps, the first of which prepares what all
  * threads read in the second (kernels/cpu/turned.h, panels.h). */
