@@ -108,18 +108,37 @@ def test_sums_that_many_warps_share(device, nbits, axis):
         oracle.check_dgrad(dy, dx, transposed)
 
 
+def keep_workspace(ops, monkeypatch):
+    """Every call gets what the first one was given, as it is by then; in the list returned."""
+    kept = []
+    given = ops.workspace
+
+    def workspace(*asked):
+        kept.extend([] if kept else [given(*asked)])
+        return kept[0]
+
+    monkeypatch.setattr(ops, "workspace", workspace)
+    return kept
+
+
 @pytest.mark.parametrize("order", ["FIFO", "RANDOM"])
 @pytest.mark.parametrize("device", DEVICES)
-def test_many_splits_repeat_bitwise(device, order):
-    """Whichever block comes last, and whatever the workspace held."""
+def test_many_splits_repeat_bitwise(monkeypatch, device, order):
+    """Whichever block comes last, and over the workspace that the last call left."""
     set_device(device)
     for M in (5, 12, 40):
+        ops = EmulatedOps()
+        kept = keep_workspace(ops, monkeypatch)
+        monkeypatch.setattr(test_ops, "ops", ops)
         weight = aligned_weight(64, 4096, 64, 4, 1, torch.bfloat16)
-        x = torch.randn(M, 4096).bfloat16()
-        y = linear(x, weight)
-        oracle.check_linear(x, y, weight)
         for seed in range(3):
+            x = torch.randn(M, 4096).bfloat16()
             set_schedule(order, "LATE", seed)
+            y = linear(x, weight)
+            oracle.check_linear(x, y, weight)
+            memory, _ = kept[0]
+            assert not memory[:16].any(), "who arrived is cleared for the next call"
+            set_schedule("FIFO")
             assert torch.equal(linear(x, weight), y)
 
 

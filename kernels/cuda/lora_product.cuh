@@ -1,5 +1,6 @@
 /*
- * The skinny products of an adapter, all four of them:
+ * The skinny products of an adapter, all four of them; in fp32 arithmetic, but bf16 goes to
+ * lora_mma.cuh:
  *
  *     out[j,r] = scaling * sum_i in(i,j) * right(i,r)          j < J, r < R, summed over i < I
  *
@@ -27,7 +28,7 @@
  * Where a part is not the whole sum, `parts` gets it, and hqq_lora_add_parts adds them in their
  * order: results depend on the shapes and the device alone.
  *
- * For M = K = 4096 in bf16: 34 MB, 11 us at 3.0 TB/s; M K R multiply-adds, 9.3 us at R = 16 and
+ * For M = K = 4096 in fp16: 34 MB, 11 us at 3.0 TB/s; M K R multiply-adds, 9.3 us at R = 16 and
  * 37 us at R = 64 if nothing else were issued (132 multiprocessors, 1.7 GHz). A warp issues 290
  * instructions for 256 of them, and 390 with what else a chunk takes at R = 16 (nvcc 13.0,
  * sm_90): 14 us; 1480 for 1024 at R = 64: 54 us. Dropout adds 330 a chunk: Philox is 10 rounds.

@@ -78,14 +78,17 @@ template <class T_, int BITS_, int TRANSPOSE_, int AXIS_, int MT_> struct hqq_sm
          * that the 8 lanes that load together hit 8 different groups of banks. */
         PANEL = MT <= 2 ? 8 : 4,
         PANEL_STRIDE = PANEL * HQQ_CHUNK + 8,
-        TOKENS_AT_ONCE = MT == 8 ? 4 : MT, /* that a warp stages */
-        META_BYTES = 256,                  /* 64 scales, 64 zeros */
+        TOKENS_AT_ONCE = MT == 8 ? (BITS == 8 ? 1 : 4) : MT, /* that a warp stages */
+        META_BYTES = 256,                                    /* 64 scales, 64 zeros */
         /* Where a row's scales lie side by side from chunk to chunk, a load of one would move a
-         * sector of 16 of them: eight chunks' are loaded at once, four in 8 bytes. */
+         * sector of 16 of them: eight chunks' are loaded at once, four in 8 bytes. (8 bits and
+         * 64 tokens have no registers left for that, nor for tokens that come together.) */
         META_BATCHES = ALONG && !TRANSPOSE,
         META_AHEAD = !META_BATCHES || MT <= 2, /* loaded before they are due; costs registers */
         META_FOURS = META_AHEAD ? 2 : 1,       /* on their way together */
-        METAS = META_BATCHES ? 8 : 2,          /* in shared memory; 8: a multiple of PANEL */
+        METAS = !META_BATCHES  ? 2
+        : BITS == 8 && MT == 8 ? 4
+                               : 8, /* in shared memory */
         /* shared memory */
         CODES_AT = 0,
         META_AT = WARPS * STAGES * STAGE_BYTES,
