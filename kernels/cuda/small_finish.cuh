@@ -204,7 +204,7 @@ HQQ_DEVICE_INLINE void hqq_small_gather(const hqq_small_arguments &a, float (&ac
     const int thread = threadIdx.x & ((32 << a.unit_bits) - 1);
     *first = 0;
     *tiles = way == 0 ? C::MT : 0;
-    if (C::MT == 8 && a.ways > 1) {
+    if (C::MT == 8 && C::BITS < 8 && a.ways > 1) { /* 8 bits: no registers left */
         *first = way * 4;
         *tiles = way < 2 ? 4 : 0;
         if (*tiles)

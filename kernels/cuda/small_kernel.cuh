@@ -80,11 +80,12 @@ __global__ void __launch_bounds__(C::THREADS, C::MIN_BLOCKS)
                 hqq_small_fetch_batch<C>(metas, meta, a, first, min(C::METAS, end - first),
                                          lane);
             } else {
-                constexpr int step = 4 * C::META_FOURS;
+                if (C::META_AHEAD) hqq_small_store_batch<C>(metas, batch, lane);
 #pragma unroll 1
-                for (int i = 0; i < C::METAS; i += step) {
-                    if (!C::META_AHEAD) hqq_small_load_batch<C>(&batch, meta, a, first + i);
-                    hqq_small_store_batch<C>(metas + i * C::META_BYTES, batch, lane);
+                for (int i = 0; !C::META_AHEAD && i < C::METAS; i += 4 * C::META_FOURS) {
+                    hqq_small_meta_batch<C> now = {};
+                    hqq_small_load_batch<C>(&now, meta, a, first + i);
+                    hqq_small_store_batch<C>(metas + i * C::META_BYTES, now, lane);
                 }
                 if (C::META_AHEAD && first + C::METAS < end)
                     hqq_small_load_batch<C>(&batch, meta, a, first + C::METAS);

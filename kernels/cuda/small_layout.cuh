@@ -86,9 +86,7 @@ template <class T_, int BITS_, int TRANSPOSE_, int AXIS_, int MT_> struct hqq_sm
         META_BATCHES = ALONG && !TRANSPOSE,
         META_AHEAD = !META_BATCHES || MT <= 2, /* loaded before they are due; costs registers */
         META_FOURS = META_AHEAD ? 2 : 1,       /* on their way together */
-        METAS = !META_BATCHES  ? 2
-        : BITS == 8 && MT == 8 ? 4
-                               : 8, /* in shared memory */
+        METAS = !META_BATCHES ? 2 : (BITS == 8 && MT == 8 ? 4 : 8), /* in shared memory */
         /* shared memory */
         CODES_AT = 0,
         META_AT = WARPS * STAGES * STAGE_BYTES,
