@@ -94,6 +94,23 @@ def set_schedule(order: str = "FIFO", cp_async: str = "LATE", seed: int = 1) -> 
     ), (order, cp_async)
 
 
+# What cudaDeviceGetAttribute says that kernels ask: compute capability, and the bytes of shared
+# memory that a block may have; the emulator's own device is an H100.
+_MAJOR, _MINOR, _SHARED = 75, 76, 97  # of cudaDeviceAttr
+DEVICES: dict[str, dict[int, int]] = {
+    "H100": {},
+    "A100": {_MAJOR: 8, _MINOR: 0, _SHARED: 163 << 10},
+    "RTX 4090": {_MAJOR: 8, _MINOR: 9, _SHARED: 99 << 10},
+}
+
+
+def set_device(name: str = "H100") -> None:
+    """What the emulator says it is."""
+    library().hqqlora_emulated_reset_device()
+    for attribute, value in DEVICES[name].items():
+        assert not library().hqqlora_emulated_set_device_attribute(attribute, value)
+
+
 def counts() -> Counts:
     """What the emulator has done so far."""
     result = Counts()

@@ -115,6 +115,13 @@ ARRIVAL = 1.0e-6
 """What a block of a split sum waits at its end: its parts visible to all (a fence), its mark
 too (another), then the others' marks from L2."""
 
+ARRIVAL_COUNTED = 0.65e-6
+"""The same where one 16-byte compare and exchange counts the blocks (sm_90 on): a fence, 0.4 us
+of those 1.0, and an atomic's way to L2 and back, of which a load takes CACHE_LATENCY."""
+
+CACHE_BYTES_A_CYCLE = 64
+"""What one multiprocessor can read from L2, whatever the others do: its port (A100, H100)."""
+
 JOIN = 0.2e-6
 """The same for the sums that warps of a block share: to shared memory, a barrier, and back."""
 

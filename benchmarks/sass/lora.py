@@ -14,17 +14,22 @@ from .work import Work
 
 BYTES = 2
 RANK = 16
+PLANES = 3
+"""An fp32 factor is three bf16 (kernels/cuda/lora_mma.cuh)."""
 MMA_PRODUCTS = 16 * 8 * 16
 
 
 def products_of(work: Work) -> float:
-    """Multiplications that a warp's instructions do."""
-    return 32 * work.count("float") + MMA_PRODUCTS * work.count("mma")
+    """Multiplications that a warp's instructions do: of tensor cores where there are any, else
+    by all float instructions."""
+    if work.count("mma"):
+        return MMA_PRODUCTS / PLANES * work.count("mma")
+    return 32 * work.count("float")
 
 
 def _work_a_product(kernel: Kernel) -> Work:
     """Of the innermost loop that multiplies most an instruction; tensor cores where there are
-    any. Its float instructions are taken for multiplications."""
+    any."""
     paths = [fast_path(body) for body in innermost(loops(kernel.code))]
     works = [Work.of(path) for path in paths if not mma_count(kernel.code) or mma_count(path)]
     best = max(works, key=lambda w: products_of(w) / w.instructions, default=None)
@@ -55,8 +60,8 @@ class Lora:
             raise ToolError(f"no kernel is called {pattern}")
 
         return cls(
-            projection=find(rf"lora_product<__nv_bfloat16, {RANK}, true>"),
-            gradient=find(rf"lora_product<__nv_bfloat16, {RANK}, false>"),
+            projection=find(rf"lora_mma<{RANK}, true, {PLANES}>"),
+            gradient=find(rf"lora_mma<{RANK}, false, {PLANES}>"),
             addend=find(r"write_addend<__nv_bfloat16\b"),
         )
 

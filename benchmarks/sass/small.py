@@ -9,7 +9,9 @@ from functools import cache
 
 from .assumptions import (
     ARRIVAL,
+    ARRIVAL_COUNTED,
     ATTAINED,
+    CACHE_BYTES_A_CYCLE,
     CACHE_LATENCY,
     JOIN,
     LAUNCH,
@@ -27,6 +29,8 @@ from .work import Work
 BYTES = 2
 UNIT = CHUNK = 64
 MMA_CODES = 16 * 16
+SCALES_AT_ONCE = 8
+"""small_layout.cuh's METAS, forward at axis 1."""
 
 
 @dataclass(frozen=True)
@@ -65,11 +69,6 @@ class Instance:
         return stages - 1
 
     @property
-    def panel(self) -> int:
-        """Chunks whose tokens, and forward at axis 1 whose scales, are loaded together."""
-        return 8 if self.token_tiles <= 2 else 4
-
-    @property
     def mma_a_chunk(self) -> int:
         """A unit of 64 outputs times a chunk of 64, for each tile of 8 tokens."""
         return UNIT * CHUNK // MMA_CODES * self.token_tiles
@@ -86,7 +85,7 @@ class Parts:
     sums: Work
     """Summing up one token of one chunk, likewise; token or not."""
     reduce_steps_a_split: float
-    """Waits for L2 of the block that adds the parts up, for each of them."""
+    """Waits for L2 of the block that adds the parts up, for each of them, if one way does."""
 
 
 @cache
@@ -140,11 +139,11 @@ def _adds_parts(path: Sequence[Instruction]) -> bool:
 
 def meta_bytes(instance: Instance, units_of_block: int) -> float:
     """What scale and zero of one unit and chunk move between the caches. At axis 1 each of the
-    64 rows has its own sector: forward, a panel's chunks are read from it at once; in dgrad the
+    64 rows has its own sector: forward, eight chunks' are read from it at once; in dgrad the
     block's units use the same ones, for two bytes each."""
     if instance.axis == 0:
         return 2 * BYTES * UNIT
-    return 2 * SECTOR * UNIT / (units_of_block if instance.transpose else instance.panel)
+    return 2 * SECTOR * UNIT / (units_of_block if instance.transpose else SCALES_AT_ONCE)
 
 
 def packed_bytes(product: Product) -> float:
@@ -211,9 +210,23 @@ def bounds(
     codes = instance.code_bytes + meta_bytes(instance, plan.units_of_block)
     moved = chunks * codes + tokens + 2 * part_bytes * split
     seconds["L2"] = moved / device.cache
-    tail = ARRIVAL + plan.splits * parts.reduce_steps_a_split * CACHE_LATENCY if split else 0.0
+    tail = _reduction(device, parts, instance, plan) if split else 0.0
     tail += JOIN if plan.ways > 1 else 0.0
     return Bounds(seconds, LAUNCH, tail)
+
+
+def _reduction(device: Device, parts: Parts, instance: Instance, plan: Plan) -> float:
+    """From the last chunk of a split sum to its end: the block's arrival, then what the last
+    one reads: the parts (but its own, up to 16 tokens), some at a time, and no faster than a
+    multiprocessor reads."""
+    counted = int(device.arch.removeprefix("sm_")) >= 90
+    # of 64 tokens two ways add up half each
+    gatherers = 2 if instance.token_tiles == 8 and plan.ways > 1 else 1
+    waits = parts.reduce_steps_a_split / gatherers * CACHE_LATENCY
+    others = plan.splits - (1 if instance.token_tiles <= 2 else 0)
+    part_bytes = 4 * UNIT * plan.units_of_block * instance.tokens
+    reads = part_bytes / (CACHE_BYTES_A_CYCLE * device.clock)
+    return (ARRIVAL_COUNTED if counted else ARRIVAL) + others * max(waits, reads)
 
 
 def _unevenness(blocks: int, multiprocessors: int, resident: int) -> float:

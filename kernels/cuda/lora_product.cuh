@@ -1,5 +1,6 @@
 /*
- * The skinny products of an adapter, all four of them:
+ * The skinny products of an adapter, all four of them; in fp32 arithmetic, but bf16 goes to
+ * lora_mma.cuh:
  *
  *     out[j,r] = scaling * sum_i in(i,j) * right(i,r)          j < J, r < R, summed over i < I
  *
@@ -27,7 +28,7 @@
  * Where a part is not the whole sum, `parts` gets it, and hqq_lora_add_parts adds them in their
  * order: results depend on the shapes and the device alone.
  *
- * For M = K = 4096 in bf16: 34 MB, 11 us at 3.0 TB/s; M K R multiply-adds, 9.3 us at R = 16 and
+ * For M = K = 4096 in fp16: 34 MB, 11 us at 3.0 TB/s; M K R multiply-adds, 9.3 us at R = 16 and
  * 37 us at R = 64 if nothing else were issued (132 multiprocessors, 1.7 GHz). A warp issues 290
  * instructions for 256 of them, and 390 with what else a chunk takes at R = 16 (nvcc 13.0,
  * sm_90): 14 us; 1480 for 1024 at R = 64: 54 us. Dropout adds 330 a chunk: Philox is 10 rounds.
@@ -35,25 +36,21 @@
 #ifndef HQQ_KERNELS_CUDA_LORA_PRODUCT_CUH
 #define HQQ_KERNELS_CUDA_LORA_PRODUCT_CUH
 
-#include "dropout.cuh"
-#include "elements.cuh"
-#include "lora_product.h"
+#include "lora_load.cuh"
+#include "lora_mma.cuh"
 
-enum { LORA_WARPS = 8, LORA_THREADS = 32 * LORA_WARPS, LORA_WARP_OUTPUTS = 1024 };
+enum { LORA_WARP_OUTPUTS = 1024 };
 
-template <class T, int ranks> struct lora_tile {
-    static constexpr int run = 16 / sizeof(T);    /* elements in a 16-byte load */
-    static constexpr int chunk = 128 / sizeof(T); /* i in a chunk */
-    static constexpr int rank_lanes = ranks / 4;  /* lanes side by side along r */
+template <class T, int ranks> struct lora_tile : lora_loads<T, ranks> {
+    using lora_loads<T, ranks>::run;
+    using lora_loads<T, ranks>::chunk;
+    static constexpr int rank_lanes = ranks / 4; /* lanes side by side along r */
     static constexpr int warp_j = LORA_WARP_OUTPUTS / ranks;
     static constexpr int j_warps = HQQ_LORA_TILE / warp_j;
     static constexpr int i_warps = LORA_WARPS / j_warps;
     static constexpr int warp_i = chunk / i_warps; /* i of a chunk that a warp does */
     static constexpr int unrolled = warp_i < 8 ? warp_i : 8;
     static constexpr int same_row = unrolled < run ? unrolled : run; /* rows swizzled alike */
-    static constexpr int in_loads = HQQ_LORA_TILE * chunk / run / LORA_THREADS;
-    static constexpr int right_items = chunk * ranks / 4; /* of four elements */
-    static constexpr int right_loads = (right_items + LORA_THREADS - 1) / LORA_THREADS;
     static constexpr int in_floats = chunk * HQQ_LORA_TILE, right_floats = chunk * ranks;
     /* the sums of half the warps, and then the block's, take the place of the chunk */
     static constexpr int chunk_floats = in_floats + right_floats;
@@ -62,115 +59,8 @@ template <class T, int ranks> struct lora_tile {
     static constexpr int block_floats = HQQ_LORA_TILE * row;
     static constexpr int sum_floats = warp_floats > block_floats ? warp_floats : block_floats;
     static constexpr int floats = chunk_floats > sum_floats ? chunk_floats : sum_floats;
-    static_assert(in_loads == 2, "8 KiB a chunk");
     static_assert(run % same_row == 0 && warp_i % unrolled == 0, "rows come in whole runs");
 };
-
-/* A chunk's elements on their way: as they lie in memory. */
-template <class T, int ranks> struct lora_ahead {
-    uint32_t in[lora_tile<T, ranks>::in_loads][4];
-    uint32_t right[lora_tile<T, ranks>::right_loads][4];
-};
-
-/* Four words of elements of `bytes` bytes from `from`, the first `valid` of them; the others
- * are 0, and nothing behind is read. One load where memory is aligned and all are valid. */
-template <int bytes, int words>
-HQQ_DEVICE_INLINE void load_elements(uint32_t *raw, const void *from, int64_t valid,
-                                     int aligned)
-{
-    constexpr int n = 4 * words / bytes;
-    if (aligned && valid >= n) {
-        uint32_t loaded[words];
-        hqq_load_words(loaded, from);
-#pragma unroll
-        for (int i = 0; i < words; i++) raw[i] = loaded[i];
-        return;
-    }
-#pragma unroll
-    for (int i = 0; i < words; i++) raw[i] = 0;
-#pragma unroll
-    for (int i = 0; i < n; i++) {
-        if (i >= valid) continue;
-        if (bytes == 4)
-            raw[i] = static_cast<const uint32_t *>(from)[i];
-        else
-            raw[i / 2] |= static_cast<uint32_t>(static_cast<const uint16_t *>(from)[i])
-                          << i % 2 * 16;
-    }
-}
-
-/* Which run of `in` a thread's load l is: row and column of the chunk, as memory has them. */
-template <class T, bool in_runs_along_i>
-HQQ_DEVICE_INLINE void in_place(int &row, int &column, int l)
-{
-    constexpr int run = 16 / sizeof(T);
-    constexpr int width = in_runs_along_i ? 128 / static_cast<int>(sizeof(T)) : HQQ_LORA_TILE;
-    int v = threadIdx.x + l * LORA_THREADS;
-    row = v / (width / run);
-    column = v % (width / run) * run;
-}
-
-template <class T, int ranks, bool in_runs_along_i>
-HQQ_DEVICE_INLINE void load_ahead(lora_ahead<T, ranks> &ahead, const hqq_lora_product &p,
-                                  int64_t j0, int64_t r0, int64_t i0, int64_t i_end)
-{
-    using tile = lora_tile<T, ranks>;
-    int64_t j_left = p.J - j0, i_left = i_end - i0, r_left = p.R - r0;
-#pragma unroll
-    for (int l = 0; l < tile::in_loads; l++) {
-        int row, column;
-        in_place<T, in_runs_along_i>(row, column, l);
-        int64_t rows_left = in_runs_along_i ? j_left : i_left;
-        int64_t columns_left = in_runs_along_i ? i_left : j_left;
-        int64_t at = in_runs_along_i ? (j0 + row) * p.ld_in + i0 + column
-                                     : (i0 + row) * p.ld_in + j0 + column;
-        load_elements<sizeof(T), 4>(ahead.in[l], static_cast<const T *>(p.in) + at,
-                                    row < rows_left ? columns_left - column : 0, p.in_aligned);
-    }
-#pragma unroll
-    for (int l = 0; l < tile::right_loads; l++) {
-        int v = threadIdx.x + l * LORA_THREADS;
-        int i = p.right_runs_along_i ? v / ranks * 4 : v / (ranks / 4);
-        int r = p.right_runs_along_i ? v % ranks : v % (ranks / 4) * 4;
-        int64_t valid = p.right_runs_along_i ? (r < r_left ? i_left - i : 0)
-                                             : (i < i_left ? r_left - r : 0);
-        if (v >= tile::right_items) valid = 0;
-        int64_t at = (i0 + i) * p.right_i_stride + (r0 + r) * p.right_r_stride;
-        const void *from =
-            static_cast<const char *>(p.right) + at * (p.right_dtype == HQQ_F32 ? 4 : 2);
-        if (p.right_dtype == HQQ_F32)
-            load_elements<4, 4>(ahead.right[l], from, valid, p.right_aligned);
-        else
-            load_elements<2, 2>(ahead.right[l], from, valid, p.right_aligned);
-    }
-}
-
-HQQ_DEVICE_INLINE void unpack_right(float (&values)[4], const uint32_t (&raw)[4],
-                                    hqq_dtype dtype)
-{
-    if (dtype == HQQ_F32) {
-#pragma unroll
-        for (int i = 0; i < 4; i++) values[i] = hqq_bit_cast<float>(raw[i]);
-    } else if (dtype == HQQ_BF16) {
-        hqq_split_word(values[0], values[1], raw[0], __nv_bfloat16());
-        hqq_split_word(values[2], values[3], raw[1], __nv_bfloat16());
-    } else {
-        hqq_split_word(values[0], values[1], raw[0], __half());
-        hqq_split_word(values[2], values[3], raw[1], __half());
-    }
-}
-
-template <class T>
-HQQ_DEVICE_INLINE void unpack_in(float (&values)[16 / sizeof(T)], const uint32_t (&raw)[4])
-{
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        if constexpr (sizeof(T) == 4)
-            values[i] = hqq_bit_cast<float>(raw[i]);
-        else
-            hqq_split_word(values[2 * i], values[2 * i + 1], raw[i], T());
-    }
-}
 
 /* Where element (i, j) of the chunk lies. */
 template <class T, bool in_runs_along_i> HQQ_DEVICE_INLINE int in_at(int i, int j)
@@ -284,26 +174,6 @@ HQQ_DEVICE_INLINE void add_warps(float *shared, float (&sums)[8][4])
     __syncthreads();
 }
 
-/* Lanes go along whichever of j and r is contiguous in out. */
-template <class T, int ranks>
-HQQ_DEVICE_INLINE void write_sums(const float *shared, const hqq_lora_product &p, int64_t j0,
-                                  int64_t r0)
-{
-    using tile = lora_tile<T, ranks>;
-    int64_t base = blockIdx.y * p.J * p.R;
-    for (int v = threadIdx.x; v < HQQ_LORA_TILE * ranks; v += LORA_THREADS) {
-        int j = p.out_r_stride == 1 ? v / ranks : v % HQQ_LORA_TILE;
-        int r = p.out_r_stride == 1 ? v % ranks : v / HQQ_LORA_TILE;
-        if (j0 + j >= p.J || r0 + r >= p.R) continue;
-        int64_t at = (j0 + j) * p.out_j_stride + (r0 + r) * p.out_r_stride;
-        float sum = shared[j * tile::row + r];
-        if (p.parts)
-            p.parts[base + at] = sum;
-        else
-            hqq_store(p.out, p.out_dtype, at, sum * p.scaling);
-    }
-}
-
 template <class T, int ranks, bool in_runs_along_i>
 static __global__ void __launch_bounds__(LORA_THREADS, 2) lora_product(const hqq_lora_product p)
 {
@@ -329,7 +199,7 @@ static __global__ void __launch_bounds__(LORA_THREADS, 2) lora_product(const hqq
         multiply_chunk<T, ranks, in_runs_along_i>(sums, in, right);
     }
     add_warps<T, ranks>(shared, sums);
-    write_sums<T, ranks>(shared, p, j0, r0);
+    write_sums<ranks>(shared, tile::row, p, j0, r0);
 }
 
 /* ---- host -------------------------------------------------------------------------- */
@@ -346,6 +216,28 @@ static hqq_status launch_product(const hqq_lora_product *p, dim3 grid, void *str
     default:
         return hqq_launch(lora_product<T, 64, in_runs_along_i>, grid, block, 0, stream, *p);
     }
+}
+
+/* bf16: on tensor cores. */
+template <int planes, bool in_runs_along_i>
+static hqq_status launch_mma(const hqq_lora_product *p, dim3 grid, void *stream)
+{
+    dim3 block(LORA_THREADS);
+    switch (hqq_lora_tile_ranks(p->R)) {
+    case 16:
+        return hqq_launch(lora_mma<16, in_runs_along_i, planes>, grid, block, 0, stream, *p);
+    case 32:
+        return hqq_launch(lora_mma<32, in_runs_along_i, planes>, grid, block, 0, stream, *p);
+    default:
+        return hqq_launch(lora_mma<64, in_runs_along_i, planes>, grid, block, 0, stream, *p);
+    }
+}
+
+template <bool in_runs_along_i>
+static hqq_status launch_bf16(const hqq_lora_product *p, dim3 grid, void *stream)
+{
+    return p->right_dtype == HQQ_BF16 ? launch_mma<1, in_runs_along_i>(p, grid, stream)
+                                      : launch_mma<3, in_runs_along_i>(p, grid, stream);
 }
 
 static int right_runs_aligned(const hqq_lora_product *p)
@@ -369,7 +261,7 @@ static hqq_status run_product(hqq_lora_product *p, hqq_dtype dtype, void *worksp
               static_cast<unsigned>(parts), static_cast<unsigned>((p->R + ranks - 1) / ranks));
     hqq_status status =
         dtype == HQQ_F16    ? launch_product<__half, in_runs_along_i>(p, grid, stream)
-        : dtype == HQQ_BF16 ? launch_product<__nv_bfloat16, in_runs_along_i>(p, grid, stream)
+        : dtype == HQQ_BF16 ? launch_bf16<in_runs_along_i>(p, grid, stream)
                             : launch_product<float, in_runs_along_i>(p, grid, stream);
     if (status != HQQ_OK || parts == 1) return status;
     return hqq_lora_add_parts(p, parts, stream);

@@ -77,6 +77,31 @@ template <int N> HQQ_PTX void ptx_cp_async_wait()
     asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
+/* If the 16 bytes at address (global memory, 16-byte aligned) are `expected`, they become
+ * `next`; returns what they were. One atomic operation, which orders nothing else. */
+#if __CUDA_ARCH__ >= 900
+#define PTX_COMPARE_EXCHANGES_16 1
+HQQ_PTX uint4 ptx_compare_exchange_16(uint4 *address, uint4 expected, uint4 next)
+{
+    uint64_t e0 = expected.x | static_cast<uint64_t>(expected.y) << 32, found0;
+    uint64_t e1 = expected.z | static_cast<uint64_t>(expected.w) << 32, found1;
+    uint64_t n0 = next.x | static_cast<uint64_t>(next.y) << 32;
+    uint64_t n1 = next.z | static_cast<uint64_t>(next.w) << 32;
+    asm volatile("{\n\t"
+                 ".reg .b128 expected, next, found;\n\t"
+                 "mov.b128 expected, {%3, %4};\n\t"
+                 "mov.b128 next, {%5, %6};\n\t"
+                 "atom.relaxed.gpu.cas.b128 found, [%2], expected, next;\n\t"
+                 "mov.b128 {%0, %1}, found;\n\t"
+                 "}"
+                 : "=l"(found0), "=l"(found1)
+                 : "l"(address), "l"(e0), "l"(e1), "l"(n0), "l"(n1)
+                 : "memory");
+    return make_uint4(static_cast<uint32_t>(found0), static_cast<uint32_t>(found0 >> 32),
+                      static_cast<uint32_t>(found1), static_cast<uint32_t>(found1 >> 32));
+}
+#endif
+
 /* Any bitwise function of three words: bit (a b c) of the table. */
 template <int table> HQQ_PTX uint32_t ptx_lop3(uint32_t a, uint32_t b, uint32_t c)
 {

@@ -3,20 +3,28 @@
  *
  * The ways of a block meet in shared memory: way 0 adds the others' accumulators in order.
  *
- * A split block leaves its accumulators in `partial`, lane by lane (all accesses 128 bytes a
+ * A split block leaves its accumulators in `partial`, lane by lane (all accesses 512 bytes a
  * warp), and says so in `arrived`; a block that finds all splits there adds the parts in the
- * order of the splits, so the result does not depend on who that was. No block waits for
- * another.
+ * order of the splits, so the result does not depend on who that was. Its ways share the
+ * tokens then. No block waits for another.
  *
  * The workspace holds anything at first, and clearing it would be a launch of its own. So a
- * split says that it arrived by 128 bits that nothing else writes, and whoever has found all of
- * them clears them for the next launch. Two blocks may find all there: both then write the same
- * bits.
+ * split says that it arrived by bits that nothing else writes, and who finds all there clears
+ * them for the next launch. Two ways:
  *
- *     split s    parts | fence | arrived[s] = MARK | fence | are all MARK?
+ *     counted   96 bits of a mark and how many are there, changed together by a 16-byte compare
+ *               and exchange (compute capability 9.0). Without the mark nobody is there yet.
  *
- * Of the second fences one is the last: its block sees all marks, or somebody has cleared them,
- * who saw them all before.
+ *                   split s    parts | fence | arrived: n -> n + 1, or cleared if n + 1 =
+ * splits
+ *
+ *     marked    128 bits for each split. Two blocks may find all there: both then write the
+ *               same bits.
+ *
+ *                   split s    parts | fence | arrived[s] = MARK | fence | are all MARK?
+ *
+ *               Of the second fences one is the last: its block sees all marks, or somebody has
+ *               cleared them, who saw them all before.
  */
 #ifndef HQQ_KERNELS_CUDA_SMALL_FINISH_CUH
 #define HQQ_KERNELS_CUDA_SMALL_FINISH_CUH
@@ -52,12 +60,15 @@ HQQ_DEVICE_INLINE void hqq_small_join_ways(const hqq_small_arguments &a,
                 parts[(other * C::ACCUMULATORS + i) * threads + thread];
 }
 
-/* Element `i` of this thread's accumulators in the part of `split`; way 0's threads. */
+/* Four accumulators, of tile f's token tile mt, of way 0's thread `thread` in the part of
+ * `split`. */
 template <class C>
-HQQ_DEVICE_INLINE float *hqq_small_partial(const hqq_small_arguments &a, int split, int i)
+HQQ_DEVICE_INLINE float4 *hqq_small_partial(const hqq_small_arguments &a, int split, int f,
+                                            int mt, int thread)
 {
     int64_t part = (int64_t)split * (gridDim.x * gridDim.z) + hqq_small_tile();
-    return a.partial + ((part * C::ACCUMULATORS + i) << (5 + a.unit_bits)) + threadIdx.x;
+    return reinterpret_cast<float4 *>(a.partial) +
+           ((part * (C::ACCUMULATORS / 4) + f * C::MT + mt) << (5 + a.unit_bits)) + thread;
 }
 
 template <class C>
@@ -67,10 +78,11 @@ HQQ_DEVICE_INLINE void hqq_small_leave(const hqq_small_arguments &a,
 #pragma unroll
     for (int f = 0; f < 4; f++)
 #pragma unroll
-        for (int mt = 0; mt < C::MT; mt++)
-#pragma unroll
-            for (int j = 0; j < 4; j++)
-                *hqq_small_partial<C>(a, blockIdx.y, (f * C::MT + mt) * 4 + j) = acc[f][mt][j];
+        for (int mt = 0; mt < C::MT; mt++) {
+            const float (&from)[4] = acc[f][mt];
+            *hqq_small_partial<C>(a, blockIdx.y, f, mt, threadIdx.x) =
+                make_float4(from[0], from[1], from[2], from[3]);
+        }
 }
 
 HQQ_DEVICE_INLINE uint4 hqq_small_mark()
@@ -78,11 +90,42 @@ HQQ_DEVICE_INLINE uint4 hqq_small_mark()
     return make_uint4(0x7fa96d3bu, 0xffd1c4e7u, 0x7fe2953fu, 0xffb80a6du);
 }
 
+#ifdef PTX_COMPARE_EXCHANGES_16
+/* Counts this block in; whether it is the last of its outputs' splits. By one thread. */
+HQQ_DEVICE_INLINE bool hqq_small_count_in(uint4 *arrived, int splits)
+{
+    const uint4 mark = hqq_small_mark();
+    uint4 seen = __ldcg(arrived); /* perhaps outdated, or of two minds: then tried again */
+    for (;;) {
+        bool counts = seen.x == mark.x && seen.y == mark.y && seen.z == mark.z;
+        unsigned there = counts ? seen.w + 1 : 1;
+        bool last = there >= (unsigned)splits;
+        uint4 next = last ? make_uint4(0, 0, 0, 0) : make_uint4(mark.x, mark.y, mark.z, there);
+        uint4 found = ptx_compare_exchange_16(arrived, seen, next);
+        if (found.x == seen.x && found.y == seen.y && found.z == seen.z && found.w == seen.w)
+            return last;
+        seen = found; /* another split came first: there are as many of those as splits */
+    }
+}
+#endif
+
 /* Whether all splits of this block's outputs have left their parts. For all threads of the
  * block. */
 HQQ_DEVICE_INLINE bool hqq_small_is_last(const hqq_small_arguments &a)
 {
     HQQ_SHARED(int, all_there);
+#ifdef PTX_COMPARE_EXCHANGES_16
+    if (a.counts_splits) {
+        __threadfence(); /* this thread's parts, before the block is counted in */
+        __syncthreads();
+        if (threadIdx.x == 0)
+            all_there = hqq_small_count_in(static_cast<uint4 *>(a.arrived) + hqq_small_tile(),
+                                           (int)gridDim.y);
+        __syncthreads();
+        __threadfence();
+        return all_there;
+    }
+#endif
     uint4 *arrived = static_cast<uint4 *>(a.arrived) + (int64_t)hqq_small_tile() * gridDim.y;
     const uint4 mark = hqq_small_mark();
     const int lane = threadIdx.x;
@@ -110,31 +153,64 @@ HQQ_DEVICE_INLINE bool hqq_small_is_last(const hqq_small_arguments &a)
     return all_there;
 }
 
-template <class C>
+/* acc[.][i] = the sum of the splits' parts for tile first + i of the block's tokens, in the
+ * place of way 0's thread `thread`; i below `tiles`. Several splits are on their way at once,
+ * or each would cost the whole latency of L2. This block's own part is acc, where it is `kept`.
+ */
+template <class C, int tiles, int at_once, bool kept>
 HQQ_DEVICE_INLINE void hqq_small_gather_parts(const hqq_small_arguments &a,
-                                              float (&acc)[4][C::MT][4])
+                                              float (&acc)[4][C::MT][4], int first, int thread)
 {
+    float own[4][C::MT][4];
 #pragma unroll
-    for (int f = 0; f < 4; f++)
+    for (int i = 0; i < 16 * C::MT; i++) { /* beyond `tiles`: needed no more */
+        own[i / 4 / C::MT][i / 4 % C::MT][i % 4] = acc[i / 4 / C::MT][i / 4 % C::MT][i % 4];
+        acc[i / 4 / C::MT][i / 4 % C::MT][i % 4] = 0.0f;
+    }
+#pragma unroll 1
+    for (int split = 0; split < (int)gridDim.y; split += at_once) {
+        float4 part[at_once][4 * tiles];
 #pragma unroll
-        for (int mt = 0; mt < C::MT; mt++)
+        for (int s = 0; s < at_once; s++)
 #pragma unroll
-            for (int j = 0; j < 4; j++) acc[f][mt][j] = 0.0f;
-    /* several splits on their way at once, or each would cost the whole latency of L2 */
-    for (int split = 0; split < (int)gridDim.y; split += C::SPLITS_AT_ONCE) {
-        float part[C::SPLITS_AT_ONCE][C::ACCUMULATORS];
+            for (int i = 0; i < 4 * tiles; i++) {
+                const float (&mine)[4] = own[i / tiles][i % tiles];
+                part[s][i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+                if (kept && split + s == (int)blockIdx.y)
+                    part[s][i] = make_float4(mine[0], mine[1], mine[2], mine[3]);
+                else if (split + s < (int)gridDim.y)
+                    part[s][i] = __ldcg(hqq_small_partial<C>(a, split + s, i / tiles,
+                                                             first + i % tiles, thread));
+            }
 #pragma unroll
-        for (int s = 0; s < C::SPLITS_AT_ONCE; s++)
+        for (int s = 0; s < at_once; s++)
 #pragma unroll
-            for (int i = 0; i < C::ACCUMULATORS; i++)
-                part[s][i] = split + s < (int)gridDim.y
-                                 ? __ldcg(hqq_small_partial<C>(a, split + s, i))
-                                 : 0.0f;
-#pragma unroll
-        for (int s = 0; s < C::SPLITS_AT_ONCE; s++)
-#pragma unroll
-            for (int i = 0; i < C::ACCUMULATORS; i++)
-                acc[i / 4 / C::MT][i / 4 % C::MT][i % 4] += part[s][i];
+            for (int i = 0; i < 4 * tiles; i++) {
+                float *sum = acc[i / tiles][i % tiles];
+                sum[0] += part[s][i].x;
+                sum[1] += part[s][i].y;
+                sum[2] += part[s][i].z;
+                sum[3] += part[s][i].w;
+            }
+    }
+}
+
+/* Adds up the splits: acc[.][0 .. tiles - 1] are then this warp's, from tile `first` on. Of 64
+ * tokens two ways do half each, where there are two. */
+template <class C>
+HQQ_DEVICE_INLINE void hqq_small_gather(const hqq_small_arguments &a, float (&acc)[4][C::MT][4],
+                                        int way, int *first, int *tiles)
+{
+    const int thread = threadIdx.x & ((32 << a.unit_bits) - 1);
+    *first = 0;
+    *tiles = way == 0 ? C::MT : 0;
+    if (C::MT == 8 && C::BITS < 8 && a.ways > 1) { /* 8 bits: no registers left */
+        *first = way * 4;
+        *tiles = way < 2 ? 4 : 0;
+        if (*tiles)
+            hqq_small_gather_parts<C, C::MT == 8 ? 4 : 1, 2, false>(a, acc, *first, thread);
+    } else if (way == 0) {
+        hqq_small_gather_parts<C, C::MT, C::SPLITS_AT_ONCE, C::MT <= 2>(a, acc, 0, thread);
     }
 }
 
@@ -230,9 +306,10 @@ HQQ_DEVICE_INLINE void hqq_small_store(const hqq_small_arguments &a,
     }
 }
 
+/* Of the first `tiles` tiles of tokens, from first_token on. */
 template <class C>
 HQQ_DEVICE_INLINE void hqq_small_finish(const hqq_small_arguments &a, float (&acc)[4][C::MT][4],
-                                        int unit, int first_token, int lane)
+                                        int unit, int first_token, int tiles, int lane)
 {
     if (unit >= a.units) return;
     int output[8];
@@ -241,9 +318,11 @@ HQQ_DEVICE_INLINE void hqq_small_finish(const hqq_small_arguments &a, float (&ac
         output[half] = hqq_small_output<C>(a, unit, lane / 4, half);
 #pragma unroll
     for (int mt = 0; mt < C::MT; mt++) {
-        if (a.addend.bias || a.addend.rank > 0)
-            hqq_small_add<C>(a, acc, mt, first_token, output);
-        hqq_small_store<C>(a, acc, mt, first_token, output);
+        if (mt < tiles) {
+            if (a.addend.bias || a.addend.rank > 0)
+                hqq_small_add<C>(a, acc, mt, first_token, output);
+            hqq_small_store<C>(a, acc, mt, first_token, output);
+        }
     }
 }
 

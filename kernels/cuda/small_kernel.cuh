@@ -75,18 +75,24 @@ __global__ void __launch_bounds__(C::THREADS, C::MIN_BLOCKS)
             __syncthreads();
         }
         if (!works || count <= 0) continue;
-        if (C::META_BATCHES) {
+        if (C::META_BATCHES && done % C::METAS == 0) {
             if (!a.meta_aligned) {
-                hqq_small_fetch_batch<C>(metas, meta, a, first, count, lane);
+                hqq_small_fetch_batch<C>(metas, meta, a, first, min(C::METAS, end - first),
+                                         lane);
             } else {
-                if (!C::META_AHEAD) hqq_small_load_batch<C>(&batch, meta, a, first);
-                hqq_small_store_batch<C>(metas, batch, lane);
-                if (C::META_AHEAD && first + C::PANEL < end)
-                    hqq_small_load_batch<C>(&batch, meta, a, first + C::PANEL);
+                if (C::META_AHEAD) hqq_small_store_batch<C>(metas, batch, lane);
+#pragma unroll 1
+                for (int i = 0; !C::META_AHEAD && i < C::METAS; i += 4 * C::META_FOURS) {
+                    hqq_small_meta_batch<C> now = {};
+                    hqq_small_load_batch<C>(&now, meta, a, first + i);
+                    hqq_small_store_batch<C>(metas + i * C::META_BYTES, now, lane);
+                }
+                if (C::META_AHEAD && first + C::METAS < end)
+                    hqq_small_load_batch<C>(&batch, meta, a, first + C::METAS);
             }
         }
         for (int c = first; c < first + count; c++) {
-            unsigned char *current_meta = metas + (c - first) % C::METAS * C::META_BYTES;
+            unsigned char *current_meta = metas + (c - begin) % C::METAS * C::META_BYTES;
             ptx_cp_async_wait<C::STAGES - 2>();
             if (!C::META_BATCHES) hqq_small_store_meta(current_meta, meta, lane);
             __syncwarp(); /* c's codes and meta are there; no lane is still in chunk c - 1 */
@@ -109,12 +115,13 @@ __global__ void __launch_bounds__(C::THREADS, C::MIN_BLOCKS)
     ptx_cp_async_wait<0>();
 
     if (a.ways > 1) hqq_small_join_ways<C>(a, acc, reinterpret_cast<float *>(shared), way);
+    int first = 0, tiles = way == 0 ? C::MT : 0; /* of 8 tokens, that this warp finishes */
     if (gridDim.y > 1) {
         if (way == 0) hqq_small_leave<C>(a, acc);
         if (!hqq_small_is_last(a)) return;
-        if (way == 0) hqq_small_gather_parts<C>(a, acc);
+        hqq_small_gather<C>(a, acc, way, &first, &tiles);
     }
-    if (way == 0) hqq_small_finish<C>(a, acc, unit, first_token, lane);
+    hqq_small_finish<C>(a, acc, unit, first_token + 8 * first, tiles, lane);
 }
 
 #endif

@@ -20,7 +20,7 @@ constexpr int hqq_small_warps(int tokens, int nbits)
  * for `tokens` tokens (hqq_small::shared_bytes). */
 constexpr int hqq_small_shared_most(int tokens, int ways)
 {
-    return tokens == 64 ? 57344 + ways * 33792 : 40960 + ways * 17152;
+    return tokens == 64 ? 65536 + ways * 33792 : 40960 + ways * 17152;
 }
 
 typedef struct hqq_small_arguments {
@@ -30,15 +30,16 @@ typedef struct hqq_small_arguments {
     int64_t ld_in;
     void *out;      /* of T, [M, outputs] */
     float *partial; /* [splits][tiles][accumulators][threads of a way], where splits > 1 */
-    void *arrived;  /* [tiles][splits] of 16 bytes: see small_finish.cuh */
+    void *arrived;  /* [tiles][splits] of 16 bytes, or [tiles]: see small_finish.cuh */
     int M, N, K;
     int groups_per_row;   /* axis 1: K/G */
     int residues;         /* axis 0: Q = N/G */
     int chunks_per_group; /* G/64 */
     int units, chunks, chunks_per_way;
-    int meta_aligned; /* a row's scales of four chunks can be read at once */
-    int in_aligned;   /* in's rows can be read 16 bytes at a time */
-    int out_aligned;  /* and out's written */
+    int meta_aligned;  /* a row's scales of four chunks can be read at once */
+    int in_aligned;    /* in's rows can be read 16 bytes at a time */
+    int out_aligned;   /* and out's written */
+    int counts_splits; /* the device has a 16-byte compare and exchange */
     hqq_addend addend;
     /* the grid */
     int tokens;          /* of a block: 8, 16 or 64 */

@@ -78,20 +78,23 @@ template <class T_, int BITS_, int TRANSPOSE_, int AXIS_, int MT_> struct hqq_sm
          * that the 8 lanes that load together hit 8 different groups of banks. */
         PANEL = MT <= 2 ? 8 : 4,
         PANEL_STRIDE = PANEL * HQQ_CHUNK + 8,
-        META_BYTES = 256, /* 64 scales, 64 zeros */
+        TOKENS_AT_ONCE = MT == 8 ? (BITS == 8 ? 1 : 4) : MT, /* that a warp stages */
+        META_BYTES = 256,                                    /* 64 scales, 64 zeros */
         /* Where a row's scales lie side by side from chunk to chunk, a load of one would move a
-         * sector of 16 of them: a panel's are loaded at once, four chunks' in 8 bytes. */
+         * sector of 16 of them: eight chunks' are loaded at once, four in 8 bytes. (8 bits and
+         * 64 tokens have no registers left for that, nor for tokens that come together.) */
         META_BATCHES = ALONG && !TRANSPOSE,
         META_AHEAD = !META_BATCHES || MT <= 2, /* loaded before they are due; costs registers */
-        METAS = META_BATCHES ? PANEL : 2,
+        META_FOURS = META_AHEAD ? 2 : 1,       /* on their way together */
+        METAS = !META_BATCHES ? 2 : (BITS == 8 && MT == 8 ? 4 : 8), /* in shared memory */
         /* shared memory */
         CODES_AT = 0,
         META_AT = WARPS * STAGES * STAGE_BYTES,
         WAYS_AT = META_AT + WARPS * METAS * META_BYTES,
         SUMS_IN_WAY = TOKENS * PANEL_STRIDE * 2, /* a way's panel, and then its sums */
         WAY_BYTES = SUMS_IN_WAY + (INSIDE ? PANEL * TOKENS * 4 : 0),
-        ACCUMULATORS = 16 * MT, /* of a lane */
-        SPLITS_AT_ONCE = MT == 1 ? 4 : (MT == 2 ? 2 : 1),
+        ACCUMULATORS = 16 * MT,                           /* of a lane */
+        SPLITS_AT_ONCE = MT == 1 ? 4 : (MT == 2 ? 2 : 1), /* a warp adds up */
         /* on a multiprocessor: bounds the registers */
         MIN_BLOCKS = MT == 8 ? 8 / WARPS : (MT == 2 ? 3 : 4)
     };

@@ -88,9 +88,7 @@ static double predicted_time(const small_grid *g, const hqq_weight *w, int64_t M
     double memory = pieces / g->token_tiles * (codes + 256) / memory_rate / sm;
     if (under_way < under_way_wanted) memory *= under_way_wanted / under_way;
 
-    double meta = w->axis == 0 ? 256
-                  : !transpose ? (g->tokens == 64 ? 1024 : 512)
-                               : 4096.0 / g->units_of_block;
+    double meta = w->axis == 0 ? 256 : !transpose ? 512 : 4096.0 / g->units_of_block;
     double tokens = 128.0 * (double)M * (double)g->unit_blocks * (double)g->chunks;
     double parts = 256.0 * g->tokens * g->token_tiles * (double)g->units * g->splits;
     double cache = pieces * (codes + meta) + tokens + (g->splits > 1 ? 2 * parts : 0);
@@ -99,7 +97,7 @@ static double predicted_time(const small_grid *g, const hqq_weight *w, int64_t M
     /* cycles of a quarter of a multiprocessor for one chunk: issued, or 128 mma */
     double unpack = along ? (transpose ? 380 : 305) : (transpose ? 455 : 400);
     if (g->tokens == 16) unpack += along ? 70 : 30;
-    double stage = g->tokens == 64 ? 14 : along ? 12 : 9; /* a token */
+    double stage = g->tokens == 64 ? 6 : along ? 10 : 5; /* a token */
     double chunk = (g->tokens == 64 ? 600 : unpack) + stage * g->tokens / g->units_of_block;
     if (g->tokens == 64 && chunk < chunk_of_mma) chunk = chunk_of_mma;
     double issue = on_one * g->warps / 4 * g->chunks_per_way * chunk / cycles_per_us;
@@ -107,8 +105,13 @@ static double predicted_time(const small_grid *g, const hqq_weight *w, int64_t M
     double time = memory > cache ? memory : cache;
     if (issue > time) time = issue;
     if (g->ways > 1) time += 0.2;
-    double add = g->tokens == 8 ? 0.05 : g->tokens == 16 ? 0.1 : 0.2;
-    return g->splits > 1 ? time + 1.0 + add * g->splits : time;
+    if (g->splits == 1) return time;
+    /* a block's arrival, then the parts that the last one reads: a wait for some of them at a
+     * time, and no more than a multiprocessor can read */
+    double wait = g->tokens == 8 ? 0.05 : g->tokens == 16 ? 0.1 : g->ways > 1 ? 0.1 : 0.2;
+    double read = 256.0 * g->tokens * g->units_of_block / (64 * cycles_per_us);
+    int parts_read = g->tokens == 64 ? g->splits : g->splits - 1; /* else its own is kept */
+    return time + (newer ? 0.65 : 1.0) + (wait > read ? wait : read) * parts_read;
 }
 
 /* Dynamic shared memory of a block; some is static. */
@@ -193,6 +196,7 @@ hqq_status hqq_cuda_small_product(void *out, const void *in, int64_t ld_in, cons
                      ((uintptr_t)w->scale | (uintptr_t)w->zero) % 8 == 0;
     a.in_aligned = (uintptr_t)in % 16 == 0 && ld_in % 8 == 0;
     a.out_aligned = (uintptr_t)out % 16 == 0;
+    a.counts_splits = device->compute_capability >= 90;
     a.addend = *addend;
     if (g.splits > 1) {
         a.arrived = workspace;

@@ -1,8 +1,8 @@
 /*
  * Bringing a chunk's three parts to where the multiplication finds them (see small_layout.cuh):
  *   codes    16 bytes a lane and octet by cp.async into the warp's own ring; no block barrier
- *   meta     64 scales and zeros: two of each a lane, a chunk ahead through registers; a
- *            panel's at once where a row's lie side by side (META_BATCHES)
+ *   meta     64 scales and zeros: two of each a lane, a chunk ahead through registers; eight
+ *            chunks' at once where a row's lie side by side (META_BATCHES)
  *   tokens   a panel of chunks for the warps of a way, in the order of the fragments
  */
 #ifndef HQQ_KERNELS_CUDA_SMALL_STAGE_CUH
@@ -144,9 +144,9 @@ HQQ_DEVICE_INLINE void hqq_small_load_meta(hqq_small_meta_cursor *m,
     }
 }
 
-/* META_BATCHES: the lane's two entries of a panel's chunks, four in each uint2. */
+/* META_BATCHES: the lane's two entries of 4 META_FOURS chunks, four in each uint2. */
 template <class C> struct hqq_small_meta_batch {
-    uint2 scale[2][C::PANEL / 4], zero[2][C::PANEL / 4];
+    uint2 scale[2][C::META_FOURS], zero[2][C::META_FOURS];
 };
 
 template <class C>
@@ -159,7 +159,7 @@ HQQ_DEVICE_INLINE void hqq_small_load_batch(hqq_small_meta_batch<C> *batch,
 #pragma unroll
     for (int b = 0; b < 2; b++)
 #pragma unroll
-        for (int i = 0; i < C::PANEL / 4; i++) {
+        for (int i = 0; i < C::META_FOURS; i++) {
             if (chunk + 4 * i >= a.chunks) break;
             int at = m.base[b] + chunk + 4 * i;
             batch->scale[b][i] = __ldg(reinterpret_cast<const uint2 *>(scale + at));
@@ -177,13 +177,13 @@ HQQ_DEVICE_INLINE void hqq_small_store_pairs(unsigned char *at, uint2 a, uint2 b
             __byte_perm(j < 2 ? a.x : a.y, j < 2 ? b.x : b.y, j % 2 ? 0x7632 : 0x5410);
 }
 
-/* Chunk j of the panel at metas + j * META_BYTES, as hqq_small_store_meta has it. */
+/* Chunk j of the batch at metas + j * META_BYTES, as hqq_small_store_meta has it. */
 template <class C>
 HQQ_DEVICE_INLINE void hqq_small_store_batch(unsigned char *metas,
                                              const hqq_small_meta_batch<C> &batch, int lane)
 {
 #pragma unroll
-    for (int i = 0; i < C::PANEL / 4; i++) {
+    for (int i = 0; i < C::META_FOURS; i++) {
         unsigned char *at = metas + 4 * i * C::META_BYTES + 4 * lane;
         hqq_small_store_pairs<C>(at, batch.scale[0][i], batch.scale[1][i]);
         hqq_small_store_pairs<C>(at + 128, batch.zero[0][i], batch.zero[1][i]);
@@ -218,8 +218,8 @@ HQQ_DEVICE_INLINE void hqq_small_store_meta(unsigned char *shared,
 
 /* ---- tokens -----------------------------------------------------------------------------
  *
- * panel[token][position], position of small_layout.cuh's drawing. The warps of a way take a
- * token each at a time, with all of its chunks. */
+ * panel[token][position], position of small_layout.cuh's drawing. The warps of a way take some
+ * tokens each at a time, with all of their chunks. */
 
 /* What lies at position `at` of chunk c: its index in a row of `in`, or -1. */
 template <class C>
@@ -297,6 +297,46 @@ HQQ_DEVICE_INLINE void hqq_small_stage_residues(unsigned short *to, const unsign
     }
 }
 
+/* How a token's panel is staged: for the whole panel by one of the functions above. */
+enum hqq_small_staging {
+    HQQ_STAGE_ONE_BY_ONE,
+    HQQ_STAGE_WHOLE_PAIRS,
+    HQQ_STAGE_WIDE /* along k, pairs, residues */
+};
+
+/* The way's tokens, each warp's TOKENS_AT_ONCE at a time, so that their loads are on their way
+ * together. Where those are not all there, the last one is staged again in their place. */
+template <class C, int staging>
+HQQ_DEVICE_INLINE void hqq_small_stage_all(unsigned short *panel, const hqq_small_arguments &a,
+                                           int first_token, int chunk, int count, int in_way,
+                                           int lane)
+{
+    const unsigned short *in = static_cast<const unsigned short *>(a.in);
+    const int mine =
+        C::TRANSPOSE ? hqq_small_index_at<C>(a, chunk, 2 * lane) : HQQ_CHUNK * chunk;
+    /* axis 1: byte rows from this lane's to the last */
+    const int left = a.N / C::P - chunk * C::ROWS - (lane % 8 / C::P * 8 + lane / 8 * 2);
+    const int apart = 1 << a.unit_bits, last = min(C::TOKENS, a.M - first_token) - 1;
+#pragma unroll 1
+    for (int token = in_way; token <= last; token += C::TOKENS_AT_ONCE * apart) {
+#pragma unroll
+        for (int i = 0; i < C::TOKENS_AT_ONCE; i++) {
+            unsigned short *to = panel + (token + i * apart) * C::PANEL_STRIDE;
+            const unsigned short *row =
+                in + (first_token + min(token + i * apart, last)) * a.ld_in;
+            if (staging == HQQ_STAGE_ONE_BY_ONE)
+                hqq_small_stage_one_by_one<C>(to, a, row, chunk, count, lane);
+            else if (!C::TRANSPOSE)
+                hqq_small_stage_along_k<C>(to, row + mine, count, lane);
+            else if (C::AXIS == 0)
+                hqq_small_stage_residues<C>(to, row + mine, a.residues, lane);
+            else
+                hqq_small_stage_pairs<C, staging == HQQ_STAGE_WHOLE_PAIRS>(to, row + mine,
+                                                                           count, left, lane);
+        }
+    }
+}
+
 /* The way's tokens for `count` chunks from `chunk`; nothing where there is no token. */
 template <class C>
 HQQ_DEVICE_INLINE void hqq_small_stage_tokens(unsigned short *panel,
@@ -304,32 +344,21 @@ HQQ_DEVICE_INLINE void hqq_small_stage_tokens(unsigned short *panel,
                                               int chunk, int count, int in_way, int lane)
 {
     if (count <= 0) return;
-    const unsigned short *in = static_cast<const unsigned short *>(a.in);
-    const int mine =
-        C::TRANSPOSE ? hqq_small_index_at<C>(a, chunk, 2 * lane) : HQQ_CHUNK * chunk;
     const bool wide =
         a.in_aligned &&
         (!C::TRANSPOSE || (C::AXIS == 1 ? a.N / C::P % 2 == 0
                                         : a.residues % C::PANEL == 0 && chunk % C::PANEL == 0));
+    const bool pairs = C::TRANSPOSE && C::AXIS == 1;
     const bool whole = (chunk + C::PANEL) * C::ROWS <= a.N / C::P;
-    /* axis 1: byte rows from this lane's to the last */
-    const int left = a.N / C::P - chunk * C::ROWS - (lane % 8 / C::P * 8 + lane / 8 * 2);
-#pragma unroll 1
-    for (int token = in_way; token < C::TOKENS; token += 1 << a.unit_bits) {
-        if (first_token + token >= a.M) break;
-        unsigned short *to = panel + token * C::PANEL_STRIDE;
-        const unsigned short *row = in + (first_token + token) * a.ld_in;
-        if (!wide)
-            hqq_small_stage_one_by_one<C>(to, a, row, chunk, count, lane);
-        else if (!C::TRANSPOSE)
-            hqq_small_stage_along_k<C>(to, row + mine, count, lane);
-        else if (C::AXIS == 1 && whole)
-            hqq_small_stage_pairs<C, true>(to, row + mine, count, left, lane);
-        else if (C::AXIS == 1)
-            hqq_small_stage_pairs<C, false>(to, row + mine, count, left, lane);
-        else
-            hqq_small_stage_residues<C>(to, row + mine, a.residues, lane);
-    }
+    if (!wide)
+        hqq_small_stage_all<C, HQQ_STAGE_ONE_BY_ONE>(panel, a, first_token, chunk, count,
+                                                     in_way, lane);
+    else if (pairs && whole)
+        hqq_small_stage_all<C, HQQ_STAGE_WHOLE_PAIRS>(panel, a, first_token, chunk, count,
+                                                      in_way, lane);
+    else
+        hqq_small_stage_all<C, HQQ_STAGE_WIDE>(panel, a, first_token, chunk, count, in_way,
+                                               lane);
 }
 
 /* Zeros for the tokens that there are not, once. */

@@ -74,6 +74,18 @@ template <int N> inline void ptx_cp_async_wait()
     on_cpu::cp_async_wait(N);
 }
 
+#define PTX_COMPARE_EXCHANGES_16 1
+__attribute__((no_sanitize("thread"), noinline)) inline uint4
+ptx_compare_exchange_16(uint4 *address, uint4 expected, uint4 next, ON_CPU_CALLER)
+{
+    on_cpu::atomic_access(address, sizeof *address, ON_CPU_SITE);
+    uint4 found = *address;
+    if (found.x == expected.x && found.y == expected.y && found.z == expected.z &&
+        found.w == expected.w)
+        *address = next;
+    return found;
+}
+
 /* Bit (4a + 2b + c) of the table: c chooses between two functions of a and b, which a few plain
  * operations express. */
 template <int table> inline uint32_t ptx_lop3(uint32_t a, uint32_t b, uint32_t c)

@@ -244,6 +244,28 @@ static void test_looking_too_early(const char *when, unsigned expected)
     hqqlora_emulated_set_schedule("FIFO", "LATE", 1);
 }
 
+/* ---- compare and exchange: all 16 bytes count, and what was there comes back. */
+
+__global__ void exchange(uint4 *found, uint4 *at, const uint4 *expected, const uint4 *next)
+{
+    *found = ptx_compare_exchange_16(at, *expected, *next);
+}
+
+static void test_compare_exchange()
+{
+    const uint4 there = {1, 2, 3, 4}, next = {5, 6, 7, 8};
+    for (unsigned wrong = 0; wrong < 16; wrong++) { /* which words differ */
+        uint4 at = there, found = {}, expected = there;
+        expected.x += wrong & 1, expected.y += wrong >> 1 & 1;
+        expected.z += wrong >> 2 & 1, expected.w += wrong >> 3 & 1;
+        hqq_status status =
+            hqq_launch(exchange, dim3(1), dim3(1), 0, nullptr, &found, &at, &expected, &next);
+        check(status == HQQ_OK, "exchange: %s", hqq_last_error());
+        check(same(found, there), "exchange: %#x wrong: not what was there", wrong);
+        check(same(at, wrong ? there : next), "exchange: %#x wrong: leaves %u", wrong, at.x);
+    }
+}
+
 /* ---- lop3: bit i of the result is bit (4 a_i + 2 b_i + c_i) of the table. */
 
 template <int... tables>
@@ -292,6 +314,7 @@ int main()
     for (const char *when : {"LATE", "EARLY", "MIXED"}) test_cp_async(when);
     test_looking_too_early("LATE", 0xffffffffu);
     test_looking_too_early("EARLY", 5);
+    test_compare_exchange();
     test_lop3();
     return report_checks();
 }
