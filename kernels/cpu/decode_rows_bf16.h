@@ -27,9 +27,10 @@ static inline int hqq_rows_decode_in_bf16(const hqq_layout *l)
 HQQ_ALWAYS_INLINE void bf16_columns(uint16_t *out, int64_t slot, const uint8_t *bytes,
                                     const __m512i *table, const int nbits)
 {
+    const int per = 8 / nbits;
     __m512i words = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)bytes));
 #pragma GCC unroll 4
-    for (int j = 0; j < 8 / nbits; j++)
+    for (int j = 0; j < per; j++)
         _mm512_storeu_si512(
             out + j * slot,
             _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 8 - nbits * (j + 1)), table[j]));
