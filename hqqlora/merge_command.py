@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import warnings
 from dataclasses import dataclass
@@ -89,9 +88,8 @@ def _merge(model: Any, adapter: Path, dense: bool) -> tuple[Any, str]:
     from hqqlora.peft import merge_and_unload, requantization_errors
 
     quantized = any(isinstance(module, HQQLinear) for module in model.modules())
-    with contextlib.redirect_stderr(None), warnings.catch_warnings():
-        # of codes that are rounded: said once below
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of codes that are rounded: said once below
         tuned = peft.PeftModel.from_pretrained(model, str(adapter))
         if quantized and not dense:
             tuned.merge_adapter(safe_merge=True)

@@ -333,30 +333,6 @@ TO_DTYPE(to_f16, HQQ_F16)
 TO_DTYPE(to_bf16, HQQ_BF16)
 TO_DTYPE(to_f32, HQQ_F32)
 
-static void decode(const block *b, hqq_dtype dtype)
-{
-    switch (dtype) {
-    case HQQ_F16: to_f16(b); break;
-    case HQQ_BF16: to_bf16(b); break;
-    case HQQ_F32: to_f32(b); break;
-    }
-}
-
-void HQQ_ISA_NAME(hqq_dequantize_rows)(void *out, int64_t ld, hqq_dtype dtype,
-                                       const hqq_weight *weight, int64_t row, int64_t row_step,
-                                       int64_t rows, int64_t column_begin, int64_t column_end)
-{
-    block b = {.out = out,
-               .ld = ld,
-               .weight = weight,
-               .row = row,
-               .row_step = row_step,
-               .rows = rows,
-               .column = column_begin,
-               .columns = column_end - column_begin};
-    decode(&b, dtype);
-}
-
 void HQQ_ISA_NAME(hqq_dequantize_halves)(void *out, int64_t ld, int64_t second, hqq_dtype dtype,
                                          const hqq_weight *weight, int64_t row,
                                          int64_t row_step, int64_t rows, int64_t column_begin,
@@ -371,5 +347,17 @@ void HQQ_ISA_NAME(hqq_dequantize_halves)(void *out, int64_t ld, int64_t second, 
                .column = column_begin,
                .columns = column_end - column_begin,
                .second = second};
-    decode(&b, dtype);
+    switch (dtype) {
+    case HQQ_F16: to_f16(&b); break;
+    case HQQ_BF16: to_bf16(&b); break;
+    case HQQ_F32: to_f32(&b); break;
+    }
+}
+
+void HQQ_ISA_NAME(hqq_dequantize_rows)(void *out, int64_t ld, hqq_dtype dtype,
+                                       const hqq_weight *weight, int64_t row, int64_t row_step,
+                                       int64_t rows, int64_t column_begin, int64_t column_end)
+{
+    HQQ_ISA_NAME(hqq_dequantize_halves)
+    (out, ld, 0, dtype, weight, row, row_step, rows, column_begin, column_end);
 }
