@@ -321,7 +321,7 @@ HQQ_API hqq_status hqq_lora_linear_backward(void *dx, void *dA, void *dB, const 
 
 /* Bytes of workspace for one of these calls; of lora, rank and dtype alone are read. For the
  * two without a weight: of one with N = 0 (hqq_lora_project) or K = 0
- * (hqq_lora_factor_gradients). */
+ * (hqq_lora_factor_gradients), with 8 bits and groups of 1, which fit any other side. */
 HQQ_API hqq_status hqq_shared_input_workspace_size(size_t *bytes, const hqq_weight *weight,
                                                    const hqq_lora *lora, int64_t M,
                                                    hqq_dtype dtype, const hqq_context *context);

@@ -226,16 +226,21 @@ static hqq_status shared_input_workspace_size(fuzz_case *c)
                                            case_context(c));
 }
 
-/* For a weight [N,K], of which one may be 0. */
-static void *shared_workspace(fuzz_case *c, const hqq_lora *lora, int64_t N, int64_t K)
+static void *shared_workspace(fuzz_case *c, const hqq_lora *lora, const hqq_weight *weight)
 {
     size_t needed = 0;
-    hqq_weight weight = c->weight;
-    weight.out_features = N;
-    weight.in_features = K;
-    hqq_status status = hqq_shared_input_workspace_size(&needed, &weight, lora, c->M, c->dtype,
-                                                        case_context(c));
-    return workspace_of(c, status == HQQ_OK ? needed : 0);
+    hqq_status status =
+        hqq_shared_input_workspace_size(&needed, weight, lora, c->M, c->dtype, case_context(c));
+    return workspace_of(c, status, needed);
+}
+
+/* Of the calls that take no weight: of one that is sound whatever N and K are, as a caller has
+ * to make one up. */
+static void *factor_workspace(fuzz_case *c, const hqq_lora *lora, int64_t N, int64_t K)
+{
+    const hqq_weight weight = {
+        .out_features = N, .in_features = K, .group_size = 1, .nbits = 8, .axis = 1};
+    return shared_workspace(c, lora, &weight);
 }
 
 static hqq_status lora_project(fuzz_case *c)
@@ -243,7 +248,7 @@ static hqq_status lora_project(fuzz_case *c)
     const hqq_lora *lora = case_lora(c);
     const void *x = case_rows(c, X, c->M, c->K, c->stride_x, c->dtype);
     float *xa = product(c, XA, c->M, c->R, 4);
-    void *workspace = shared_workspace(c, lora, 0, c->K);
+    void *workspace = factor_workspace(c, lora, 0, c->K);
     return hqq_lora_project(xa, x, c->stride_x, lora, c->M, c->K, c->dtype, workspace,
                             c->workspace_bytes, case_context(c));
 }
@@ -256,7 +261,7 @@ static hqq_status lora_linear_from_xa(fuzz_case *c)
     const float *xa = case_rows(c, XA, c->M, c->R, c->R, HQQ_F32);
     const void *with_bias = bias(c);
     void *y = product(c, Y, c->M, c->N, bytes_of(c->dtype));
-    void *workspace = shared_workspace(c, lora, c->N, c->K);
+    void *workspace = shared_workspace(c, lora, weight);
     return hqq_lora_linear_from_xa(y, xa, x, c->stride_x, weight, with_bias, c->bias_dtype,
                                    lora, c->M, c->dtype, workspace, c->workspace_bytes,
                                    case_context(c));
@@ -269,7 +274,7 @@ static hqq_status lora_factor_gradients(fuzz_case *c)
     const float *xa = case_rows(c, XA, c->M, c->R, c->R, HQQ_F32);
     float *dyb = product(c, OUT, c->M, c->R, 4);
     void *dB = product(c, DB, c->N, c->R, bytes_of(c->lora.dtype));
-    void *workspace = shared_workspace(c, lora, c->N, 0);
+    void *workspace = factor_workspace(c, lora, c->N, 0);
     return hqq_lora_factor_gradients(dyb, dB, dy, c->stride_dy, xa, lora, c->M, c->N, c->dtype,
                                      workspace, c->workspace_bytes, case_context(c));
 }
@@ -283,7 +288,7 @@ static hqq_status lora_input_gradients(fuzz_case *c)
     const float *dyb = case_rows(c, XA, c->M, c->R, c->R, HQQ_F32);
     void *dx = product(c, DX, c->M, c->K, bytes_of(c->dtype));
     void *dA = product(c, DA, c->R, c->K, bytes_of(c->lora.dtype));
-    void *workspace = shared_workspace(c, lora, c->N, c->K);
+    void *workspace = shared_workspace(c, lora, weight);
     return hqq_lora_input_gradients(dx, dA, dy, c->stride_dy, dyb, x, c->stride_x, weight, lora,
                                     c->M, c->dtype, workspace, c->workspace_bytes,
                                     case_context(c));

@@ -223,11 +223,15 @@ void *case_workspace(fuzz_case *c, const hqq_lora *lora, int grouped)
     hqq_status status =
         grouped ? hqq_grouped_workspace_size(&needed, weight, lora, routing, c->dtype, context)
                 : hqq_workspace_size(&needed, weight, lora, c->M, c->dtype, context);
-    return workspace_of(c, status == HQQ_OK ? needed : 0);
+    return workspace_of(c, status, needed);
 }
 
-void *workspace_of(fuzz_case *c, size_t needed)
+void *workspace_of(fuzz_case *c, hqq_status status, size_t needed)
 {
+    if (status != HQQ_OK) { /* whoever was refused the size has none to claim */
+        c->workspace_bytes = 0;
+        return c->fields.workspace % 2 ? give_workspace(&c->buffers, 0) : NULL;
+    }
     char *given = give_workspace(&c->buffers, needed);
     c->workspace_bytes = needed;
     switch (c->fields.workspace % 8) {

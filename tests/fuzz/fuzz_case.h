@@ -47,8 +47,9 @@ fuzz_count of_experts(const fuzz_case *c, fuzz_count elements);
 /* The workspace that hqq_workspace_size asks for, or a wrong one; after all other arrays. */
 void *case_workspace(fuzz_case *c, const hqq_lora *lora, int grouped);
 
-/* A workspace of the bytes that are needed, or a wrong one. */
-void *workspace_of(fuzz_case *c, size_t needed);
+/* A workspace of the bytes that are needed, or a wrong one; empty or none where the question
+ * how many are was refused with `status`. */
+void *workspace_of(fuzz_case *c, hqq_status status, size_t needed);
 
 int bytes_of(hqq_dtype dtype);
 
