@@ -28,8 +28,9 @@ hqq_status hqq_for_each_chunk(int64_t chunks, hqq_chunk_fn fn, void *data, size_
 /* The same where memory is what a chunk waits for: a worker draws neighbours, many at first and
  * fewer towards the end, so that what it fetches ahead at the end of a chunk is what it reads
  * next, and not what the other thread does. (4 bits, a two-core Zen 5, times as fast as chunk
- * by chunk, C calls: 14336 x 4096 forward 1.21, 1.17 in bf16 at M = 1, 4 and 1.19, 1.08 in
- * fp32; dgrad 1.01 to 1.1. At 64 tokens, which are multiplied in the caches, .97.) */
+ * by chunk, C calls, in two runs: forward at M = 1 and 4 1.07 to 1.21, of which a run with a
+ * faster memory left 1.0; dgrad 1.0 to 1.1. At 64 tokens, which are multiplied in the caches,
+ * .97.) */
 hqq_status hqq_for_each_chunk_in_runs(int64_t chunks, hqq_chunk_fn fn, void *data,
                                       size_t scratch_bytes, const hqq_context *context);
 
