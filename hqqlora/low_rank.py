@@ -41,7 +41,8 @@ def _leading(weight: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _orthonormal(columns: Tensor) -> Tensor:
-    return torch.linalg.qr(columns).Q
+    Q: Tensor = torch.linalg.qr(columns).Q
+    return Q
 
 
 def column_weights(importance: Tensor | None, device: torch.device | str) -> Tensor | None:

@@ -31,7 +31,7 @@ FOLDER = "correction"
 _PARTS = ".correction"
 
 
-def with_correction(steps: Iterable[Step], rank: int) -> tuple[Step, ...]:
+def with_correction(steps: Iterable[Step], rank: int) -> list[Step]:
     """The steps, with a correction of every layer that is no expert.
 
     Raises:
@@ -50,7 +50,7 @@ def with_correction(steps: Iterable[Step], rank: int) -> tuple[Step, ...]:
         corrected.append(step)
     if not any(step.correction for step in corrected):
         raise UsageError(f"--correction {rank}: nothing but experts is quantized")
-    return tuple(corrected)
+    return corrected
 
 
 def adapter_config(model: Any, steps: Iterable[Step], rank: int) -> dict[str, Any]:

@@ -43,7 +43,7 @@ def with_starting_adapter(
         config = read_config(folder)
     if output.resolve() in folder.resolve().parents:
         raise UsageError(f"the adapter {folder} lies in the output folder: give another")
-    own = {
+    own: dict[str, Any] = {
         "rank": int(config["r"]),
         "alpha": float(config["lora_alpha"]),
         "rslora": bool(config.get("use_rslora", False)),
