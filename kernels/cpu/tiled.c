@@ -27,7 +27,9 @@
  * tokens instead of 512 15 %; strips of 128 columns, not 256, cost dgrad a third. Of few tokens
  * little is left of a tile's time to hide the second cache behind: up to DGRAD_FEW of them
  * DGRAD_FEW_ROWS rows are decoded at a time, into the first (a Zen 5 in bf16, times as fast at
- * 8, 16, 24, 32 tokens: 1.11, 1.1, 1.05, 0.98). Strips in fp32, times as fast as blocks of 256
+ * 8, 16, 24, 32 tokens: 1.11, 1.1, 1.05, 0.98). At 8 bits 500 rows of words, 4 KB apart, are
+ * more than the ways of the second cache (250 rows, times as fast at 32, 48, 64, 128 tokens:
+ * 1.12, 1.1, 1.02, 1.0). Strips in fp32, times as fast as blocks of 256
  * columns, which were decoded row by row, at 4, 8, 16, 32, 64, 128 tokens: 1.6, 1.4, 1.3, 1.2,
  * 1.1, 1.02, and with AVX2 alone 1.5, 1.3, 1.25 at 4, 8, 16; of 1536 x 576 2.6, 2.1, 1.5. In
  * pairs of bf16, where 256 columns take no more bytes than the first cache has, strips take 1.1
@@ -41,6 +43,7 @@
 #define DGRAD_ROWS      500
 #define DGRAD_FEW_ROWS  64
 #define DGRAD_FEW       24
+#define DGRAD_BYTE_ROWS 250 /* where a word is a weight */
 #define DGRAD_COLUMNS   256
 #define DGRAD_TOKENS    256
 #define STRIP_COLUMNS   64
@@ -117,9 +120,11 @@ static size_t linear_scratch(hqq_tiled_chunk *c, void *scratch)
 static int scales_input(const hqq_tiled_job *job)
 {
     const hqq_layout *l = &job->layout;
+    int64_t cycle = job->sets.cycle;
     return job->pairs && l->axis == 0 && job->weight->meta_dtype == HQQ_BF16 &&
            hqq_rows_align(l) && hqq_groups_align(l) && l->K % 32 == 0 &&
-           job->sets.cycle % 16 == 0 && l->G <= SCALED_GROUP && 2 * job->M <= l->G;
+           (cycle % 16 == 0 || cycle == 8 || cycle == 4) && l->G <= SCALED_GROUP &&
+           2 * job->M <= l->G;
 }
 
 /* begin_linear where rows that share scales are decoded together: they lie apart, and so do
@@ -349,7 +354,8 @@ hqq_status hqq_tiled_dgrad(const hqq_backward *b, const float *dyb, hqq_stages *
     while (columns > 64 && job.layout.K / columns * parts < WANTED_CHUNKS) columns -= 64;
     job.block_columns = hqq_even_part(job.layout.K, columns, 64);
     job.strip = job.block_columns;
-    int64_t rows = job.M > DGRAD_FEW ? DGRAD_ROWS : DGRAD_FEW_ROWS;
+    int64_t rows = job.sets.slots > 1 ? DGRAD_ROWS : DGRAD_BYTE_ROWS;
+    if (job.M <= DGRAD_FEW) rows = DGRAD_FEW_ROWS;
     if (!job.pairs && hqq_strips_decode(job.weight)) {
         job.strip = hqq_least(STRIP_COLUMNS, job.block_columns);
         rows = STRIP_ROWS;
