@@ -44,16 +44,13 @@ typedef struct scaled_row {
 static inline void load_apart(float *out, const void *meta, hqq_dtype dtype, int64_t at,
                               int64_t columns)
 {
-    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26,
-                                           28, 30),
-                  odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
     float in_turn[SCALED_COLUMNS];
     hqq_load_floats(in_turn, meta, dtype, at, columns);
-    for (int64_t k = 0; k < columns; k += 32) {
-        __m512 low = _mm512_loadu_ps(in_turn + k), high = _mm512_loadu_ps(in_turn + k + 16);
-        _mm512_storeu_ps(out + k, _mm512_permutex2var_ps(low, even, high));
-        _mm512_storeu_ps(out + k + 16, _mm512_permutex2var_ps(low, odd, high));
-    }
+    for (int64_t k = 0; k < columns; k += 32)
+        for (int i = 0; i < 16; i++) {
+            out[k + i] = in_turn[k + 2 * i];
+            out[k + 16 + i] = in_turn[k + 2 * i + 1];
+        }
 }
 
 /* 32 weights: the even columns, and the odd ones. nbits, here and below, is a constant. */

@@ -35,21 +35,23 @@
  * pairs of bf16, where 256 columns take no more bytes than the first cache has, strips take 1.1
  * to 1.2 times as long.
  */
-#define FORWARD_ROWS    256
-#define FORWARD_COLUMNS 1024
-#define FORWARD_TOKENS  128
-#define KEPT_WORDS      98304
-#define SCALED_GROUP    256 /* the longest groups for which x is scaled */
-#define DGRAD_ROWS      500
-#define DGRAD_FEW_ROWS  64
-#define DGRAD_FEW       24
-#define DGRAD_BYTE_ROWS 250 /* where a word is a weight */
-#define DGRAD_COLUMNS   256
-#define DGRAD_TOKENS    256
-#define STRIP_COLUMNS   64
-#define STRIP_ROWS      96
+#define FORWARD_ROWS      256
+#define FORWARD_COLUMNS   1024
+#define FORWARD_TOKENS    128
+#define KEPT_WORDS        98304
+#define SCALED_GROUP      256 /* the longest groups for which x is scaled */
+#define DGRAD_ROWS        500
+#define DGRAD_FEW_ROWS    64
+#define DGRAD_FEW         24
+#define DGRAD_BYTE_ROWS   250 /* where a word is a weight */
+#define DGRAD_COLUMNS     256
+#define DGRAD_FEW_COLUMNS 1024
+#define DGRAD_TOKENS      256
+#define STRIP_COLUMNS     64
+#define STRIP_ROWS        96
 /* Chunks are made smaller until there are that many. */
-#define WANTED_CHUNKS 16
+#define WANTED_CHUNKS    16
+#define DGRAD_FEW_CHUNKS 8
 
 static hqq_tiled_job job_of(const hqq_weight *weight, int64_t M, hqq_dtype dtype,
                             const hqq_lora *lora, const float *inner, int64_t tokens,
@@ -107,7 +109,7 @@ static size_t linear_scratch(hqq_tiled_chunk *c, void *scratch)
     int64_t slots = job->sets.slots;
     int64_t blocks = job->keeps_input ? column_blocks(job) : 1;
     take_scratch(c, &arena, slots * job->block_sets, job->tokens * blocks, job->block_columns,
-                 slots * hqq_tiled_sets(job->sets.slots), job->block_columns);
+                 slots * HQQ_TILED_SETS, job->block_columns);
     c->bias = hqq_arena_take(&arena, (size_t)(job->block_sets + 16) * 4); /* whole vectors */
     if (job->scales_input && job->lora)
         c->lora_B = hqq_arena_take(&arena, (size_t)(job->sets.cycle * job->lora->rank) * 4);
@@ -286,8 +288,7 @@ hqq_status hqq_tiled_linear(const hqq_forward *f, const float *xa, hqq_stages *b
         job.tokens * column_blocks(&job) * hqq_tiled_stride(job.block_columns) <= KEPT_WORDS;
     int64_t rows = FORWARD_ROWS, parts = hqq_ceil_div(job.M, job.tokens);
     while (rows > 16 && job.layout.N / rows * parts < WANTED_CHUNKS) rows -= 16;
-    job.block_sets = sets_for(
-        &job, rows, job.scales_input ? job.sets.cycle : hqq_tiled_sets(job.sets.slots));
+    job.block_sets = sets_for(&job, rows, job.scales_input ? job.sets.cycle : HQQ_TILED_SETS);
     hqq_tiled_chunk measured = {.job = &job};
     return hqq_for_each_chunk(hqq_ceil_div(job.sets.sets, job.block_sets) * parts, linear_chunk,
                               &job, linear_scratch(&measured, NULL), context);
@@ -350,12 +351,15 @@ hqq_status hqq_tiled_dgrad(const hqq_backward *b, const float *dyb, hqq_stages *
     job.out = b->dx;
     job.in = b->dy;
     job.ld_in = b->lddy;
-    int64_t columns = DGRAD_COLUMNS, parts = hqq_ceil_div(job.M, job.tokens);
-    while (columns > 64 && job.layout.K / columns * parts < WANTED_CHUNKS) columns -= 64;
+    int few = job.M <= DGRAD_FEW;
+    int64_t columns = few ? DGRAD_FEW_COLUMNS : DGRAD_COLUMNS;
+    int64_t wanted = few ? DGRAD_FEW_CHUNKS : WANTED_CHUNKS;
+    int64_t parts = hqq_ceil_div(job.M, job.tokens);
+    while (columns > 64 && job.layout.K / columns * parts < wanted) columns -= 64;
     job.block_columns = hqq_even_part(job.layout.K, columns, 64);
     job.strip = job.block_columns;
     int64_t rows = job.sets.slots > 1 ? DGRAD_ROWS : DGRAD_BYTE_ROWS;
-    if (job.M <= DGRAD_FEW) rows = DGRAD_FEW_ROWS;
+    if (few) rows = DGRAD_FEW_ROWS;
     if (!job.pairs && hqq_strips_decode(job.weight)) {
         job.strip = hqq_least(STRIP_COLUMNS, job.block_columns);
         rows = STRIP_ROWS;
