@@ -25,15 +25,15 @@
  *
  * Measured on 4096 x 4096, one thread: 256 rows instead of 128 are worth 4 % at M = 512, 128
  * tokens instead of 512 15 %; strips of 128 columns, not 256, cost dgrad a third. Of few tokens
- * little is left of a tile's time to hide the second cache behind: up to DGRAD_FEW of them
- * DGRAD_FEW_ROWS rows are decoded at a time, into the first (a Zen 5 in bf16, times as fast at
- * 8, 16, 24, 32 tokens: 1.11, 1.1, 1.05, 0.98). At 8 bits 500 rows of words, 4 KB apart, are
- * more than the ways of the second cache (250 rows, times as fast at 32, 48, 64, 128 tokens:
- * 1.12, 1.1, 1.02, 1.0). Strips in fp32, times as fast as blocks of 256
- * columns, which were decoded row by row, at 4, 8, 16, 32, 64, 128 tokens: 1.6, 1.4, 1.3, 1.2,
- * 1.1, 1.02, and with AVX2 alone 1.5, 1.3, 1.25 at 4, 8, 16; of 1536 x 576 2.6, 2.1, 1.5. In
- * pairs of bf16, where 256 columns take no more bytes than the first cache has, strips take 1.1
- * to 1.2 times as long.
+ * little is left of a tile's time to hide memory behind: up to DGRAD_FEW of them W
+ * [64 rows, 512 columns] is decoded at a time, so that longer pieces of packed rows are read
+ * (4096 x 4096, a Zen 5 in bf16, two threads, times as fast as with 256 columns and up to 500
+ * rows: 4 bits 1.11, 1.07, 1.01 at 16, 32, 64 tokens, 8 bits of axis 0 1.4, 1.2, 1.1; in fp32
+ * 1.06 at 32 and 64; of 128 tokens 0.98 in bf16). Strips in fp32, times as fast as blocks of
+ * 256 columns, which were decoded row by row, at 4, 8, 16, 32, 64, 128
+ * tokens: 1.6, 1.4, 1.3, 1.2, 1.1, 1.02, and with AVX2 alone 1.5, 1.3, 1.25 at 4, 8, 16; of
+ * 1536 x 576 2.6, 2.1, 1.5. In pairs of bf16, where 256 columns take no more bytes than the
+ * first cache has, strips take 1.1 to 1.2 times as long.
  */
 #define FORWARD_ROWS      256
 #define FORWARD_COLUMNS   1024
@@ -41,15 +41,14 @@
 #define KEPT_WORDS        98304
 #define SCALED_GROUP      256 /* the longest groups for which x is scaled */
 #define DGRAD_ROWS        500
-#define DGRAD_FEW_ROWS    64
-#define DGRAD_FEW         24
-#define DGRAD_BYTE_ROWS   250 /* where a word is a weight */
+#define DGRAD_FEW         96
 #define DGRAD_COLUMNS     256
 #define DGRAD_FEW_COLUMNS 1024
+#define DGRAD_FEW_WEIGHTS 32768
 #define DGRAD_TOKENS      256
 #define STRIP_COLUMNS     64
 #define STRIP_ROWS        96
-/* Chunks are made smaller until there are that many. */
+/* Chunks are made smaller until there are that many; of few tokens until there are half. */
 #define WANTED_CHUNKS    16
 #define DGRAD_FEW_CHUNKS 8
 
@@ -358,8 +357,8 @@ hqq_status hqq_tiled_dgrad(const hqq_backward *b, const float *dyb, hqq_stages *
     while (columns > 64 && job.layout.K / columns * parts < wanted) columns -= 64;
     job.block_columns = hqq_even_part(job.layout.K, columns, 64);
     job.strip = job.block_columns;
-    int64_t rows = job.sets.slots > 1 ? DGRAD_ROWS : DGRAD_BYTE_ROWS;
-    if (few) rows = DGRAD_FEW_ROWS;
+    int64_t rows = DGRAD_ROWS;
+    if (few) rows = hqq_least(rows, hqq_most(DGRAD_FEW_WEIGHTS / job.block_columns, 64));
     if (!job.pairs && hqq_strips_decode(job.weight)) {
         job.strip = hqq_least(STRIP_COLUMNS, job.block_columns);
         rows = STRIP_ROWS;

@@ -166,7 +166,8 @@ static int check_problem(problem *p)
 }
 
 /* More than one block and chunk in each direction: of tokens (128; 512 where x is turned; 256),
- * of columns (1024 words; 256, strips of 64), of rows (256, 96; 500, of strips 96). */
+ * of columns (1024 words; 256, strips of 64), of rows (256, 96; 500, of few tokens from
+ * 64 on, of strips 96). */
 static int check_blocks(hqq_isa isa)
 {
     static const struct {
@@ -178,6 +179,7 @@ static int check_blocks(hqq_isa isa)
         {116, 24, 1088, 64, 2, 2, 1}, /* x is too large to be copied whole */
         {5, 1300, 70, 35, 0, 8, 1}, /* rows of dgrad; an odd number of them in the last block */
         {9, 600, 272, 24, 1, 4, 0}, /* columns of dgrad */
+        {97, 1100, 64, 8, 1, 4, 0}, /* rows, of more than a few tokens */
         {9, 40, 192, 96, 1, 4, 1},  /* that begin within a group */
         {14, 12, 2240, 320, 1, 2, 1}, /* columns forward in bf16 that do */
         {7, 100, 2112, 48, 2, 4, 1},  /* strips of dgrad, of two blocks of rows */
