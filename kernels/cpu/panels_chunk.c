@@ -8,6 +8,7 @@
 #include "tiled_block.h"
 #if HQQ_HAS_PAIRS
 #include "decode_pairs.h"
+#include "decode_pairs_scaled.h"
 #endif
 
 #define COLUMNS HQQ_PANEL_COLUMNS
@@ -76,6 +77,10 @@ static void decode_paired(uint32_t *panel, const hqq_panels_job *job, int64_t be
         for (int j = 0; j < l->per; j++)
             hqq_decode_piece_in_pairs(panel + j * count / 2 * COLUMNS, COLUMNS, &job->product,
                                       (hqq_row_piece){j * count, count}, j, begin, end - begin);
+        return;
+    }
+    if (hqq_residues_decode_in_pairs(l)) {
+        hqq_decode_residues_in_pairs(panel, COLUMNS, &job->product, begin, end - begin);
         return;
     }
     for (int64_t n = 0; n < l->N; n += HQQ_PANEL_STRIP) {

@@ -25,28 +25,32 @@
  *
  * Measured on 4096 x 4096, one thread: 256 rows instead of 128 are worth 4 % at M = 512, 128
  * tokens instead of 512 15 %; strips of 128 columns, not 256, cost dgrad a third. Of few tokens
- * little is left of a tile's time to hide the second cache behind: up to DGRAD_FEW of them
- * DGRAD_FEW_ROWS rows are decoded at a time, into the first (a Zen 5 in bf16, times as fast at
- * 8, 16, 24, 32 tokens: 1.11, 1.1, 1.05, 0.98). Strips in fp32, times as fast as blocks of 256
- * columns, which were decoded row by row, at 4, 8, 16, 32, 64, 128 tokens: 1.6, 1.4, 1.3, 1.2,
- * 1.1, 1.02, and with AVX2 alone 1.5, 1.3, 1.25 at 4, 8, 16; of 1536 x 576 2.6, 2.1, 1.5. In
- * pairs of bf16, where 256 columns take no more bytes than the first cache has, strips take 1.1
- * to 1.2 times as long.
+ * little is left of a tile's time to hide memory behind: up to DGRAD_FEW of them W
+ * [64 rows, 512 columns] is decoded at a time, so that longer pieces of packed rows are read
+ * (4096 x 4096, a Zen 5 in bf16, two threads, times as fast as with 256 columns and up to 500
+ * rows: 4 bits 1.11, 1.07, 1.01 at 16, 32, 64 tokens, 8 bits of axis 0 1.4, 1.2, 1.1; in fp32
+ * 1.06 at 32 and 64; of 128 tokens 0.98 in bf16). Strips in fp32, times as fast as blocks of
+ * 256 columns, which were decoded row by row, at 4, 8, 16, 32, 64, 128
+ * tokens: 1.6, 1.4, 1.3, 1.2, 1.1, 1.02, and with AVX2 alone 1.5, 1.3, 1.25 at 4, 8, 16; of
+ * 1536 x 576 2.6, 2.1, 1.5. In pairs of bf16, where 256 columns take no more bytes than the
+ * first cache has, strips take 1.1 to 1.2 times as long.
  */
-#define FORWARD_ROWS    256
-#define FORWARD_COLUMNS 1024
-#define FORWARD_TOKENS  128
-#define KEPT_WORDS      98304
-#define SCALED_GROUP    256 /* the longest groups for which x is scaled */
-#define DGRAD_ROWS      500
-#define DGRAD_FEW_ROWS  64
-#define DGRAD_FEW       24
-#define DGRAD_COLUMNS   256
-#define DGRAD_TOKENS    256
-#define STRIP_COLUMNS   64
-#define STRIP_ROWS      96
-/* Chunks are made smaller until there are that many. */
-#define WANTED_CHUNKS 16
+#define FORWARD_ROWS      256
+#define FORWARD_COLUMNS   1024
+#define FORWARD_TOKENS    128
+#define KEPT_WORDS        98304
+#define SCALED_GROUP      256 /* the longest groups for which x is scaled */
+#define DGRAD_ROWS        500
+#define DGRAD_FEW         96
+#define DGRAD_COLUMNS     256
+#define DGRAD_FEW_COLUMNS 1024
+#define DGRAD_FEW_WEIGHTS 32768
+#define DGRAD_TOKENS      256
+#define STRIP_COLUMNS     64
+#define STRIP_ROWS        96
+/* Chunks are made smaller until there are that many; of few tokens until there are half. */
+#define WANTED_CHUNKS    16
+#define DGRAD_FEW_CHUNKS 8
 
 static hqq_tiled_job job_of(const hqq_weight *weight, int64_t M, hqq_dtype dtype,
                             const hqq_lora *lora, const float *inner, int64_t tokens,
@@ -104,7 +108,7 @@ static size_t linear_scratch(hqq_tiled_chunk *c, void *scratch)
     int64_t slots = job->sets.slots;
     int64_t blocks = job->keeps_input ? column_blocks(job) : 1;
     take_scratch(c, &arena, slots * job->block_sets, job->tokens * blocks, job->block_columns,
-                 slots * hqq_tiled_sets(job->sets.slots), job->block_columns);
+                 slots * HQQ_TILED_SETS, job->block_columns);
     c->bias = hqq_arena_take(&arena, (size_t)(job->block_sets + 16) * 4); /* whole vectors */
     if (job->scales_input && job->lora)
         c->lora_B = hqq_arena_take(&arena, (size_t)(job->sets.cycle * job->lora->rank) * 4);
@@ -117,9 +121,11 @@ static size_t linear_scratch(hqq_tiled_chunk *c, void *scratch)
 static int scales_input(const hqq_tiled_job *job)
 {
     const hqq_layout *l = &job->layout;
+    int64_t cycle = job->sets.cycle;
     return job->pairs && l->axis == 0 && job->weight->meta_dtype == HQQ_BF16 &&
            hqq_rows_align(l) && hqq_groups_align(l) && l->K % 32 == 0 &&
-           job->sets.cycle % 16 == 0 && l->G <= SCALED_GROUP && 2 * job->M <= l->G;
+           (cycle % 16 == 0 || cycle == 8 || cycle == 4) && l->G <= SCALED_GROUP &&
+           2 * job->M <= l->G;
 }
 
 /* begin_linear where rows that share scales are decoded together: they lie apart, and so do
@@ -281,8 +287,7 @@ hqq_status hqq_tiled_linear(const hqq_forward *f, const float *xa, hqq_stages *b
         job.tokens * column_blocks(&job) * hqq_tiled_stride(job.block_columns) <= KEPT_WORDS;
     int64_t rows = FORWARD_ROWS, parts = hqq_ceil_div(job.M, job.tokens);
     while (rows > 16 && job.layout.N / rows * parts < WANTED_CHUNKS) rows -= 16;
-    job.block_sets = sets_for(
-        &job, rows, job.scales_input ? job.sets.cycle : hqq_tiled_sets(job.sets.slots));
+    job.block_sets = sets_for(&job, rows, job.scales_input ? job.sets.cycle : HQQ_TILED_SETS);
     hqq_tiled_chunk measured = {.job = &job};
     return hqq_for_each_chunk(hqq_ceil_div(job.sets.sets, job.block_sets) * parts, linear_chunk,
                               &job, linear_scratch(&measured, NULL), context);
@@ -345,11 +350,15 @@ hqq_status hqq_tiled_dgrad(const hqq_backward *b, const float *dyb, hqq_stages *
     job.out = b->dx;
     job.in = b->dy;
     job.ld_in = b->lddy;
-    int64_t columns = DGRAD_COLUMNS, parts = hqq_ceil_div(job.M, job.tokens);
-    while (columns > 64 && job.layout.K / columns * parts < WANTED_CHUNKS) columns -= 64;
+    int few = job.M <= DGRAD_FEW;
+    int64_t columns = few ? DGRAD_FEW_COLUMNS : DGRAD_COLUMNS;
+    int64_t wanted = few ? DGRAD_FEW_CHUNKS : WANTED_CHUNKS;
+    int64_t parts = hqq_ceil_div(job.M, job.tokens);
+    while (columns > 64 && job.layout.K / columns * parts < wanted) columns -= 64;
     job.block_columns = hqq_even_part(job.layout.K, columns, 64);
     job.strip = job.block_columns;
-    int64_t rows = job.M > DGRAD_FEW ? DGRAD_ROWS : DGRAD_FEW_ROWS;
+    int64_t rows = DGRAD_ROWS;
+    if (few) rows = hqq_least(rows, hqq_most(DGRAD_FEW_WEIGHTS / job.block_columns, 64));
     if (!job.pairs && hqq_strips_decode(job.weight)) {
         job.strip = hqq_least(STRIP_COLUMNS, job.block_columns);
         rows = STRIP_ROWS;

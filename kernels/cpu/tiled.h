@@ -44,10 +44,10 @@
  *     bf16 dgrad    396 (172)   565 (289)  671 (440)   764 (612)       (panels.h)
  *
  * fp16 is as fast as fp32 (torch: a seventh of that). Times the speed of 4 bits, axis 1, in
- * bf16 at 16 and 64 tokens: 8 bits 0.7 and 0.8, dgrad 0.8 and 0.9. At axis 0 and few tokens x
- * takes the scales in bf16 (tiled_scaled.h), 4 bits 0.9 and 0.8, 3 bits 0.9 and 0.9; and sums
- * do in dgrad (tiled_residues.h), 1.2 and 0.95, 1.1 and 0.95, where a zero and a scale a weight
- * made 0.6 and 0.8, 0.5 and 0.8.
+ * bf16 at 16 and 64 tokens: 8 bits 0.8 and 0.85, dgrad 0.8 and 0.95. At axis 0 and few tokens x
+ * takes the scales in bf16 (tiled_scaled.h), 8 bits 0.73, 4 bits 0.9, 3 bits 0.8, 1 bit 1.0 at
+ * 16; and sums do in dgrad (tiled_residues.h), 8 bits 0.85 and 0.9, 4 bits 1.0 and 0.95, 3 bits
+ * 0.95 and 0.93, where a zero and a scale a weight made 0.6 and 0.8 of 4 bits.
  */
 #ifndef HQQ_KERNELS_CPU_TILED_H
 #define HQQ_KERNELS_CPU_TILED_H
@@ -75,12 +75,9 @@ hqq_status hqq_tiled_dgrad(const hqq_backward *b, const float *dyb, hqq_stages *
 
 /* Of a register tile, at most. */
 #define HQQ_TILED_TOKENS 6
-/* Sets decoded together in a forward pass: of each slot, the rows of a tile; where there is one
- * slot (8 bits), of two tiles, as x is read once for all of them. */
-static inline int64_t hqq_tiled_sets(int slots)
-{
-    return slots == 1 ? 8 : 4;
-}
+/* Sets decoded together in a forward pass: of each slot, the rows of a tile. (At 8 bits eight
+ * do not stay in the first cache beside x: 0.9 of the speed at 16 and 24 tokens.) */
+#define HQQ_TILED_SETS 4
 
 /* Words (multiply_tile.h) between rows in scratch that hold up to `words` of them: an odd
  * number of cache lines, so that the rows do not fall into one set of L1. */

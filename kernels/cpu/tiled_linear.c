@@ -55,7 +55,7 @@ HQQ_ALWAYS_INLINE void fetch_sets(const hqq_tiled_chunk *c, const column_block *
 {
     const hqq_layout *l = &c->job->layout;
     const hqq_weight *w = c->job->weight;
-    int64_t end = hqq_least(set + hqq_tiled_sets(l->per), c->end);
+    int64_t end = hqq_least(set + HQQ_TILED_SETS, c->end);
     int64_t columns = b->end - b->begin, bytes = hqq_dtype_bytes(w->meta_dtype);
     int64_t lines = hqq_ceil_div(columns * l->word_bytes, 64);
     int64_t first = part * lines / parts * 64, last = (part + 1) * lines / parts * 64;
@@ -76,7 +76,7 @@ HQQ_ALWAYS_INLINE void fetch_sets(const hqq_tiled_chunk *c, const column_block *
 static void multiply_sets(const hqq_tiled_chunk *c, const column_block *b, int64_t set, int add)
 {
     const hqq_tiled_job *job = c->job;
-    int64_t sets = hqq_tiled_sets(job->sets.slots), set_end = hqq_least(set + sets, c->end);
+    int64_t sets = HQQ_TILED_SETS, set_end = hqq_least(set + sets, c->end);
     int64_t rows = job->sets.slots * sets, ld = hqq_tiled_stride(job->block_columns);
 #if HQQ_HAS_PAIRS
     if (job->scales_input)
@@ -128,8 +128,7 @@ static void multiply_scaled(const hqq_tiled_chunk *c)
     for (int64_t begin = c->begin; begin < c->end; begin += cycle)
         for (b = block_at(job, 0); b.begin < job->layout.K; b = block_at(job, b.end)) {
             scale_input(c, input_of(c, &b), b.ld, b.begin, b.end, begin, c->add || b.begin > 0);
-            for (int64_t set = begin; set < begin + cycle;
-                 set += hqq_tiled_sets(job->sets.slots))
+            for (int64_t set = begin; set < begin + cycle; set += HQQ_TILED_SETS)
                 multiply_sets(c, &b, set, 1);
         }
 }
@@ -138,7 +137,7 @@ static void multiply_scaled(const hqq_tiled_chunk *c)
 void HQQ_ISA_NAME(hqq_tiled_linear_chunk)(const hqq_tiled_chunk *c)
 {
     const hqq_tiled_job *job = c->job;
-    int64_t K = job->layout.K, sets = hqq_tiled_sets(job->sets.slots);
+    int64_t K = job->layout.K, sets = HQQ_TILED_SETS;
     int64_t each = job->keeps_input ? sets : job->block_sets;
     column_block b;
 #if HQQ_HAS_PAIRS

@@ -59,11 +59,21 @@ static void scale_input(const hqq_tiled_chunk *c, uint16_t *input, int64_t ld, i
             for (int j = 0; j < sets->slots; j++) {
                 float *sums = c->sums + (m + i - c->m_begin) * c->ld_sums +
                               j * job->block_sets + set - c->begin;
-                for (int64_t n = 0; n < sets->cycle; n += HQQ_LANES) {
-                    hqq_vec constant = hqq_vec_set1(constants[i]);
-                    hqq_vec_store(sums + n, add ? hqq_vec_load(sums + n) + constant : constant);
-                }
+                for (int64_t n = 0; n < sets->cycle; n++)
+                    sums[n] = add ? sums[n] + constants[i] : constants[i];
             }
+    }
+}
+
+/* Bytes of one packed row: 32 columns of each slot at a time. */
+HQQ_ALWAYS_INLINE void decode_code_row(uint16_t *out, int64_t slot, const uint8_t *bytes,
+                                       int64_t columns, __m512i table, const int nbits)
+{
+    for (int64_t k = 0; k < columns; k += 32) {
+        if (nbits == 8)
+            _mm512_storeu_si512(out + k, hqq_pairs_of_bytes(bytes + k, 0.0f, 1.0f));
+        else
+            bf16_columns(out + k, slot, bytes + k, &table, 0, nbits);
     }
 }
 
@@ -71,25 +81,34 @@ static void scale_input(const hqq_tiled_chunk *c, uint16_t *input, int64_t ld, i
 static void decode_codes(void *out, int64_t ld, int64_t slot_rows, const hqq_tiled_job *job,
                          int64_t set_begin, int64_t set_end, int64_t begin, int64_t end)
 {
-    const float zero[HQQ_MAX_SLOTS] = {0.0f};
-    const float scale[HQQ_MAX_SLOTS] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
-    hqq_weight codes = *job->weight;
-    codes.axis = 1; /* a group a slot: the codes lie as they do */
-    codes.group_size = job->layout.words;
-    codes.zero = zero;
-    codes.scale = scale;
-    codes.meta_dtype = HQQ_F32;
-    int64_t row = hqq_row_in_slot(&job->sets, set_begin);
+    int64_t row = hqq_row_in_slot(&job->sets, set_begin), step = job->sets.step;
     if (job->layout.planes) {
+        const float zero[HQQ_MAX_SLOTS] = {0.0f};
+        const float scale[HQQ_MAX_SLOTS] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
+        hqq_weight codes = *job->weight;
+        codes.axis = 1; /* a group a slot: the codes lie as they do */
+        codes.group_size = job->layout.words;
+        codes.zero = zero;
+        codes.scale = scale;
+        codes.meta_dtype = HQQ_F32;
         HQQ_ISA_NAME(hqq_dequantize_halves)
-        (out, ld, slot_rows * ld, HQQ_BF16, &codes, row, job->sets.step, set_end - set_begin,
-         begin, end);
+        (out, ld, slot_rows * ld, HQQ_BF16, &codes, row, step, set_end - set_begin, begin, end);
         return;
     }
-    for (int j = 0; j < job->sets.slots; j++)
-        HQQ_ISA_NAME(hqq_dequantize_rows)(hqq_at_mut(out, HQQ_BF16, j * slot_rows * ld), ld,
-                                          HQQ_BF16, &codes, job->sets.start[j] + row,
-                                          job->sets.step, set_end - set_begin, begin, end);
+    int nbits = job->weight->nbits;
+    const __m512i table = nbits < 8 ? hqq_pair_table(nbits, 0.0f, 1.0f) : (__m512i){0};
+    const uint8_t *bytes = (const uint8_t *)job->weight->packed + row * job->layout.K + begin;
+    uint16_t *to = out;
+    for (int64_t set = set_begin; set < set_end; set++) {
+        switch (nbits) {
+        case 8: decode_code_row(to, slot_rows * ld, bytes, end - begin, table, 8); break;
+        case 4: decode_code_row(to, slot_rows * ld, bytes, end - begin, table, 4); break;
+        case 2: decode_code_row(to, slot_rows * ld, bytes, end - begin, table, 2); break;
+        case 1: decode_code_row(to, slot_rows * ld, bytes, end - begin, table, 1); break;
+        }
+        to += ld;
+        bytes += step * job->layout.K;
+    }
 }
 
 /* The sums, with the bias, to the columns of y that the rows of W are. */
@@ -97,19 +116,21 @@ static void store_scattered(const hqq_tiled_chunk *c)
 {
     const hqq_tiled_job *job = c->job;
     const hqq_row_sets *sets = &job->sets;
-    for (int64_t set = c->begin; set < c->end; set += HQQ_LANES)
+    const int width = (int)hqq_least(HQQ_LANES, sets->cycle);
+    for (int64_t set = c->begin; set < c->end; set += width)
         for (int j = 0; j < sets->slots; j++) {
             int64_t row = sets->start[j] + hqq_row_in_slot(sets, set);
             hqq_vec bias = hqq_vec_zero();
-            for (int i = 0; i < HQQ_LANES && job->bias; i++)
+            for (int i = 0; i < width && job->bias; i++)
                 bias[i] = hqq_load_quick(job->bias, job->bias_dtype, row + i * sets->step);
             for (int64_t m = c->m_begin; m < c->m_end; m++) {
                 const float *sums = c->sums + (m - c->m_begin) * c->ld_sums +
                                     j * job->block_sets + set - c->begin;
                 uint16_t rounded[HQQ_LANES];
                 uint16_t *y = (uint16_t *)job->out + m * job->layout.N + row;
-                hqq_vec_store_dtype(rounded, HQQ_BF16, 0, hqq_vec_load(sums) + bias);
-                for (int i = 0; i < HQQ_LANES; i++) y[i * sets->step] = rounded[i];
+                hqq_vec sum = hqq_vec_load_dtype_part(sums, HQQ_F32, 0, width);
+                hqq_vec_store_dtype(rounded, HQQ_BF16, 0, sum + bias);
+                for (int i = 0; i < width; i++) y[i * sets->step] = rounded[i];
             }
         }
 }

@@ -162,6 +162,7 @@ static int check_shape(const shape *s, int axis, hqq_dtype meta, hqq_isa isa)
                 wrong +=
                     check_product(&state, &w, tokens[m], all_dtypes[d], transpose, context);
     }
+    if (s->N * s->K < 5000) wrong += check_product(&state, &w, 161, HQQ_BF16, 1, context);
     if (wrong) print_weight(&w.planes);
     free_both(&w);
     return wrong != 0;

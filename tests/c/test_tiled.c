@@ -166,7 +166,8 @@ static int check_problem(problem *p)
 }
 
 /* More than one block and chunk in each direction: of tokens (128; 512 where x is turned; 256),
- * of columns (1024 words; 256, strips of 64), of rows (256, 96; 500, of strips 96). */
+ * of columns (1024 words; 256, strips of 64), of rows (256, 96; 500, of few tokens from
+ * 64 on, of strips 96). */
 static int check_blocks(hqq_isa isa)
 {
     static const struct {
@@ -178,6 +179,7 @@ static int check_blocks(hqq_isa isa)
         {116, 24, 1088, 64, 2, 2, 1}, /* x is too large to be copied whole */
         {5, 1300, 70, 35, 0, 8, 1}, /* rows of dgrad; an odd number of them in the last block */
         {9, 600, 272, 24, 1, 4, 0}, /* columns of dgrad */
+        {97, 1100, 64, 8, 1, 4, 0}, /* rows, of more than a few tokens */
         {9, 40, 192, 96, 1, 4, 1},  /* that begin within a group */
         {14, 12, 2240, 320, 1, 2, 1}, /* columns forward in bf16 that do */
         {7, 100, 2112, 48, 2, 4, 1},  /* strips of dgrad, of two blocks of rows */
@@ -201,6 +203,10 @@ static int check_blocks(hqq_isa isa)
         {256, 2064, 72, 8, 3, 8, 0},
         {9, 34, 96, 32, 1, 8, 1},   /* bytes in pairs */
         {170, 34, 96, 32, 0, 8, 1}, /* and to panels */
+        {161, 64, 96, 32, 2, 8, 0}, /* residues to panels, two at a time, the last not full */
+        {162, 160, 32, 16, 0, 4, 0},
+        {160, 96, 64, 8, 1, 2, 0},
+        {161, 32, 64, 16, 0, 1, 0},
     };
     uint64_t state = 41;
     int failures = 0;
@@ -240,14 +246,13 @@ static int check_formats(hqq_isa isa, int64_t extra)
 static int check_scaled(hqq_isa isa)
 {
     static const int64_t cases[][6] = {/* M, N, K, G, R, bits */
-                                       {13, 256, 96, 32, 3, 4},
-                                       {12, 128, 2144, 64, 2, 2},
-                                       {17, 192, 64, 64, 0, 8},
-                                       {7, 2048, 64, 32, 2, 4},
-                                       {26, 640, 64, 32, 1, 1}};
+                                       {13, 256, 96, 32, 3, 4}, {12, 128, 2144, 64, 2, 2},
+                                       {17, 192, 64, 64, 0, 8}, {7, 2048, 64, 32, 2, 4},
+                                       {26, 640, 64, 32, 1, 1}, {13, 256, 96, 64, 3, 1},
+                                       {15, 128, 64, 32, 1, 1}};
     uint64_t state = 53;
     int failures = 0;
-    for (int i = 0; i < 5; i++)
+    for (int i = 0; i < 7; i++)
         for (int done = 0; !done;) { /* until scales are drawn in bf16 */
             const int64_t *c = cases[i];
             problem p =
