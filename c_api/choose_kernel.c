@@ -30,10 +30,11 @@
  * measured. At axis 0 it passes direct at 20 tokens. Forward tiled passes direct at 7, at axis
  * 0 between 6 and 12, at 8 bits before 6, at 2 at 12.
  *
- * 4 bits, forward, rows of 2048 or more: direct takes four rows at a time (cpu/dot_rows.h), and
- * of tiled's time, on the Zen 5 at 8, 16, 24 and 32 tokens: bf16 .80, 1.0, 1.1, 1.1 at axis 1,
- * .68, .78, .88, .93 at axis 0; fp32 .73, .90, .92, .95 and .57, .77, .85, .90; with rows of
- * 1024 and less it is passed at 8 to 16 tokens.
+ * Forward, rows of 2048 or more, AVX-512: direct's own time is less there (cpu/dot_rows.h, for
+ * 4 bits), and decoding a block for the tiles takes what it takes, so a table by bits and axis
+ * says where direct ends. Of tiled's time at 8, 16 and 24 tokens direct takes, 4 bits on the
+ * Zen 5: bf16 .80, 1.0, 1.1 at axis 1, .68, .78, .88 at axis 0; fp32 .73, .90, .92 and .57,
+ * .77, .85. Rows of 1024 and less are passed at 8 to 16 tokens.
  */
 #include "hqqlora.h"
 #include "cpu/decode_floats.h"
@@ -70,24 +71,31 @@ static const thresholds_by_dtype table[][3] = {
                      {{16, ANY}, {16, ANY}, {6, ANY}}},
 };
 
-/* Forward, of weights that direct multiplies four rows at a time. */
-static int64_t direct_in_four_rows(const hqq_weight *weight, hqq_dtype dtype, int isa)
+/* By [multiplied in fp32, bf16][axis][bits]. */
+static const int8_t long_rows[2][2][9] = {
+    {{[1] = 24, [2] = 24, [3] = 12, [4] = 24, [8] = 12},
+     {[1] = 8, [2] = 24, [3] = 8, [4] = 24, [8] = 6}},
+    {{[1] = 8, [2] = 24, [3] = 24, [4] = 24, [8] = 12},
+     {[1] = 4, [2] = 12, [3] = 8, [4] = 16, [8] = 8}},
+};
+
+/* Up to how many tokens direct serves such a forward product; 0: see the table above. */
+static int64_t direct_of_long_rows(const hqq_weight *w, hqq_dtype dtype, int isa)
 {
     if (isa != HQQ_ISA_AVX512 && isa != HQQ_ISA_AVX512_BF16) return 0;
-    if (!weight || !hqq_multiplies_four_rows(weight)) return 0;
-    return dtype == HQQ_BF16 && isa == HQQ_ISA_AVX512_BF16 && weight->axis == 1 ? 16 : 24;
+    if (!w || w->nbits < 1 || w->nbits > 8 || !hqq_rows_are_long(w)) return 0;
+    return long_rows[isa == HQQ_ISA_AVX512_BF16 && dtype == HQQ_BF16][w->axis == 1][w->nbits];
 }
 
 hqq_kernel hqq_choose_kernel(const hqq_weight *weight, int64_t M, hqq_dtype dtype,
                              int32_t transpose, hqq_isa isa)
 {
-    /* 8 and 3 bits cross at a few tokens fewer or more: not worth a table */
     int row = isa >= HQQ_ISA_PORTABLE && isa <= HQQ_ISA_AMX ? (int)isa : HQQ_ISA_PORTABLE;
     int column = dtype == HQQ_F16 || dtype == HQQ_BF16 ? (int)dtype : HQQ_F32;
     int pass = !transpose ? 0 : !weight || hqq_strips_decode(weight) ? 1 : 2;
     thresholds up_to = table[row][pass][column];
-    if (M <= up_to.direct) return HQQ_KERNEL_DIRECT;
-    if (pass == 0 && M <= direct_in_four_rows(weight, dtype, row)) return HQQ_KERNEL_DIRECT;
+    int64_t long_direct = pass == 0 ? direct_of_long_rows(weight, dtype, row) : 0;
+    if (M <= (long_direct ? long_direct : up_to.direct)) return HQQ_KERNEL_DIRECT;
     if (M <= up_to.tiled || hqq_panels_serve(weight, M, dtype, transpose, isa))
         return HQQ_KERNEL_TILED;
     return HQQ_KERNEL_BLOCKED;

@@ -339,9 +339,10 @@ void HQQ_ISA_NAME(hqq_direct_linear_aligned)(const hqq_direct_linear_job *job,
                       .set_end = set_end,
                       .s = hqq_linear_scratch_take(&arena, set_end - set_begin)};
     int64_t sets = set_end - set_begin;
+    int64_t numbers = HQQ_X_BLOCK / (job->layout.per == 1 && !job->pairs ? 2 : 1);
     for (int64_t m0 = 0; m0 < job->M;) {
         int MB = hqq_tokens_at_once(job->M - m0, max_tokens(&job->layout));
-        int64_t columns = HQQ_X_BLOCK / MB;
+        int64_t columns = numbers / MB;
         if (columns > HQQ_X_COLUMNS) columns = HQQ_X_COLUMNS;
         memset(c.s.sums, 0, (size_t)(sets * MB * job->layout.per) * sizeof(hqq_vec));
         for (int64_t k = 0; k < job->layout.K; k += columns)
