@@ -62,7 +62,7 @@ def test_it_begins_with_the_correction_that_the_model_has(place: Path, finished:
     assert log["options"]["adapter"] == str(place / "small/correction")
     assert (log["options"]["rank"], log["options"]["alpha"]) == (4, 8.0)
     perplexity = log["perplexity"]
-    assert perplexity["with_adapter"] < perplexity["quantized"]
+    assert perplexity["before_training"] < perplexity["quantized"]
     config = json.loads((finished / "adapter/adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(place / "small")
     before, after = factors_of(place / "small/correction"), factors_of(finished / "adapter")
@@ -74,7 +74,7 @@ def test_it_begins_with_the_correction_that_the_model_has(place: Path, finished:
 def test_without_it_training_begins_anew(place: Path, capsys: Any) -> None:
     assert main(train(place, "anew", "--no-correction", "--rank", "6")) == 0
     log = log_of(place / "anew")
-    assert "with_adapter" not in log["perplexity"]
+    assert "before_training" not in log["perplexity"]
     assert (log["options"]["rank"], log["options"]["adapter"]) == (6, None)
     assert "correction" not in capsys.readouterr().out
 
@@ -85,7 +85,7 @@ def test_the_adapter_of_a_run_is_trained_on(place: Path, finished: Path) -> None
     options = ("--adapter", str(adapter), "--rank", "4", "--dropout", "0.1")
     assert main(train(place, "on", *options)) == 0
     log = log_of(place / "on")
-    begun = log["perplexity"]["with_adapter"]
+    begun = log["perplexity"]["before_training"]
     assert begun == pytest.approx(log_of(finished)["perplexity"]["fine_tuned"], rel=1e-6)
     assert log["options"]["adapter"] == str(adapter)
     config = json.loads((place / "on/adapter/adapter_config.json").read_text())

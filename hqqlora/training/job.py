@@ -248,7 +248,7 @@ class _Run:
         begun = f", from {options.adapter}" if options.adapter else ""
         _say(f"adapter  {sum(p.numel() for p in parameters) / 1e6:.2f} M parameters{begun}")
         if options.adapter is not None and self.checkpoint is None:
-            self._measure(model, loss, windows, "with_adapter")
+            self._measure(model, loss, windows, "before_training")
         optimizer = make_optimizer(parameters, options)
         memory = self.facts.setdefault("memory", {"before_training": peak_memory()})
         if self.checkpoint is not None:
