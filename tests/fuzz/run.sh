@@ -20,7 +20,7 @@ CC=$clang CXX=${clang/clang/clang++} cmake -S . -B build/fuzz -G Ninja \
 cmake --build build/fuzz --target "$target"
 export UBSAN_OPTIONS=print_stacktrace=1 HQQLORA_FUZZ_COUNTS=1
 run() {
-  "build/fuzz/tests/fuzz/$target" -timeout=20 -rss_limit_mb=2048 -max_len=64 \
+  "build/fuzz/tests/fuzz/$target" -timeout=60 -rss_limit_mb=2048 -max_len=64 \
     -artifact_prefix=build/fuzz/crashes/ "$@"
 }
 run -runs=0 tests/fuzz/corpus # first of all: what is kept, also under a later library
