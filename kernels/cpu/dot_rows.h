@@ -88,12 +88,13 @@ HQQ_ALWAYS_INLINE void decode_two_rows(hqq_vec *w, const uint8_t *bytes, const h
 HQQ_ALWAYS_INLINE void dot_four_rows_step(hqq_vec *acc, const dot_block *b, int64_t k,
                                           const hqq_vec *table, const int pairs)
 {
-    const int VECTOR = pairs ? 32 : HQQ_LANES, MB = DOT_ROW_TOKENS;
+    const int VECTOR = pairs ? 32 : HQQ_LANES, VECTORS = DOT_ROW_STEP / VECTOR;
+    const int MB = DOT_ROW_TOKENS;
     const uint8_t *p = b->words + k, *q = p + b->row;
     __builtin_prefetch(p + b->next);
     __builtin_prefetch(q + b->next);
 #pragma GCC unroll 4
-    for (int v = 0; v < DOT_ROW_STEP / VECTOR; v++) {
+    for (int v = 0; v < VECTORS; v++) {
         hqq_vec w[DOT_ROWS];
         decode_two_rows(w, p + v * VECTOR, table, pairs);
         decode_two_rows(w + 2, q + v * VECTOR, table + 2, pairs);
