@@ -116,6 +116,7 @@ HQQ_ALWAYS_INLINE void dot_pair_row(hqq_vec *sums, const dot_block *b, const int
                                     const int axis, const int MB, const int PER, const int left)
 {
     const int SUMS = MB * PER;
+    const int AHEAD = nbits < 8 && PER <= TABLES_AHEAD;
     const int UNROLL = SUMS > 8 ? 1 : 2; /* chains of additions, to hide their latency */
     hqq_vec acc[16] = {{0}};
     __m512i tables[8], next[8];
@@ -127,9 +128,9 @@ HQQ_ALWAYS_INLINE void dot_pair_row(hqq_vec *sums, const dot_block *b, const int
                          UNROLL);
     } else {
         int64_t end = b->group_left;
-        if (PER <= TABLES_AHEAD) make_pair_tables(next, b, 0, nbits, PER);
+        if (AHEAD) make_pair_tables(next, b, 0, nbits, PER);
         for (int64_t k = 0, g = 0; k < b->columns; g++, k = end, end += b->G) {
-            if (PER <= TABLES_AHEAD) {
+            if (AHEAD) {
 #pragma GCC unroll 4
                 for (int j = 0; j < PER; j++) tables[j] = next[j];
                 make_pair_tables(next, b, hqq_least(g + 1, b->stride - 1), nbits, PER);
