@@ -1,0 +1,95 @@
+"""Conversations as tokens and labels, token by token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from hqqlora.command.errors import UsageError
+from hqqlora.training.chat_data import IGNORED, check_messages, encode_messages, pad_batch
+
+pytest.importorskip("transformers")
+
+PLAIN = (
+    "{% for m in messages %}{{ m.role + ' ' + m.content + ' end ' }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant {% endif %}"
+)
+MARKED = (
+    "{% for m in messages %}{{ m.role + ' ' }}{% if m.role == 'assistant' %}"
+    "{% generation %}{{ m.content + ' end ' }}{% endgeneration %}"
+    "{% else %}{{ m.content + ' end ' }}{% endif %}{% endfor %}"
+)
+LAST_ONLY = (
+    "{% for m in messages %}{{ m.content + (' end ' if loop.last else ' ') }}{% endfor %}"
+)
+TALK = [
+    {"role": "system", "content": "s"},
+    {"role": "user", "content": "a"},
+    {"role": "assistant", "content": "b"},
+    {"role": "user", "content": "c"},
+    {"role": "assistant", "content": "d d"},
+]
+
+
+def tokenizer(template: str | None) -> Any:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["?", "system", "user", "assistant", "end", "s", "a", "b", "c", "d"]
+    inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="?"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="?")
+    made.chat_template = template
+    return made
+
+
+@pytest.mark.parametrize("template", [PLAIN, MARKED])
+def test_the_assistants_turns_and_their_ends_alone_are_learned(template: str) -> None:
+    words = tokenizer(template)
+    ids, labels = encode_messages(TALK, words, "f:1")
+    assert words.decode(ids) == (
+        "system s end user a end assistant b end user c end assistant d d end"
+    )
+    learned = [i for i, label in enumerate(labels) if label != IGNORED]
+    assert learned == [7, 8, 13, 14, 15]
+    assert [labels[i] for i in learned] == [ids[i] for i in learned]
+
+
+def test_every_token_is_learned_if_asked_for() -> None:
+    ids, labels = encode_messages(TALK, tokenizer(PLAIN), "f:1", assistant_only=False)
+    assert labels == ids
+    assert len(ids) == 16
+
+
+def test_a_template_that_renders_beginnings_otherwise_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"^f:7: message 3 cannot"):
+        encode_messages(TALK, tokenizer(LAST_ONLY), "f:7")
+
+
+def test_a_missing_template_is_named() -> None:
+    with pytest.raises(UsageError, match=r"^f:1: the tokenizer .* has no chat template"):
+        encode_messages(TALK, tokenizer(None), "f:1")
+
+
+@pytest.mark.parametrize(
+    ("messages", "reason"),
+    [
+        ([], "an empty one"),
+        ("a", "no list"),
+        ([{"role": "user"}], "message 1 has other keys"),
+        ([TALK[1], {"role": "x", "content": "a"}], "message 2 has the role 'x'"),
+        ([{"role": ["user"], "content": "a"}], "message 1 has the role"),
+        ([{"role": "user", "content": [{"type": "text"}]}], "message 1 is not text but list"),
+    ],
+)
+def test_bad_messages_are_refused(messages: Any, reason: str) -> None:
+    with pytest.raises(UsageError, match=f"^f:3: .*{reason}"):
+        check_messages(messages, "f:3")
+
+
+def test_padding_is_neither_learned_nor_seen() -> None:
+    batch = pad_batch([([5, 6, 7], [IGNORED, 6, 7]), ([8], [8])], 0)
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 0, 0]]
+    assert batch["labels"].tolist() == [[IGNORED, 6, 7], [8, IGNORED, IGNORED]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
