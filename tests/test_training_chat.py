@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 from hqqlora.command.errors import UsageError
 from hqqlora.training.chat_data import IGNORED, check_messages, encode_messages, pad_batch
+from hqqlora.training.next_token_loss import NextTokenLoss
 
 pytest.importorskip("transformers")
 
@@ -93,3 +95,38 @@ def test_padding_is_neither_learned_nor_seen() -> None:
     assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 0, 0]]
     assert batch["labels"].tolist() == [[IGNORED, 6, 7], [8, IGNORED, IGNORED]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+
+
+@pytest.mark.parametrize("chunked", [True, False])
+def test_a_padded_and_masked_batch_has_the_rows_own_loss_and_gradient(chunked: bool) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=32,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+        )
+    )
+    loss = NextTokenLoss(model)
+    loss.chunked = chunked
+    rows = [([5, 6, 7, 9, 3], [IGNORED, IGNORED, 7, 9, 3]), ([8, 4], [IGNORED, 4])]
+    expected = torch.zeros(())
+    for ids, labels in rows:
+        logits = model(torch.tensor([ids])).logits[0, :-1]
+        expected = expected + torch.nn.functional.cross_entropy(
+            logits, torch.tensor(labels[1:]), reduction="sum"
+        )
+    expected = expected / 4  # learned tokens of the whole batch, not a mean of the rows' means
+    weight = model.model.embed_tokens.weight
+    (gradient,) = torch.autograd.grad(expected, weight)
+    batch = pad_batch(rows, 0)
+    found = loss.backward(batch["input_ids"], batch["labels"], batch["attention_mask"])
+    assert found == pytest.approx(expected.item(), rel=1e-5)
+    assert weight.grad is not None
+    torch.testing.assert_close(weight.grad, gradient, rtol=1e-4, atol=1e-6)
+    everything = loss.backward(batch["input_ids"], None, batch["attention_mask"])
+    assert abs(everything - found) > 1e-3

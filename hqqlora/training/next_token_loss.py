@@ -42,9 +42,15 @@ class NextTokenLoss:
                 total += F.cross_entropy(self._logits(chunk), target, reduction="sum").item()
         return total
 
-    def backward(self, ids: Tensor) -> float:
-        """The mean loss of ids [batch, length]; adds its gradient to the parameters'."""
-        states, targets = self._states(ids)
+    def backward(
+        self, ids: Tensor, labels: Tensor | None = None, mask: Tensor | None = None
+    ) -> float:
+        """The mean loss of ids [batch, length]; adds its gradient to the parameters'.
+
+        With `labels` [batch, length] the mean is that over the whole batch's labels other than
+        -100, at least one behind a row's first token; `mask` [batch, length] is 0 at padding.
+        """
+        states, targets = self._states(ids, labels, mask)
         leaf = states.detach().requires_grad_(states.requires_grad)
         total = 0.0
         for chunk, target in zip(
@@ -57,13 +63,22 @@ class NextTokenLoss:
             states.backward(leaf.grad)  # type: ignore[no-untyped-call]
         return total
 
-    def _states(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+    def _states(
+        self, ids: Tensor, labels: Tensor | None = None, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """What is turned into logits: hidden states (chunked) or the logits themselves, of all
-        tokens but each sequence's last, [predictions, width]; and the tokens to predict."""
+        tokens but each sequence's last, [predictions, width]; and the tokens to predict. With
+        labels, only of those that are learned."""
+        inputs = (
+            {"input_ids": ids} if mask is None else {"input_ids": ids, "attention_mask": mask}
+        )
         if self.chunked:
-            states = self._backbone(input_ids=ids, use_cache=False)[0]
+            states = self._backbone(**inputs, use_cache=False)[0]
         else:
-            states = self.model(input_ids=ids, use_cache=False).logits
+            states = self.model(**inputs, use_cache=False).logits
+        if labels is not None:
+            learned = labels[:, 1:] != -100
+            return states[:, :-1][learned], labels[:, 1:][learned]
         return states[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
 
     def _logits(self, states: Tensor) -> Tensor:
