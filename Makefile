@@ -75,8 +75,8 @@ tsan: $(VENV)/built
 	$(BIN)/cmake -S . -B build/tsan -G Ninja -DHQQLORA_TORCH=OFF -DHQQLORA_CUDA=OFF \
 	  -DCMAKE_BUILD_TYPE=Debug -DHQQLORA_SANITIZE=thread \
 	  >build/tsan-configure.log
-	$(BIN)/cmake --build build/tsan --target test_threads test_stages
-	$(BIN)/ctest --test-dir build/tsan --output-on-failure -R '^(threads|stages)$$'
+	$(BIN)/cmake --build build/tsan --target test_runs test_stages test_threads
+	$(BIN)/ctest --test-dir build/tsan --output-on-failure -R '^(runs|stages|threads)$$'
 
 valgrind: $(VENV)/built
 	$(BIN)/cmake -S . -B build/release -DHQQLORA_TESTS=ON >build/release-configure.log
@@ -113,7 +113,7 @@ avx512: $(VENV)/built
 # aarch64-linux-gnu-g++ and qemu-aarch64; Debian: apt install g++-aarch64-linux-gnu qemu-user)
 AARCH64_TESTS := bad_descriptor bad_product bad_quantize blocked dequantize direct dropout gemm \
   grouped header header_cxx lora no_memory pack planes products quantize quantize_importance quantize_odd \
-  shared_input stage_order stages threads tiled
+  runs shared_input stage_order stages threads tiled
 aarch64: $(VENV)/test
 	$(BIN)/cmake -S . -B build/aarch64 -G Ninja -DHQQLORA_TORCH=OFF -DHQQLORA_CUDA=OFF \
 	  -DCMAKE_TOOLCHAIN_FILE=tests/aarch64/toolchain.cmake >build/aarch64-configure.log

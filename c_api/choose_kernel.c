@@ -29,9 +29,15 @@
  * AVX2 alone; there 6 are left to direct, as on the Xeon it was passed later. With AMX not
  * measured. At axis 0 it passes direct at 20 tokens. Forward tiled passes direct at 7, at axis
  * 0 between 6 and 12, at 8 bits before 6, at 2 at 12.
+ *
+ * 4 bits, forward, rows of 2048 or more: direct takes four rows at a time (cpu/dot_rows.h), and
+ * of tiled's time, on the Zen 5 at 8, 16, 24 and 32 tokens: bf16 .80, 1.0, 1.1, 1.1 at axis 1,
+ * .68, .78, .88, .93 at axis 0; fp32 .73, .90, .92, .95 and .57, .77, .85, .90; with rows of
+ * 1024 and less it is passed at 8 to 16 tokens.
  */
 #include "hqqlora.h"
 #include "cpu/decode_floats.h"
+#include "cpu/direct_linear.h"
 #include "cpu/isa.h"
 #include "cpu/panels.h"
 
@@ -64,6 +70,14 @@ static const thresholds_by_dtype table[][3] = {
                      {{16, ANY}, {16, ANY}, {6, ANY}}},
 };
 
+/* Forward, of weights that direct multiplies four rows at a time. */
+static int64_t direct_in_four_rows(const hqq_weight *weight, hqq_dtype dtype, int isa)
+{
+    if (isa != HQQ_ISA_AVX512 && isa != HQQ_ISA_AVX512_BF16) return 0;
+    if (!weight || !hqq_multiplies_four_rows(weight)) return 0;
+    return dtype == HQQ_BF16 && isa == HQQ_ISA_AVX512_BF16 && weight->axis == 1 ? 16 : 24;
+}
+
 hqq_kernel hqq_choose_kernel(const hqq_weight *weight, int64_t M, hqq_dtype dtype,
                              int32_t transpose, hqq_isa isa)
 {
@@ -73,6 +87,7 @@ hqq_kernel hqq_choose_kernel(const hqq_weight *weight, int64_t M, hqq_dtype dtyp
     int pass = !transpose ? 0 : !weight || hqq_strips_decode(weight) ? 1 : 2;
     thresholds up_to = table[row][pass][column];
     if (M <= up_to.direct) return HQQ_KERNEL_DIRECT;
+    if (pass == 0 && M <= direct_in_four_rows(weight, dtype, row)) return HQQ_KERNEL_DIRECT;
     if (M <= up_to.tiled || hqq_panels_serve(weight, M, dtype, transpose, isa))
         return HQQ_KERNEL_TILED;
     return HQQ_KERNEL_BLOCKED;

@@ -25,7 +25,7 @@ from hqqlora.files import creating_folder, write_json, write_safetensors
 from hqqlora.lora import LoRALinear
 from hqqlora.lora_experts import LoRAExpertWeights
 from hqqlora.model import Adapted, Quantized, adapter_for, insert_adapters, lora_layers
-from hqqlora.module_names import pattern_value, unwrapped
+from hqqlora.module_names import last_parts_or_names, pattern_value, unwrapped
 from hqqlora.shared_parameters import copy_whole, is_shared_out, whole_tensor
 
 
@@ -135,7 +135,7 @@ def _config_of(
     alpha = Counter(layer.lora_alpha for layer in layers.values()).most_common(1)[0][0]
     config: dict[str, Any] = {
         "peft_type": "LORA",
-        "task_type": _task_type(model),
+        "task_type": task_type(model),
         "base_model_name_or_path": base,
         "inference_mode": True,
         "target_modules": _target_modules(model, layers),
@@ -177,7 +177,8 @@ def _common(layers: Mapping[str, Adapted], attribute: str) -> Any:
     return values.pop()
 
 
-def _task_type(model: nn.Module) -> str | None:
+def task_type(model: nn.Module) -> str | None:
+    """PEFT's word for what the model does, if there is one."""
     causal = type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
     return "CAUSAL_LM" if causal and hasattr(model, "prepare_inputs_for_generation") else None
 
@@ -186,16 +187,7 @@ def _target_modules(model: nn.Module, adapted: Mapping[str, Adapted]) -> list[st
     """The last parts of the names, such as "q_proj", if those mean no other module; otherwise
     the full names. (Experts are no modules of their own in PEFT: see `target_parameters`.)"""
     layers = {name for name, layer in adapted.items() if isinstance(layer, LoRALinear)}
-    last_parts = {name.rpartition(".")[2] for name in layers}
-    inside = tuple(name + "." for name in layers)
-    others = (
-        name
-        for name in (unwrapped(name) for name, _ in model.named_modules())
-        if name not in layers and not name.startswith(inside)
-    )
-    if any(name.rpartition(".")[2] in last_parts for name in others):
-        return sorted(layers)
-    return sorted(last_parts)
+    return last_parts_or_names(layers, (unwrapped(name) for name, _ in model.named_modules()))
 
 
 @torch.no_grad()

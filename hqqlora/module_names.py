@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import TypeVar
 
@@ -84,3 +84,14 @@ def check_pattern(pattern: str, argument: str) -> None:
         raise ValueError(
             f"{argument}: {pattern!r} is not a regular expression: {error}"
         ) from error
+
+
+def last_parts_or_names(layers: Collection[str], modules: Iterable[str]) -> list[str]:
+    """PEFT's `target_modules` for `layers`: the last parts of their names, such as "q_proj", if
+    those mean no other of `modules`; otherwise the full names."""
+    last_parts = {name.rpartition(".")[2] for name in layers}
+    inside = tuple(name + "." for name in layers)
+    others = (name for name in modules if name not in layers and not name.startswith(inside))
+    if any(name.rpartition(".")[2] in last_parts for name in others):
+        return sorted(layers)
+    return sorted(last_parts)

@@ -4,12 +4,14 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "integers.h"
 #include "status.h"
 
 typedef struct chunk_loop {
     hqq_stage *stages;
     int64_t chunks; /* of all stages */
     size_t scratch_bytes;
+    int in_runs; /* draw several at a time */
     atomic_int_least64_t next;
     atomic_int status; /* the first failure */
 } chunk_loop;
@@ -50,13 +52,36 @@ static int wait_for(chunk_loop *loop, int begin, int end)
     return 1;
 }
 
+/* A worker's next chunks, [begin, end). */
+typedef struct chunk_run {
+    int64_t begin, end;
+} chunk_run;
+
+/* In runs: half of a worker's share of what is left, as guided loops of OpenMP take it. Where
+ * the last are drawn, one by one, the slower thread is one chunk late at most. */
+static chunk_run draw(chunk_loop *loop, int64_t workers)
+{
+    if (!loop->in_runs) {
+        int64_t next = atomic_fetch_add(&loop->next, 1);
+        return (chunk_run){next, next + 1};
+    }
+    chunk_run run = {.begin = atomic_load(&loop->next)};
+    do {
+        int64_t count = (loop->chunks - run.begin) / (2 * workers);
+        run.end = run.begin + (count > 1 ? count : 1);
+    } while (run.begin < loop->chunks &&
+             !atomic_compare_exchange_weak(&loop->next, &run.begin, run.end));
+    return run;
+}
+
+/* parallel_for has cut the chunks into parts, of which [begin, end) is one: as many as there
+ * are workers. */
 static void work(int64_t begin, int64_t end, void *data)
 {
     chunk_loop *loop = data;
-    (void)begin;
-    (void)end;
-    int64_t chunk = atomic_fetch_add(&loop->next, 1);
-    if (chunk >= loop->chunks) return;
+    int64_t workers = end > begin ? hqq_ceil_div(loop->chunks, end - begin) : 1;
+    chunk_run run = draw(loop, workers);
+    if (run.begin >= loop->chunks) return;
     void *scratch = NULL;
     if (loop->scratch_bytes) {
         scratch = aligned_alloc(64, (loop->scratch_bytes + 63) / 64 * 64);
@@ -68,7 +93,7 @@ static void work(int64_t begin, int64_t end, void *data)
     hqq_stage *stage = loop->stages; /* that of `chunk`, whose first is number `before` */
     int64_t before = 0;
     int done = 0; /* stages known to be */
-    for (; chunk < loop->chunks; chunk = atomic_fetch_add(&loop->next, 1)) {
+    for (int64_t chunk = run.begin; chunk < loop->chunks; chunk = run.begin) {
         for (; chunk - before >= stage->chunks; stage++) before += stage->chunks;
         if (stage->after > done) {
             if (!wait_for(loop, done, stage->after)) break;
@@ -78,14 +103,15 @@ static void work(int64_t begin, int64_t end, void *data)
         hqq_status status = stage->fn(stage->first + chunk - before, scratch, stage->data);
         if (status != HQQ_OK) atomic_store(&loop->status, (int)status);
         atomic_fetch_add_explicit(&stage->done, 1, memory_order_release);
+        if (++run.begin == run.end) run = draw(loop, workers);
     }
     free(scratch);
 }
 
-static hqq_status run(hqq_stage *stages, int count, size_t scratch_bytes,
-                      const hqq_context *context)
+static hqq_status run_loop(hqq_stage *stages, int count, size_t scratch_bytes, int in_runs,
+                           const hqq_context *context)
 {
-    chunk_loop loop = {.stages = stages, .scratch_bytes = scratch_bytes};
+    chunk_loop loop = {.stages = stages, .scratch_bytes = scratch_bytes, .in_runs = in_runs};
     for (int s = 0; s < count; s++) {
         atomic_init(&stages[s].done, 0);
         loop.chunks += stages[s].chunks;
@@ -109,7 +135,14 @@ hqq_status hqq_for_each_chunk(int64_t chunks, hqq_chunk_fn fn, void *data, size_
                               const hqq_context *context)
 {
     hqq_stage only = {.fn = fn, .data = data, .chunks = chunks};
-    return run(&only, 1, scratch_bytes, context);
+    return run_loop(&only, 1, scratch_bytes, 0, context);
+}
+
+hqq_status hqq_for_each_chunk_in_runs(int64_t chunks, hqq_chunk_fn fn, void *data,
+                                      size_t scratch_bytes, const hqq_context *context)
+{
+    hqq_stage only = {.fn = fn, .data = data, .chunks = chunks};
+    return run_loop(&only, 1, scratch_bytes, 1, context);
 }
 
 void hqq_add_stage(hqq_stages *stages, hqq_chunk_fn fn, void *data, int64_t first,
@@ -141,7 +174,7 @@ hqq_status hqq_run_stages(hqq_stages *stages, const hqq_context *context)
 {
     hqq_status status = stages->status;
     if (status == HQQ_OK)
-        status = run(stages->list, stages->count, stages->scratch_bytes, context);
+        status = run_loop(stages->list, stages->count, stages->scratch_bytes, 0, context);
     else
         hqq_fail(status, "could not allocate a list of stages");
     free(stages->list);

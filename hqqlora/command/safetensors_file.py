@@ -179,6 +179,16 @@ class FileLayout:
             name: offset + len(self.beginning) for name, offset in self.offsets.items()
         }
 
+    def is_in(self, path: Path) -> bool:
+        """Whether the file `path` is there and laid out so, by its size and its header."""
+        try:
+            if path.stat().st_size != self.size:
+                return False
+            with path.open("rb") as file:
+                return file.read(len(self.beginning)) == self.beginning
+        except FileNotFoundError:
+            return False
+
 
 class FileWriter:
     """Writes tensors to the places that a layout gives them."""

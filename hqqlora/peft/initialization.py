@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hqqlora.linear import HQQLinear
+from hqqlora.low_rank import correction, nearest_of_rank
 from hqqlora.peft.merging import requantize, to_linear
 from hqqlora.planes import packed_like
 from hqqlora.quantizing import quantize_weight
@@ -103,33 +104,17 @@ def correct_quantization(
                 f"[{base.out_features}, {base.in_features}]"
             )
         lost = weight.to(base.device, torch.float32) - base.dequantize(torch.float32)
-        columns = _column_weights((importance or {}).get(name), name, base)
-        B, A = nearest_of_rank(lost * columns, layer.r[adapter])
-        layer.lora_A[adapter].weight.copy_(A / columns)
-        layer.lora_B[adapter].weight.copy_(B / layer.scaling[adapter])
+        of_layer = (importance or {}).get(name)
+        if of_layer is not None and tuple(of_layer.shape) != (base.in_features,):
+            raise ValueError(
+                f"{name}: the importance is {list(of_layer.shape)}, the layer has "
+                f"{base.in_features} inputs"
+            )
+        # (Of a layer with fewer sides than the rank, the rest of A and B stays as it began.)
+        B, A = correction(lost, layer.r[adapter], of_layer)
+        layer.lora_A[adapter].weight[: len(A)].copy_(A)
+        layer.lora_B[adapter].weight[:, : len(A)].copy_(B / layer.scaling[adapter])
     return model
-
-
-def _column_weights(importance: Tensor | None, name: str, base: HQQLinear) -> Tensor:
-    """What a column's error is multiplied by, [in_features]. As in the solver, no column counts
-    for less than a hundredth of the mean: A is divided by it."""
-    if importance is None or not importance.any():
-        return torch.ones(base.in_features, device=base.device)
-    if tuple(importance.shape) != (base.in_features,):
-        raise ValueError(
-            f"{name}: the importance is {list(importance.shape)}, the layer has "
-            f"{base.in_features} inputs"
-        )
-    squares = importance.to(base.device, torch.float32)
-    squares = squares / squares.max()
-    return squares.clamp_min(0.01 * squares.mean()).sqrt()
-
-
-def nearest_of_rank(weight: Tensor, r: int) -> tuple[Tensor, Tensor]:
-    """B [N, r] and A [r, K] with the B A nearest to `weight` [N, K]."""
-    U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
-    root = S[:r].sqrt()
-    return U[:, :r] * root, root[:, None] * Vh[:r]
 
 
 @contextmanager

@@ -37,14 +37,7 @@ class Destination:
     def is_done(self, name: str, layout: FileLayout) -> bool:
         """Whether the file is there. It is ours, as the folder's state is, and whole, as it has
         its name; so this looks only at the header and the size."""
-        path = self.folder / name
-        try:
-            if path.stat().st_size != layout.size:
-                return False
-            with path.open("rb") as file:
-                return file.read(len(layout.beginning)) == layout.beginning
-        except FileNotFoundError:
-            return False
+        return layout.is_in(self.folder / name)
 
     def finish(
         self,

@@ -18,6 +18,11 @@ from hqqlora.command.errors import RunError, UsageError, describe
 from hqqlora.command.machine import peak_memory
 from hqqlora.command.packages import require
 from hqqlora.command.units import in_units
+from hqqlora.quantize_command.correction import (
+    finish_correction,
+    is_part_done,
+    layout_of_factors,
+)
 from hqqlora.quantize_command.destination import Destination, open_destination
 from hqqlora.quantize_command.options import QuantizeOptions
 from hqqlora.quantize_command.plan import Plan
@@ -83,9 +88,16 @@ def _work(
 ) -> None:
     layouts = {name: layout_of(steps) for name, steps in shards.items()}
     missing = [
-        name for name, layout in layouts.items() if not destination.is_done(name, layout)
+        name
+        for name, layout in layouts.items()
+        if not (
+            destination.is_done(name, layout) and is_part_done(destination.folder, name, shards)
+        )
     ]
-    _check_space(destination.folder, sum(layouts[name].size for name in missing))
+    needed = sum(layouts[name].size for name in missing)
+    if factors := layout_of_factors(plan.steps):
+        needed += 2 * factors.size  # in parts, and as one
+    _check_space(destination.folder, needed)
     started = time.perf_counter()
     if len(missing) < len(shards):
         print(f"going on: {len(shards) - len(missing)} of {len(shards)} files are done")
@@ -95,6 +107,8 @@ def _work(
         stream = Stream(plan.steps, progress.update)
         for name in missing:
             stream.write_shard(destination.folder / name, shards[name])
+    if plan.adapter is not None:
+        finish_correction(destination.folder, shards, plan.adapter)
     destination.finish(plan.config, index_of(shards), checkpoint.other_files())
     seconds = time.perf_counter() - started
     size = sum(layout.size for layout in layouts.values())

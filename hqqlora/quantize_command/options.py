@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from hqqlora.command.errors import UsageError
-from hqqlora.command.options import group_size_or_none, non_negative_integer
+from hqqlora.command.options import group_size_or_none, non_negative_integer, number
 from hqqlora.config import SOLVERS, SUPPORTED_BITS
+from hqqlora.ops.adapter_checks import MAX_RANK
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -31,6 +32,7 @@ class QuantizeOptions:
     dynamic_config: Mapping[str, Any] | None = None
     skip_modules: tuple[str, ...] = ("lm_head",)
     importance: bool = False
+    correction: int | None = None
     dtype: str = "auto"
     max_shard_size: int = 5 * 10**9
     threads: int = 0
@@ -110,6 +112,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="fit scales and zeros to what 512 random tokens send through each layer of the "
         "dense model, which reads its weights layer by layer (needs accelerate)",
+    )
+    format_.add_argument(
+        "--correction",
+        type=number(int, 1, MAX_RANK, f"a rank from 1 to {MAX_RANK}"),
+        metavar="RANK",
+        help="also write an adapter, to DST/correction: the nearest of that rank to what each "
+        "layer loses, with --importance of its outputs; hqqlora train then begins with it",
     )
     format_.add_argument(
         "--dtype",

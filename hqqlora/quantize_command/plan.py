@@ -24,6 +24,7 @@ from hqqlora.config import QuantSettings
 from hqqlora.experts import as_experts, is_experts, is_projection
 from hqqlora.module_names import linear_tag
 from hqqlora.optional_packages import command_for
+from hqqlora.quantize_command.correction import adapter_config, with_correction
 from hqqlora.quantize_command.options import QuantizeOptions
 from hqqlora.quantize_command.step import Step
 from hqqlora.state_encoding import LayerMetadata
@@ -44,6 +45,8 @@ class Plan:
     config: Mapping[str, Any]
     """The new config.json."""
     warnings: tuple[str, ...]
+    adapter: Mapping[str, Any] | None = None
+    """The configuration of the correction (see `--correction`), but for the base's name."""
 
     @property
     def layers(self) -> list[Step]:
@@ -118,11 +121,16 @@ def make_plan(checkpoint: DenseCheckpoint, options: QuantizeOptions) -> Plan:
                 why = _UNKNOWN_EXPERTS if key in settings else _SKIPPED
             steps.append(Step(stored, target, why_dense=why))
     _check_complete(model, settings, done, checkpoint)
+    adapter = None
+    if options.correction is not None:
+        steps = with_correction(steps, options.correction)
+        adapter = adapter_config(model, steps, options.correction)
     return Plan(
         tuple(steps),
         left_out,
         _new_config(model, config, done),
         tuple(dict.fromkeys(str(warning.message) for warning in caught)),
+        adapter,
     )
 
 

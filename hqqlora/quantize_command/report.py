@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from hqqlora.command.safetensors_file import total_bytes
 from hqqlora.command.units import in_units
 from hqqlora.module_names import numbers_as_stars
+from hqqlora.quantize_command.correction import describe_correction
 from hqqlora.quantize_command.plan import Plan
 from hqqlora.quantize_command.sizes import bits_per_weight
 from hqqlora.quantize_command.step import Step
@@ -25,6 +26,8 @@ def describe_plan(plan: Plan) -> str:
     dense = sum(total_bytes(step.results().values()) for step in plan.dense)
     lines.append(f"dense: {len(plan.dense)} tensors, {in_units(dense)}")
     lines += [f"  {line}" for line in _by_kind(plan.dense)]
+    if plan.adapter is not None:
+        lines.append(describe_correction(plan.layers))
     if plan.left_out:
         lines.append("left out:")
         lines += [f"  {name}: {why}" for name, why in plan.left_out.items()]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from hqqlora.adapter_files import PREFIX
 from hqqlora.command.safetensors_file import StoredTensor, TensorShape
 from hqqlora.command.stored_matrix import Matrix
 from hqqlora.ops.weight import word_dtype
@@ -30,6 +31,8 @@ class Step:
     """The linear layer, by its name in the model; "" of anything else."""
     importance: Tensor | None = field(default=None, compare=False)
     """[in_features], of its columns (see `hqqlora.input_importance`); None: all the same."""
+    correction: int = 0
+    """The rank of the adapter that corrects it; 0: none."""
 
     @property
     def numel(self) -> int:
@@ -61,6 +64,17 @@ class Step:
             return {self.source.name: TensorShape(self.dtype, self.source.shape)}
         stack = (len(self.matrices),) if self.is_stack else ()
         return layer_tensors(self.layer, self.metadata, stack)
+
+    def factors(self) -> dict[str, TensorShape]:
+        """What is written of its correction, under the names of PEFT's files."""
+        if not self.correction:
+            return {}
+        rows, columns = self.matrices[0].shape
+        shapes = {"lora_A": (self.correction, columns), "lora_B": (rows, self.correction)}
+        return {
+            f"{PREFIX}{self.module}.{factor}.weight": TensorShape(torch.float32, shape)
+            for factor, shape in shapes.items()
+        }
 
 
 def layer_tensors(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from hqqlora.command.errors import UsageError
 from hqqlora.command.safetensors_file import FileLayout, FileWriter, total_bytes
 from hqqlora.command.stored_matrix import PIECE, Matrix
 from hqqlora.files import naming, replacing_file
+from hqqlora.quantize_command.correction import correction_of, layout_of_factors, part_of
 from hqqlora.quantize_command.step import Step
 from hqqlora.quantizing import quantize_weight
 
@@ -41,23 +42,26 @@ class Stream:
             UsageError: a weight cannot be quantized; names it.
             OSError: a file cannot be read or written; names it.
         """
-        layout = layout_of(steps)
-        # (Threads end before the file is closed, or another gets its number.)
-        with replacing_file(path) as temporary, ExitStack() as files:
-            descriptor = os.open(temporary, os.O_WRONLY)
-            files.callback(os.close, descriptor)
-            with naming(path):
-                _reserve(descriptor, layout.size)
-                writer = FileWriter(descriptor, layout)
+        layout, factors = layout_of(steps), layout_of_factors(steps)
+        # (The factors get their name before the weights do. Threads end before the files are
+        # closed, or others get their numbers.)
+        with _writing(path, layout) as writer, ExitStack() as files:
+            beside = None
+            if factors is not None:
+                part = part_of(path)
+                with naming(part):
+                    part.parent.mkdir(exist_ok=True)
+                beside = files.enter_context(_writing(part, factors))
             reading = files.enter_context(ThreadPoolExecutor(1, "reading"))
             writing = files.enter_context(ThreadPoolExecutor(1, "writing"))
-            self._run(path, steps, writer, reading, writing)
+            self._run(path, steps, writer, beside, reading, writing)
 
     def _run(
         self,
         path: Path,
         steps: Sequence[Step],
         writer: FileWriter,
+        beside: FileWriter | None,
         reading: ThreadPoolExecutor,
         writing: ThreadPoolExecutor,
     ) -> None:
@@ -69,7 +73,9 @@ class Stream:
                 self._advance(step.numel)
             for weight in _weights_of(step):
                 tensors = self._quantize(weight, read, write)
-                write.submit(weight.bytes_of_result, _write, weight, tensors, writer, path)
+                write.submit(
+                    weight.bytes_of_result, _write, weight, tensors, writer, beside, path
+                )
                 del tensors
                 self._advance(weight.matrix.numel)
         write.wait()
@@ -80,14 +86,18 @@ class Stream:
         """Reads and quantizes. What would be too much at a time happens one after another."""
         if weight.bytes_to_read + write.pending_bytes > self._bound:
             write.wait()
-        held = weight.bytes_dense + weight.bytes_of_result
+        held = weight.bytes_at_work + weight.bytes_of_result
         coming = read.bytes_of_next()
         if ahead := held + coming <= self._bound:
             held += coming
         dense = read.take(ahead)
         if held + write.pending_bytes > self._bound:
             write.wait()
-        return _quantize(weight, dense)
+        tensors = _quantize(weight, dense)
+        del dense
+        if weight.step.correction:
+            tensors.update(correction_of(weight.step, tensors))
+        return tensors
 
 
 @dataclass(frozen=True)
@@ -108,13 +118,20 @@ class _Weight:
         return self.matrix.numel * self.step.work_dtype.itemsize
 
     @property
+    def bytes_at_work(self) -> int:
+        """The weight, or after it what is to be corrected."""
+        of_error = 4 * self.matrix.numel if self.step.correction else 0
+        return max(self.bytes_dense, of_error)
+
+    @property
     def bytes_to_read(self) -> int:
         return self.matrix.bytes_to_read(self.step.work_dtype)
 
 
 def _weights_of(step: Step) -> list[_Weight]:
     count = len(step.matrices)
-    each = total_bytes(step.results().values()) // count if count else 0
+    results = (*step.results().values(), *step.factors().values())
+    each = total_bytes(results) // count if count else 0
     return [_Weight(step, index, each) for index in range(count)]
 
 
@@ -198,9 +215,19 @@ def _quantize(weight: _Weight, dense: Tensor) -> dict[str, Tensor]:
     return {"W_q": W_q, "scale": scale, "zero": zero}
 
 
-def _write(weight: _Weight, tensors: dict[str, Tensor], writer: FileWriter, path: Path) -> None:
+def _write(
+    weight: _Weight,
+    tensors: dict[str, Tensor],
+    writer: FileWriter,
+    beside: FileWriter | None,
+    path: Path,
+) -> None:
     layer, metadata = weight.step.layer, weight.step.metadata
     assert metadata is not None
+    if beside is not None:
+        with naming(part_of(path)):
+            for name, factor in zip(weight.step.factors(), ("lora_A", "lora_B"), strict=False):
+                beside.write(name, tensors.pop(factor))
     with naming(path):
         while tensors:
             key, tensor = tensors.popitem()
@@ -218,6 +245,18 @@ def _copy(step: Step, writer: FileWriter, path: Path) -> None:
         with naming(path):
             writer.write(source.name, piece, written)
         written += piece.nbytes
+
+
+@contextmanager
+def _writing(path: Path, layout: FileLayout) -> Iterator[FileWriter]:
+    """A writer of the file `path`, which appears whole or not at all."""
+    with replacing_file(path) as temporary, ExitStack() as files:
+        descriptor = os.open(temporary, os.O_WRONLY)
+        files.callback(os.close, descriptor)
+        with naming(path):
+            _reserve(descriptor, layout.size)
+            writer = FileWriter(descriptor, layout)
+        yield writer
 
 
 def _reserve(descriptor: int, size: int) -> None:

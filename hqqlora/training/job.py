@@ -60,6 +60,7 @@ from hqqlora.training.perplexity import measure_perplexity
 from hqqlora.training.report import build_log, format_table, write_log
 from hqqlora.training.run_folder import RunFolder, choose_folder
 from hqqlora.training.sample import complete, default_prompt
+from hqqlora.training.starting_adapter import insert_starting_adapter, with_starting_adapter
 from hqqlora.training.text_data import (
     SplitText,
     TokenWindows,
@@ -92,6 +93,7 @@ def run(options: TrainOptions, given: frozenset[str]) -> None:
     source = find_model(options.model)
     if checkpoint is None:
         check_format(options, given, source)
+        options = with_starting_adapter(options, given, source, folder.path)
     text = read_text(options.data, options.text_field, options.held_out, options.seed)
     if checkpoint is None:
         folder.claim(overwrite=options.overwrite)
@@ -146,7 +148,7 @@ class _Run:
         if self.checkpoint is None:
             self._measure(model, loss, windows, "quantized")
             self._sample(model, "before")
-        self._train(model, loss, windows.train)
+        self._train(model, loss, windows)
         self._measure(model, loss, windows, "fine_tuned")
         self._sample(model, "after")
         self._finish(model)
@@ -223,24 +225,30 @@ class _Run:
             f"{sizes['quantized_bytes'] / 1e6:.1f} MB, {sizes['bits_per_weight']:.2f} bits each"
         )
 
-    def _train(self, model: nn.Module, loss: NextTokenLoss, windows: Tensor) -> None:
+    def _train(self, model: nn.Module, loss: NextTokenLoss, windows: TokenWindows) -> None:
         options = self.options
         torch.manual_seed(options.seed)
         targets = options.target_modules
         with explaining("cannot add the adapter"):
-            hqqlora.add_lora(
-                model,
-                r=options.rank,
-                lora_alpha=options.alpha,
-                lora_dropout=options.dropout,
-                target_modules=targets[0] if _is_pattern(targets) else list(targets),
-                use_rslora=options.rslora,
-            )
+            if options.adapter is not None:
+                insert_starting_adapter(model, options)
+            else:
+                hqqlora.add_lora(
+                    model,
+                    r=options.rank,
+                    lora_alpha=options.alpha,
+                    lora_dropout=options.dropout,
+                    target_modules=targets[0] if _is_pattern(targets) else list(targets),
+                    use_rslora=options.rslora,
+                )
             if options.gradient_checkpointing:
                 recompute_activations(model)
         parameters = list(hqqlora.lora_parameters(model))
         self.facts["linear_layers"]["adapter_bytes"] = sum(p.nbytes for p in parameters)
-        _say(f"adapter  {sum(p.numel() for p in parameters) / 1e6:.2f} M parameters")
+        begun = f", from {options.adapter}" if options.adapter else ""
+        _say(f"adapter  {sum(p.numel() for p in parameters) / 1e6:.2f} M parameters{begun}")
+        if options.adapter is not None and self.checkpoint is None:
+            self._measure(model, loss, windows, "with_adapter")
         optimizer = make_optimizer(parameters, options)
         memory = self.facts.setdefault("memory", {"before_training": peak_memory()})
         if self.checkpoint is not None:
@@ -262,7 +270,7 @@ class _Run:
         if self.checkpoint is None and options.checkpoint_every:
             save()  # so that a run killed early need not measure the dense model again
         restart_peak_memory()
-        train(model, loss, windows, optimizer, options, self.progress, save)
+        train(model, loss, windows.train, optimizer, options, self.progress, save)
         save()
         memory["training"] = max(memory.get("training", 0), peak_memory())
 

@@ -107,6 +107,20 @@ class TrainOptions:
         action=argparse.BooleanOptionalAction,
     )
 
+    adapter: str | None = _option(
+        _ADAPTER,
+        None,
+        "begin with this adapter, such as that of an earlier run, instead of a new one; rank, "
+        "alpha and layers are then its own",
+        metavar="FOLDER",
+    )
+    correction: bool | None = _option(
+        _ADAPTER,
+        None,
+        "begin with the adapter that hqqlora quantize --correction has put beside the model "
+        "(default: yes, where there is one)",
+        action=argparse.BooleanOptionalAction,
+    )
     rank: int = _option(_ADAPTER, 16, "rank of the adapter", type=positive_integer, metavar="R")
     alpha: float = _option(
         _ADAPTER, 32.0, "the adapter is scaled by alpha / rank", type=_rate, metavar="ALPHA"

@@ -20,6 +20,9 @@
  *   8 (4096 x 4096; 8 bits, a Zen 3 with AVX2: 1.4 to 1.8 times as fast as with 32; 4 bits, a
  *   Zen 5 with AVX-512, times as fast as with 16: bf16 1.17, 1.25, 1.05 at M = 1, 2, 4; fp32
  *   1.18, 1.04 at M = 1, 4)
+ *   4 where all of them share one set (the same Zen 5, 4096 x 4096, times as fast as with 8:
+ *   4 bits, bf16 1.13, 1.04, 1.01 at M = 1, 2, 4, fp32 1.09, 1.06, .98; 8 bits 1.1, 1.1, .98;
+ *   but 4096 x 14336, where they do not, .94 at M = 1)
  *   4 at axis 0, where rows lie far apart and zeros and scales take room too (the same Zen 5,
  *   times as fast as with 8: 4 bits, bf16 1.6, 1.1 at M = 1, 4; fp32 1.06; 2 bits 1.6, 1; 1.2)
  *   2 in planes, of which each takes three lines (than 4, M = 1: axis 0, bf16 1.1, fp32 1.36;
@@ -32,7 +35,9 @@
 static inline int64_t batch_packed_rows(const hqq_layout *l, int tokens)
 {
     if (tokens == 8) return 8;
-    return l->planes ? 2 : l->axis == 0 && l->per > 1 ? 4 : 8;
+    if (l->planes) return 2;
+    int one_set = l->K % 4096 == 0;
+    return one_set || (l->axis == 0 && l->per > 1) ? 4 : 8;
 }
 
 /* A batch of packed rows against a block of columns, at whose first column the pointers are. */
@@ -54,6 +59,13 @@ typedef struct add_block {
     int64_t group_left; /* axis 1: columns to the end of the first group */
     int64_t G;
 } add_block;
+
+/* Tables of rows are made one ahead of their use, from two tokens on in bf16 (not of planes)
+ * and from four in fp32: as in TABLES_AHEAD of dot_block.h, what is multiplied meanwhile hides
+ * how long a table takes. (4096 x 4096, a Zen 5, times as fast as made where they are needed: 4
+ * bits bf16 1.15 and 1.07 at M = 2 and 4, but .95 at M = 1; fp32 1.02 to 1.08 at M = 4, but .93
+ * and .95 at 1 and 2; 2 bits bf16 1.16, 1.11, 1.05 at 2, 4, 8; planes bf16 .90 at 4, fp32 1.13
+ * at 8.) */
 
 /* The slots of a packed row are taken in this order: in planes two share a byte of codes. */
 HQQ_ALWAYS_INLINE int add_slot(int turn, const int nbits, const int PER)

@@ -71,6 +71,16 @@ static inline void sum_dy(add_block *b, int per)
             for (int m = 0; m < b->tokens; m++) b->dy_sums[m] += b->dy[r][j * b->dy_slot + m];
 }
 
+/* Axis 1: of the row that is taken in turn, in group g; behind the last one any. */
+HQQ_ALWAYS_INLINE hqq_decoder decoder_of_turn(const add_block *b, int r, int turn, int64_t g,
+                                              const int nbits)
+{
+    const int PER = nbits == 3 ? 8 : 8 / nbits;
+    if (turn == PER) r += r + 1 < b->rows, turn = 0;
+    int64_t at = (r * PER + add_slot(turn, nbits, PER)) * b->groups + g;
+    return hqq_decoder_of(nbits, nbits <= HQQ_TABLE_BITS, b->zero[at], b->scale[at]);
+}
+
 /* sums[:, k:k + VN vectors] += the batch. g: axis 1, the group. Axis 0 multiplies the codes
  * themselves: its sums begin with -zero * sum dy, and are multiplied by the scales at the end.
  */
@@ -78,13 +88,15 @@ HQQ_ALWAYS_INLINE void add_vectors(const add_block *b, int64_t k, int64_t g, con
                                    const int axis, const int MB, const int VN)
 {
     const int PER = nbits == 3 ? 8 : 8 / nbits, BY_TABLE = nbits <= HQQ_TABLE_BITS;
+    const int AHEAD = axis == 1 && BY_TABLE && MB >= 4; /* add_block.h */
     hqq_vec acc[16];
     for (int v = 0; v < VN; v++)
         for (int m = 0; m < MB; m++)
             acc[m * VN + v] = axis == 0 ? hqq_vec_load(b->zero + k + v * HQQ_LANES) *
                                               hqq_vec_set1(-b->dy_sums[m])
                                         : hqq_vec_load(b->sums + m * b->ld + k + v * HQQ_LANES);
-    hqq_decoder d = hqq_decoder_of(nbits, BY_TABLE, 0.0f, 1.0f);
+    hqq_decoder d = hqq_decoder_of(nbits, BY_TABLE, 0.0f, 1.0f), next = d;
+    if (AHEAD) next = decoder_of_turn(b, 0, 0, g, nbits);
     for (int r = 0; r < b->rows; r++) {
         coded_columns codes;
         add_prefetch(b, r, k, nbits);
@@ -93,9 +105,11 @@ HQQ_ALWAYS_INLINE void add_vectors(const add_block *b, int64_t k, int64_t g, con
         for (int turn = 0; turn < PER; turn++) {
             const int j = add_slot(turn, nbits, PER);
             const float *dy = b->dy[r] + j * b->dy_slot;
-            if (axis == 1) {
-                int64_t at = (r * PER + j) * b->groups + g;
-                d = hqq_decoder_of(nbits, BY_TABLE, b->zero[at], b->scale[at]);
+            if (AHEAD) {
+                d = next;
+                next = decoder_of_turn(b, r, turn + 1, g, nbits);
+            } else if (axis == 1) {
+                d = decoder_of_turn(b, r, turn, g, nbits);
             }
             hqq_vec w[4];
 #pragma GCC unroll 4

@@ -126,12 +126,26 @@ HQQ_ALWAYS_INLINE __m512i bytes_of_turn(coded_row_64 *row, const int turn, const
     return row->bytes;
 }
 
+/* Axis 1: of rows r and r + 1, at the slot that is taken in turn, in group g; behind the last
+ * ones any. The first row's codes look up the lower half. */
+HQQ_ALWAYS_INLINE __m512i table_of_turn(const add_block *b, int r, int turn, int64_t g,
+                                        const int nbits)
+{
+    const int PER = nbits == 3 ? 8 : 8 / nbits;
+    if (turn == PER) r += r + 2 < b->rows ? 2 : 0, turn = 0;
+    int64_t at = (r * PER + add_slot(turn, nbits, PER)) * b->groups + g;
+    int64_t second = r + 1 < b->rows ? at + PER * b->groups : at;
+    return hqq_round_to_pairs(
+        hqq_decoder_of(nbits, 1, b->zero[at], b->scale[at]).table,
+        hqq_decoder_of(nbits, 1, b->zero[second], b->scale[second]).table);
+}
+
 /* Vectors `first` to first + VN of the 64 columns from k; VN is 4, or 2 for one half. */
 HQQ_ALWAYS_INLINE void add_pair_vectors(const add_block *b, int64_t k, int64_t g,
                                         const int first, const int nbits, const int axis,
                                         const int MB, const int VN)
 {
-    const int PER = nbits == 3 ? 8 : 8 / nbits;
+    const int PER = nbits == 3 ? 8 : 8 / nbits, AHEAD = axis == 1 && nbits != 3 && MB >= 2;
     const __m512i code = _mm512_set1_epi16(nbits == 3 ? 7 : 0xf),
                   second_row = _mm512_set1_epi32(0x100000);
     float *sums = b->sums + k + first * 16;
@@ -143,7 +157,8 @@ HQQ_ALWAYS_INLINE void add_pair_vectors(const add_block *b, int64_t k, int64_t g
             acc[m * VN + v] = axis == 1 ? hqq_vec_load(sums + m * b->ld + v * 16)
                                         : hqq_vec_load(b->zero + k + (first + v) * 16) *
                                               hqq_vec_set1(-b->dy_sums[m]);
-    __m512i table = hqq_pair_table(nbits, 0.0f, 1.0f);
+    __m512i table = hqq_pair_table(nbits, 0.0f, 1.0f), next = table;
+    if (AHEAD) next = table_of_turn(b, 0, 0, g, nbits);
     for (int r = 0; r < b->rows; r += 2) {
         int s = r + 1 < b->rows ? r + 1 : r;
         coded_row_64 one = load_row_64(b, r, k, nbits), two = load_row_64(b, s, k, nbits);
@@ -157,12 +172,11 @@ HQQ_ALWAYS_INLINE void add_pair_vectors(const add_block *b, int64_t k, int64_t g
             const int right = nbits == 3 ? 4 - turn % 2 * 4 : 8 - nbits * (j + 1);
             const uint32_t *dy = b->dy_pairs + (r / 2 * PER + j) * MB;
             __m512i a = bytes_of_turn(&one, turn, nbits), c = bytes_of_turn(&two, turn, nbits);
-            if (axis == 1) {
-                int64_t at = (r * PER + j) * b->groups + g,
-                        at_s = (s * PER + j) * b->groups + g;
-                table = hqq_round_to_pairs(
-                    hqq_decoder_of(nbits, 1, b->zero[at], b->scale[at]).table,
-                    hqq_decoder_of(nbits, 1, b->zero[at_s], b->scale[at_s]).table);
+            if (AHEAD) {
+                table = next;
+                next = table_of_turn(b, r, turn + 1, g, nbits);
+            } else if (axis == 1) {
+                table = table_of_turn(b, r, turn, g, nbits);
             }
 #pragma GCC unroll 4
             for (int v = 0; v < VN; v++) {

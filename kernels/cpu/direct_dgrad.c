@@ -112,8 +112,8 @@ hqq_status hqq_direct_dgrad(void *dx, const void *dy, int64_t lddy, const hqq_we
     float *dy_t = take_workspace(&job, &arena);
     HQQ_ISA_SELECT(isa, hqq_transpose_rows)(dy_t, job.ld_dy, dy, lddy, dtype, M, layout.N);
     int64_t blocks = column_blocks(&job);
-    hqq_status status = hqq_for_each_chunk(blocks * job.parts, dgrad_chunk, &job,
-                                           scratch_bytes(job.columns), context);
+    hqq_status status = hqq_for_each_chunk_in_runs(blocks * job.parts, dgrad_chunk, &job,
+                                                   scratch_bytes(job.columns), context);
     if (status != HQQ_OK || job.parts == 1) return status;
     return hqq_for_each_chunk(blocks, reduce_chunk, &job, 0, context);
 }

@@ -112,7 +112,7 @@ hqq_status hqq_direct_linear(void *y, const void *x, int64_t ldx, const hqq_weig
     if (aligned) job.sets_in_chunk = in_whole_cycles(&job.sets, job.sets_in_chunk);
     int64_t chunks = hqq_ceil_div(job.sets.sets, job.sets_in_chunk);
     if (aligned)
-        return hqq_for_each_chunk(chunks, aligned_chunk, &job,
-                                  aligned_scratch(job.sets_in_chunk), context);
-    return hqq_for_each_chunk(chunks, any_chunk, &job, any_scratch(M), context);
+        return hqq_for_each_chunk_in_runs(chunks, aligned_chunk, &job,
+                                          aligned_scratch(job.sets_in_chunk), context);
+    return hqq_for_each_chunk_in_runs(chunks, any_chunk, &job, any_scratch(M), context);
 }

@@ -17,6 +17,18 @@ hqq_status hqq_direct_linear(void *y, const void *x, int64_t ldx, const hqq_weig
                              const float *addend, int64_t M, hqq_dtype dtype, void *workspace,
                              hqq_isa isa, const hqq_context *context);
 
+/* Whether long rows of such a weight are multiplied four at a time (dot_rows.h, AVX-512), which
+ * tiles pass at more tokens than others. Asked by hqq_choose_kernel, also of unsound weights.
+ */
+static inline int hqq_multiplies_four_rows(const hqq_weight *w)
+{
+    const int64_t long_row = 2048;
+    if (w->nbits != 4 || w->out_features % 2 != 0) return 0;
+    if (w->in_features < long_row || w->in_features % 64 != 0) return 0;
+    if (w->axis == 0) return w->meta_dtype != HQQ_F32;
+    return w->group_size > 0 && w->group_size % 64 == 0 && w->in_features % w->group_size == 0;
+}
+
 /* What the chunks share. */
 typedef struct hqq_direct_linear_job {
     void *y;
@@ -60,6 +72,7 @@ HQQ_ISA_DECLARE(void, hqq_direct_linear_aligned,
 
 typedef struct hqq_linear_scratch {
     float *sums;         /* [sets, tokens, per] vectors: at most 16 of 16 lanes a set */
+    float *row;          /* [sets], in whole vectors */
     float *zero, *scale; /* axis 1: [per, groups of the block]; axis 0: [columns] */
     float *scaled_x;     /* axis 0: [tokens, columns]; for pairs of bf16 */
     float *constant;     /* axis 0: [2, 8 tokens] vectors (dot_block.h) */
@@ -69,6 +82,7 @@ static inline hqq_linear_scratch hqq_linear_scratch_take(hqq_arena *arena, int64
 {
     hqq_linear_scratch s;
     s.sums = hqq_arena_take(arena, (size_t)(sets * 256) * sizeof(float));
+    s.row = hqq_arena_take(arena, (size_t)(sets + 15) * sizeof(float));
     s.zero = hqq_arena_take(arena, HQQ_X_COLUMNS * sizeof(float));
     s.scale = hqq_arena_take(arena, HQQ_X_COLUMNS * sizeof(float));
     s.scaled_x = hqq_arena_take(arena, HQQ_X_BLOCK * sizeof(float));

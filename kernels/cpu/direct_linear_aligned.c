@@ -15,7 +15,8 @@
  *           and the zeros make is taken from each sum at once.
  *
  * Sums are fp32 products and additions of fp32 weights, whatever x is (dot_floats.h); or of
- * pairs of bf16, rounded weights as for a GEMM in bf16 (dot_pairs.h).
+ * pairs of bf16, rounded weights as for a GEMM in bf16 (dot_pairs.h). Four tokens of 4-bit
+ * codes meet two packed rows at a time (dot_rows.h).
  *
  * x is kept as the loop reads it, [K/lanes, tokens, lanes] for each block of tokens (a vector
  * of bf16 has 32 lanes), and taken in blocks of columns that fit the first cache beside the
@@ -30,6 +31,7 @@
 #include "direct_linear.h"
 #include "direct_tile.h"
 #include "dot_floats.h"
+#include "dot_rows.h"
 #include "fetch.h"
 #include "integers.h"
 #include "multiply_tile.h"
@@ -39,7 +41,7 @@
 
 static int max_tokens(const hqq_layout *l)
 {
-    return MAX_SUMS / l->per;
+    return hqq_dots_four_rows(l) ? DOT_ROW_TOKENS : MAX_SUMS / l->per;
 }
 
 /* One token of a block of MB: x [K], or zeros for NULL. */
@@ -90,15 +92,18 @@ typedef struct linear_chunk {
     hqq_linear_scratch s;
 } linear_chunk;
 
-/* Axis 1: the zeros and scales of `groups` groups from group g0 of the rows of packed row p. */
-static void load_group_meta(const linear_chunk *c, int64_t p, int64_t g0, int64_t groups)
+/* Axis 1: the zeros and scales of `groups` groups from group g0 of the rows of packed row p, as
+ * number i of those that are taken together. */
+static void load_group_meta(const linear_chunk *c, int64_t p, int64_t i, int64_t g0,
+                            int64_t groups)
 {
     const hqq_layout *l = &c->job->layout;
     const hqq_weight *w = c->job->weight;
     for (int j = 0; j < l->per; j++) {
         int64_t at = (p + j * (l->N / l->per)) * (l->K / l->G) + g0;
-        hqq_load_floats(c->s.zero + j * groups, w->zero, w->meta_dtype, at, groups);
-        hqq_load_floats(c->s.scale + j * groups, w->scale, w->meta_dtype, at, groups);
+        int64_t to = (i * l->per + j) * groups;
+        hqq_load_floats(c->s.zero + to, w->zero, w->meta_dtype, at, groups);
+        hqq_load_floats(c->s.scale + to, w->scale, w->meta_dtype, at, groups);
     }
 }
 
@@ -211,6 +216,16 @@ static void load_residue(const linear_chunk *c, int64_t r, const void *x, int MB
     }
 }
 
+/* Whether two sets that follow each other may be taken together in this block. */
+static int takes_four_rows(const hqq_direct_linear_job *job, const dot_block *b, int MB,
+                           int64_t k0)
+{
+    const hqq_layout *l = &job->layout;
+    if (!hqq_dots_four_rows(l) || MB != DOT_ROW_TOKENS) return 0;
+    if (l->axis == 0) return (job->pairs || !b->zero) && b->columns % DOT_ROW_STEP == 0;
+    return k0 % l->G == 0 && b->columns % l->G == 0;
+}
+
 /* The sums of tokens m0 to m0 + MB over columns [k0, k0 + columns). */
 static void dot_sets(const linear_chunk *c, int64_t m0, int MB, int64_t k0, int64_t columns)
 {
@@ -239,14 +254,20 @@ static void dot_sets(const linear_chunk *c, int64_t m0, int MB, int64_t k0, int6
         b.x = c->s.scaled_x;
         if (job->weight->meta_dtype != HQQ_F32) b.zero = NULL;
     }
-    for (int64_t set = c->set_begin; set < c->set_end; set++) {
+    dot_fn dot_two = NULL; /* of two sets */
+    if (takes_four_rows(job, &b, MB, k0)) dot_two = four_rows(l->axis, job->pairs);
+    b.row = job->sets.step * l->K;
+    for (int64_t set = c->set_begin, taken; set < c->set_end; set += taken) {
         int64_t p = hqq_row_in_slot(&job->sets, set);
         if (l->planes)
             b.planes = hqq_plane_bytes_of(job->weight->packed, l, p, k0);
         else
             b.words = (const uint8_t *)job->weight->packed + p * l->K + k0;
+        taken =
+            dot_two && hqq_sets_in_step(&job->sets, set) > 1 && set + 1 < c->set_end ? 2 : 1;
         if (l->axis == 1) {
-            load_group_meta(c, p, g0, b.stride);
+            b.next = (taken == 2 ? 2 : ahead) * l->K;
+            for (int64_t i = 0; i < taken; i++) load_group_meta(c, p + i, i, g0, b.stride);
         } else if (set / job->sets.cycle != residue) {
             residue = set / job->sets.cycle;
             load_residue(c, residue, x, MB, k0, columns);
@@ -256,28 +277,57 @@ static void dot_sets(const linear_chunk *c, int64_t m0, int MB, int64_t k0, int6
             b.next = (hqq_row_in_slot(&job->sets, after) - p) * l->K;
             if ((residue + 1) * job->sets.cycle < c->set_end) /* the next one's, meanwhile */
                 hqq_fetch_residue(job->weight, residue + 1, k0, columns, set % job->sets.cycle,
-                                  1, job->sets.cycle);
+                                  taken, job->sets.cycle);
         }
-        dot((hqq_vec *)c->s.sums + (set - c->set_begin) * MB * l->per, &b);
+        hqq_vec *sums = (hqq_vec *)c->s.sums + (set - c->set_begin) * MB * l->per;
+        (taken == 2 ? dot_two : dot)(sums, &b);
     }
 }
 
-/* y[m0:m0 + tokens, the rows of the sets] = round(sums + addend) */
+/* out [count] = the sums of the lanes of vectors `apart` from each other. */
+static void add_lanes(float *out, const hqq_vec *sums, int64_t apart, int64_t count)
+{
+    int64_t i = 0;
+    for (; i + 4 <= count; i += 4, sums += 4 * apart) {
+        const hqq_vec four[4] = {sums[0], sums[apart], sums[2 * apart], sums[3 * apart]};
+        hqq_add_up(out + i, four, 0, 4);
+    }
+    for (; i < count; i++, sums += apart) out[i] = hqq_vec_sum(*sums);
+}
+
+/* y [count] at element `at` = round(sums + addend) */
+static void store_row(const hqq_direct_linear_job *job, int64_t at, const float *sums,
+                      int64_t count)
+{
+    for (int64_t i = 0; i < count; i += HQQ_LANES) {
+        int left = (int)hqq_least(count - i, HQQ_LANES);
+        hqq_vec sum = hqq_vec_load(sums + i);
+        if (job->addend) sum += hqq_vec_load_dtype_part(job->addend, HQQ_F32, at + i, left);
+        hqq_vec_store_dtype_part(job->y, job->dtype, at + i, sum, left);
+    }
+}
+
+/* y[m0:m0 + tokens, the rows of the sets], which follow one another in plain order alone. */
 static void store_sets(const linear_chunk *c, int64_t m0, int MB, int64_t tokens)
 {
     const hqq_direct_linear_job *job = c->job;
-    int64_t N = job->layout.N;
+    int64_t N = job->layout.N, sets = c->set_end - c->set_begin;
     int per = job->layout.per;
-    for (int64_t set = c->set_begin; set < c->set_end; set++) {
-        const hqq_vec *sums = (const hqq_vec *)c->s.sums + (set - c->set_begin) * MB * per;
-        int64_t p = hqq_row_in_slot(&job->sets, set);
-        for (int64_t m = 0; m < tokens; m++)
-            for (int j = 0; j < per; j++) {
-                int64_t at = (m0 + m) * N + p + j * (N / per);
-                float sum = hqq_vec_sum(sums[m * per + j]);
-                hqq_store(job->y, job->dtype, at, job->addend ? sum + job->addend[at] : sum);
+    float *row = c->s.row;
+    for (int64_t m = 0; m < tokens; m++)
+        for (int j = 0; j < per; j++) {
+            int64_t at = (m0 + m) * N + j * (N / per);
+            add_lanes(row, (const hqq_vec *)c->s.sums + m * per + j, MB * per, sets);
+            if (job->sets.cycle == 1) {
+                store_row(job, at + c->set_begin, row, sets);
+                continue;
             }
-    }
+            for (int64_t set = 0; set < sets; set++) {
+                int64_t i = at + hqq_row_in_slot(&job->sets, c->set_begin + set);
+                float addend = job->addend ? job->addend[i] : 0.0f;
+                hqq_store(job->y, job->dtype, i, row[set] + addend);
+            }
+        }
 }
 
 void HQQ_ISA_NAME(hqq_direct_linear_aligned)(const hqq_direct_linear_job *job,

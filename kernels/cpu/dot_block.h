@@ -2,6 +2,7 @@
 #ifndef HQQ_KERNELS_CPU_DOT_BLOCK_H
 #define HQQ_KERNELS_CPU_DOT_BLOCK_H
 
+#include "integers.h"
 #include "planes.h"
 #include "simd.h"
 
@@ -12,10 +13,17 @@
 #define MAX_SUMS 8
 #endif
 
+/* Of up to so many rows, the tables of a group are made while the one before it is multiplied.
+ * A table takes some 30 cycles from zero and scale to the first product (load, subtract,
+ * multiply, round, look up), and a processor that starts two products a cycle does not see that
+ * far ahead. */
+#define TABLES_AHEAD 4
+
 /* One packed row against a block of x. Pointers are at the block's first column. */
 typedef struct dot_block {
     const uint8_t *words;
     hqq_plane_bytes planes; /* instead, of a weight in planes */
+    int64_t row;            /* bytes to the next packed row's (dot_rows.h) */
     int64_t next;           /* bytes to the words that are wanted after these */
     const void *x;          /* fp32, or for pairs bf16 */
     /* axis 0: [8 tokens], what sums begin with; for pairs [2, 8], and what they end with */

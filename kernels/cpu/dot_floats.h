@@ -77,6 +77,16 @@ HQQ_ALWAYS_INLINE void dot_columns(hqq_vec *acc, const dot_block *b, int64_t k, 
         dot_vector(acc, b, k, decoders, nbits, axis, MB, PER, left, less_zero);
 }
 
+/* Of the rows' groups number g. */
+HQQ_ALWAYS_INLINE void make_decoders(hqq_decoder *decoders, const dot_block *b, int64_t g,
+                                     const int nbits, const int PER)
+{
+#pragma GCC unroll 8
+    for (int j = 0; j < PER; j++)
+        decoders[j] = hqq_decoder_of(nbits, nbits <= HQQ_TABLE_BITS, b->zero[j * b->stride + g],
+                                     b->scale[j * b->stride + g]);
+}
+
 /* sums[m * PER + j] += the products of the block; lanes are summed at the very end. */
 HQQ_ALWAYS_INLINE void dot_packed_row(hqq_vec *sums, const dot_block *b, const int nbits,
                                       const int axis, const int MB, const int PER,
@@ -86,7 +96,8 @@ HQQ_ALWAYS_INLINE void dot_packed_row(hqq_vec *sums, const dot_block *b, const i
     /* at least eight chains of additions, to hide their latency */
     const int UNROLL = SUMS >= 8 ? 1 : SUMS >= 4 ? 2 : 4;
     hqq_vec acc[16] = {{0}};
-    hqq_decoder decoders[8];
+    const int AHEAD = nbits <= HQQ_TABLE_BITS && PER <= TABLES_AHEAD;
+    hqq_decoder decoders[8], next[8];
     if (axis == 0) {
         decoders[0] = hqq_decoder_of(nbits, nbits <= HQQ_TABLE_BITS, 0.0f, 1.0f);
         for (int i = 0; i < SUMS && !less_zero; i++) acc[i] = b->constant[i / PER];
@@ -94,12 +105,15 @@ HQQ_ALWAYS_INLINE void dot_packed_row(hqq_vec *sums, const dot_block *b, const i
                     UNROLL);
     } else {
         int64_t end = b->group_left;
+        if (AHEAD) make_decoders(next, b, 0, nbits, PER);
         for (int64_t k = 0, g = 0; k < b->columns; g++, k = end, end += b->G) {
-#pragma GCC unroll 8
-            for (int j = 0; j < PER; j++)
-                decoders[j] =
-                    hqq_decoder_of(nbits, nbits <= HQQ_TABLE_BITS, b->zero[j * b->stride + g],
-                                   b->scale[j * b->stride + g]);
+            if (AHEAD) {
+#pragma GCC unroll 4
+                for (int j = 0; j < PER; j++) decoders[j] = next[j];
+                make_decoders(next, b, hqq_least(g + 1, b->stride - 1), nbits, PER);
+            } else {
+                make_decoders(decoders, b, g, nbits, PER);
+            }
             dot_columns(acc, b, k, end < b->columns ? end : b->columns, decoders, nbits, axis,
                         MB, PER, left, 0, UNROLL);
         }

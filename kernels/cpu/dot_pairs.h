@@ -102,13 +102,23 @@ HQQ_ALWAYS_INLINE void dot_pair_columns(hqq_vec *acc, const dot_block *b, int64_
         dot_pair_vector(acc, b, k, tables, zero, scale, nbits, axis, MB, PER, left);
 }
 
+/* Those of the rows' groups number g, where 32 weights are looked up. */
+HQQ_ALWAYS_INLINE void make_pair_tables(__m512i *tables, const dot_block *b, int64_t g,
+                                        const int nbits, const int PER)
+{
+#pragma GCC unroll 8
+    for (int j = 0; j < PER && nbits < 8; j++)
+        tables[j] =
+            hqq_pair_table(nbits, b->zero[j * b->stride + g], b->scale[j * b->stride + g]);
+}
+
 HQQ_ALWAYS_INLINE void dot_pair_row(hqq_vec *sums, const dot_block *b, const int nbits,
                                     const int axis, const int MB, const int PER, const int left)
 {
     const int SUMS = MB * PER;
     const int UNROLL = SUMS > 8 ? 1 : 2; /* chains of additions, to hide their latency */
     hqq_vec acc[16] = {{0}};
-    __m512i tables[8];
+    __m512i tables[8], next[8];
     if (axis == 0) {
         tables[0] = hqq_pair_table(nbits, 0.0f, 1.0f);
         for (int m = 0; m < MB; m++)
@@ -117,11 +127,15 @@ HQQ_ALWAYS_INLINE void dot_pair_row(hqq_vec *sums, const dot_block *b, const int
                          UNROLL);
     } else {
         int64_t end = b->group_left;
+        if (PER <= TABLES_AHEAD) make_pair_tables(next, b, 0, nbits, PER);
         for (int64_t k = 0, g = 0; k < b->columns; g++, k = end, end += b->G) {
-#pragma GCC unroll 8
-            for (int j = 0; j < PER && nbits < 8; j++)
-                tables[j] = hqq_pair_table(nbits, b->zero[j * b->stride + g],
-                                           b->scale[j * b->stride + g]);
+            if (PER <= TABLES_AHEAD) {
+#pragma GCC unroll 4
+                for (int j = 0; j < PER; j++) tables[j] = next[j];
+                make_pair_tables(next, b, hqq_least(g + 1, b->stride - 1), nbits, PER);
+            } else {
+                make_pair_tables(tables, b, g, nbits, PER);
+            }
             dot_pair_columns(acc, b, k, end < b->columns ? end : b->columns, tables, b->zero[g],
                              b->scale[g], nbits, axis, MB, PER, left, UNROLL);
         }
