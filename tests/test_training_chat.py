@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from hqqlora.command.errors import UsageError
-from hqqlora.training.chat_data import IGNORED, check_messages, encode_messages, pad_batch
+from hqqlora.training.batches import IGNORED, pad_batch
+from hqqlora.training.chat_data import check_messages, encode_messages
 from hqqlora.training.next_token_loss import NextTokenLoss
 
 pytest.importorskip("transformers")
@@ -91,10 +92,14 @@ def test_bad_messages_are_refused(messages: Any, reason: str) -> None:
 
 
 def test_padding_is_neither_learned_nor_seen() -> None:
-    batch = pad_batch([([5, 6, 7], [IGNORED, 6, 7]), ([8], [8])], 0)
-    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 0, 0]]
-    assert batch["labels"].tolist() == [[IGNORED, 6, 7], [8, IGNORED, IGNORED]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    batch = pad_batch([([5, 6, 7], [IGNORED, 6, 7]), ([8], [8])])
+    assert batch.ids.tolist() == [[5, 6, 7], [8, 0, 0]]
+    assert batch.labels is not None
+    assert batch.mask is not None
+    assert batch.labels.tolist() == [[IGNORED, 6, 7], [8, IGNORED, IGNORED]]
+    assert batch.mask.tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch.tokens == 4
+    assert batch.predictions == 2  # not the 8: nothing is before it
 
 
 @pytest.mark.parametrize("chunked", [True, False])
@@ -123,10 +128,11 @@ def test_a_padded_and_masked_batch_has_the_rows_own_loss_and_gradient(chunked: b
     expected = expected / 4  # learned tokens of the whole batch, not a mean of the rows' means
     weight = model.model.embed_tokens.weight
     (gradient,) = torch.autograd.grad(expected, weight)
-    batch = pad_batch(rows, 0)
-    found = loss.backward(batch["input_ids"], batch["labels"], batch["attention_mask"])
+    batch = pad_batch(rows)
+    found = loss.backward(*batch)
     assert found == pytest.approx(expected.item(), rel=1e-5)
     assert weight.grad is not None
     torch.testing.assert_close(weight.grad, gradient, rtol=1e-4, atol=1e-6)
-    everything = loss.backward(batch["input_ids"], None, batch["attention_mask"])
+    everything = loss.backward(batch.ids, None, batch.mask)
     assert abs(everything - found) > 1e-3
+    assert loss.sum(*batch) == pytest.approx(4 * expected.item(), rel=1e-5)

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hqqlora.training.batches import IGNORED
+
 # Tokens whose logits exist at a time: 256 x 49152 float32 logits are 50 MB.
 _CHUNK = 256
 
@@ -31,11 +33,14 @@ class NextTokenLoss:
         self._head: Any = self.model.get_output_embeddings()
         self.chunked = self._chunks_agree()
 
-    def sum(self, ids: Tensor) -> float:
-        """The summed loss of ids [batch, length] over its batch * (length - 1) predictions."""
+    def sum(
+        self, ids: Tensor, labels: Tensor | None = None, mask: Tensor | None = None
+    ) -> float:
+        """The summed loss of ids [batch, length] over its batch * (length - 1) predictions;
+        with `labels` and `mask` as for `backward`."""
         total = 0.0
         with torch.no_grad():
-            states, targets = self._states(ids)
+            states, targets = self._states(ids, labels, mask)
             for chunk, target in zip(
                 torch.split(states, _CHUNK), torch.split(targets, _CHUNK), strict=True
             ):
@@ -77,7 +82,7 @@ class NextTokenLoss:
         else:
             states = self.model(**inputs, use_cache=False).logits
         if labels is not None:
-            learned = labels[:, 1:] != -100
+            learned = labels[:, 1:] != IGNORED
             return states[:, :-1][learned], labels[:, 1:][learned]
         return states[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
 
