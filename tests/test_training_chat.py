@@ -9,7 +9,13 @@ import torch
 
 from hqqlora.command.errors import UsageError
 from hqqlora.training.batches import IGNORED, pad_batch
-from hqqlora.training.chat_data import check_messages, encode_messages
+from hqqlora.training.chat_data import (
+    Instruction,
+    check_messages,
+    encode,
+    encode_messages,
+    render_prompt,
+)
 from hqqlora.training.next_token_loss import NextTokenLoss
 
 pytest.importorskip("transformers")
@@ -23,6 +29,10 @@ MARKED = (
     "{% generation %}{{ m.content + ' end ' }}{% endgeneration %}"
     "{% else %}{{ m.content + ' end ' }}{% endif %}{% endfor %}"
 )
+MARKED_OTHERWISE = MARKED.replace("{% generation %}", "{%-generation   -%}")
+UNENDED = MARKED.replace(
+    "m.content + ' end ' }}{% endgen", "m.content + ' ' }}{% endgen"
+).replace("{% endgeneration %}", "{% endgeneration %}{{ 'end ' }}")
 LAST_ONLY = (
     "{% for m in messages %}{{ m.content + (' end ' if loop.last else ' ') }}{% endfor %}"
 )
@@ -35,19 +45,19 @@ TALK = [
 ]
 
 
-def tokenizer(template: str | None) -> Any:
+def tokenizer(template: str | dict[str, str] | None) -> Any:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     words = ["?", "system", "user", "assistant", "end", "s", "a", "b", "c", "d"]
     inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="?"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    made = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="?")
+    made = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="?", eos_token="end")
     made.chat_template = template
     return made
 
 
-@pytest.mark.parametrize("template", [PLAIN, MARKED])
+@pytest.mark.parametrize("template", [PLAIN, MARKED, MARKED_OTHERWISE, UNENDED])
 def test_the_assistants_turns_and_their_ends_alone_are_learned(template: str) -> None:
     words = tokenizer(template)
     ids, labels = encode_messages(TALK, words, "f:1")
@@ -57,6 +67,50 @@ def test_the_assistants_turns_and_their_ends_alone_are_learned(template: str) ->
     learned = [i for i, label in enumerate(labels) if label != IGNORED]
     assert learned == [7, 8, 13, 14, 15]
     assert [labels[i] for i in learned] == [ids[i] for i in learned]
+
+
+def test_of_several_templates_the_default_one_is_used() -> None:
+    words = tokenizer({"other": LAST_ONLY, "default": MARKED})
+    assert encode_messages(TALK, words, "f:1") == encode_messages(TALK, tokenizer(MARKED), "")
+    words = tokenizer({"other": PLAIN, "another": PLAIN})
+    with pytest.raises(UsageError, match=r"^f:1: .*no default"):
+        encode_messages(TALK, words, "f:1")
+
+
+def test_what_a_template_refuses_is_said() -> None:
+    words = tokenizer("{{ raise_exception('Roles must alternate') }}")
+    with pytest.raises(UsageError, match=r"^f:1: the chat template .*Roles must alternate"):
+        encode_messages(TALK, words, "f:1")
+
+
+@pytest.mark.parametrize("completion", ["c d", "c d end"])
+def test_a_completion_and_its_end_are_learned(completion: str) -> None:
+    words = tokenizer(None)
+    record = Instruction("f:1", "a b ", completion)
+    ids, labels = encode(record, words)
+    assert words.decode(ids) == "a b c d end"
+    assert labels == [IGNORED, IGNORED, *ids[2:]]
+    assert encode(record, words, learn_prompts=True) == (ids, ids)
+    assert render_prompt(record, words) == "a b "
+
+
+def test_a_token_of_prompt_and_completion_is_learned() -> None:
+    """The words a and b without a space between them are another one."""
+    ids, labels = encode(Instruction("f:1", "s a", "b c"), tokenizer(None))
+    assert ids == [5, 0, 8, 4]
+    assert labels == [IGNORED, 0, 8, 4]
+
+
+def test_a_completion_of_messages_is_learned_whole() -> None:
+    words = tokenizer(PLAIN)
+    record = Instruction("f:1", TALK[:2], TALK[2:])
+    ids, labels = encode(record, words)
+    assert ids == encode_messages(TALK, words, "f:1")[0]
+    assert labels == [IGNORED] * 7 + ids[7:]
+    assert render_prompt(record, words) == "system s end user a end assistant "
+    assert render_prompt(Instruction("f:1", TALK), words) == render_prompt(record, words)
+    with pytest.raises(UsageError, match=r"^f:1: the completion cannot be told"):
+        encode(record, tokenizer(LAST_ONLY))
 
 
 def test_every_token_is_learned_if_asked_for() -> None:

@@ -114,7 +114,7 @@ def encode_instructions(
     cut = skipped = 0
     for name, records in (("train on", split.train), ("hold out", split.held_out)):
         rows: list[Row] = []
-        for record in tqdm(records, desc="tokenizing", leave=False, mininterval=0.5):
+        for record in tqdm(records, desc="tokenizing", leave=False, delay=1):
             ids, labels = encode(record, tokenizer, learn_prompts)
             if all(label == IGNORED for label in labels[1:length]):
                 skipped += 1
