@@ -179,8 +179,7 @@ def _read_texts(file: str, field: str) -> list[tuple[int, str]]:
         if field not in record:
             keys = ", ".join(map(repr, record)) or "none"
             raise UsageError(
-                f"{where}: no field {field!r} (there are: {keys}), nor messages, nor prompt "
-                "and completion; see --text-field"
+                f"{where}: no field {field!r} (there are: {keys}); see --data and --text-field"
             )
         if not isinstance(record[field], str):
             kind = type(record[field]).__name__
