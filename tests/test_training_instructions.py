@@ -125,6 +125,8 @@ def test_records_are_cut_and_those_with_nothing_to_learn_skipped() -> None:
     everything = encode_instructions(data, CharacterTokenizer(), 4, 1000, True)
     assert (everything.cut, everything.skipped) == (4, 0)
     assert everything.train.predictions == 3 + 3 + 2
+    longer = split([("a", "b")], [("aaaaaaa", "b"), ("a", "b")])
+    assert encode_instructions(longer, CharacterTokenizer(), 4, 1, True).sample.prompt == "a"
     assert everything.fingerprint != rows.fingerprint
 
 

@@ -42,7 +42,7 @@ class TokenRows:
     skipped: int
     """Records with nothing to learn in their first tokens; they are in neither part."""
     sample: Instruction
-    """The first record held out."""
+    """The first record held out that is shorter than a sequence, if there is one."""
 
     @property
     def fingerprint(self) -> str:
@@ -109,35 +109,43 @@ def encode_instructions(
     Raises:
         UsageError: a record cannot be tokenized (see `chat_data.encode`), or a part has no row.
     """
-    parts: list[list[Row]] = []
-    first: list[Instruction] = []
+    parts: list[list[tuple[Row, Instruction]]] = []
     cut = skipped = 0
     for name, records in (("train on", split.train), ("hold out", split.held_out)):
-        rows: list[Row] = []
+        found = []
         for record in tqdm(records, desc="tokenizing", leave=False, delay=1):
             ids, labels = encode(record, tokenizer, learn_prompts)
             if all(label == IGNORED for label in labels[1:length]):
                 skipped += 1
                 continue
             cut += len(ids) > length
-            if not rows:
-                first.append(record)
-            rows.append((ids[:length], labels[:length]))
-        if not rows:
+            found.append(((ids[:length], labels[:length]), record))
+        if not found:
             raise UsageError(
                 f"{split.source}: of {len(records)} records to {name} none has anything to "
                 f"learn in its first {length} tokens: no assistant's turn, or none that early "
                 "(see --sequence-length)"
             )
-        parts.append(rows)
+        parts.append(found)
     train, held = parts
-    kept = total = 0
-    for ids, _ in held:
+    whole = (record for (ids, _), record in held if len(ids) < length)
+    return TokenRows(
+        Examples([row for row, _ in train]),
+        Examples(_first_tokens([row for row, _ in held], eval_tokens)),
+        cut,
+        skipped,
+        next(whole, held[0][1]),  # a longer one's prompt could be too long for the model
+    )
+
+
+def _first_tokens(rows: list[Row], most: int) -> list[Row]:
+    """The first rows that have at most so many tokens together, but one always."""
+    total = 0
+    for place, (ids, _) in enumerate(rows):
         total += len(ids)
-        if total > eval_tokens:
-            break
-        kept += 1
-    return TokenRows(Examples(train), Examples(held[: max(1, kept)]), cut, skipped, first[1])
+        if total > most:
+            return rows[: max(1, place)]
+    return rows
 
 
 def _format(record: dict[str, Any]) -> str | None:
