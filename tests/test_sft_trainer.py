@@ -12,6 +12,7 @@ from tiny_llama import patterned_text
 from tiny_training import losses, quantized
 
 from hqqlora import HqqConfig, HQQLinear
+from hqqlora.training.chat_data import Instruction, encode
 
 peft = pytest.importorskip("peft")
 trl = pytest.importorskip("trl")
@@ -136,3 +137,48 @@ def test_smollm2_learns_to_answer(smollm2: Path, tmp_path: Path):
     tokens = made.model.generate(**prompt, max_new_tokens=12, do_sample=False)
     said = tokenizer.decode(tokens[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
     assert said.startswith("Four bits each")
+
+
+MESSAGES = [
+    {"role": "user", "content": "2 + 2?"},
+    {"role": "assistant", "content": "4."},
+    {"role": "user", "content": "And 3 + 3?"},
+    {"role": "assistant", "content": "6."},
+]
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role + ':' }}{% if m.role == 'assistant' %}"
+    "{%- generation -%}{{ m.content + '<end>' }}{%- endgeneration -%}{{ '|' }}"
+    "{% else %}{{ m.content + '<end>|' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("record", "arguments"),
+    [
+        ({"messages": MESSAGES}, {"assistant_only_loss": True}),
+        ({"messages": MESSAGES}, {"completion_only_loss": False}),
+        ({"prompt": MESSAGES[:1], "completion": MESSAGES[1:]}, {}),
+        ({"prompt": "2 + 2 =", "completion": " 4."}, {}),
+        ({"prompt": "2 + 2 =", "completion": " 4."}, {"completion_only_loss": False}),
+    ],
+)
+def test_hqqlora_train_learns_the_same_tokens(
+    tiny: Path, tmp_path: Path, record: dict[str, Any], arguments: dict[str, Any]
+):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny)
+    tokenizer.chat_template = TEMPLATE
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny)
+    made = trl.SFTTrainer(
+        model=model,
+        args=trl.SFTConfig(
+            output_dir=str(tmp_path), report_to=[], use_cpu=True, max_length=None, **arguments
+        ),
+        train_dataset=datasets.Dataset.from_list([record]),
+        processing_class=tokenizer,
+    )
+    (expected,) = made.train_dataset
+    own = Instruction("f:1", record.get("prompt", MESSAGES), record.get("completion"))
+    ids, labels = encode(own, tokenizer, arguments.get("completion_only_loss") is False)
+    assert ids == expected["input_ids"]
+    assert labels == expected["labels"]

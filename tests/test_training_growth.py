@@ -12,6 +12,7 @@ import torch
 from peft_models import tiny_llama
 
 import hqqlora
+from hqqlora.training.batches import Examples
 from hqqlora.training.checkpoint import Progress, take_checkpoint, write_checkpoint
 from hqqlora.training.loop import make_optimizer, train
 from hqqlora.training.next_token_loss import NextTokenLoss
@@ -66,7 +67,7 @@ def test_the_loop_of_hqqlora_train_does_not_grow(tmp_path: Path) -> None:
         seen[progress.step] = (resident_bytes(), live_tensors(), open_files())
 
     windows = torch.randint(0, 64, (16, 8))
-    train(model, NextTokenLoss(model), windows, optimizer, options, progress, save)
+    train(model, NextTokenLoss(model), Examples(windows), optimizer, options, progress, save)
     save()
     assert progress.step == STEPS
     memory, tensors, files = zip(*(seen[step] for step in sorted(seen)), strict=True)

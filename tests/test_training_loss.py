@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from hqqlora.training import next_token_loss
+from hqqlora.training.batches import Examples
 from hqqlora.training.loop import learning_rate
 from hqqlora.training.next_token_loss import NextTokenLoss
 from hqqlora.training.options import TrainOptions
@@ -74,7 +75,7 @@ def test_perplexity_is_that_of_all_predictions_together():
     model = tiny("Llama").eval()
     windows = torch.randint(97, (5, 11), generator=torch.Generator().manual_seed(3))
     model.train()
-    found = measure_perplexity(model, NextTokenLoss(model), windows, 2, "test")
+    found = measure_perplexity(model, NextTokenLoss(model), Examples(windows), 2, "test")
     with torch.no_grad():
         logits = model.eval()(input_ids=windows).logits.double()
     chosen = logits[:, :-1].log_softmax(-1).gather(2, windows[:, 1:, None])

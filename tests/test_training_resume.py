@@ -239,9 +239,9 @@ def test_a_loss_that_is_not_finite_ends_the_run(place, tmp_path, monkeypatch, ca
     """Before it spoils the adapter: the checkpoint holds the last good step."""
     backward, calls = NextTokenLoss.backward, []
 
-    def failing(self, ids):
-        calls.append(ids)
-        return backward(self, ids) if len(calls) < 4 else float("nan")
+    def failing(self, *batch):
+        calls.append(batch)
+        return backward(self, *batch) if len(calls) < 4 else float("nan")
 
     monkeypatch.setattr(NextTokenLoss, "backward", failing)
     assert main(train(place, tmp_path / "run")) == 1

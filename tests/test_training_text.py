@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from hqqlora.training.text_data import SplitText, cut_windows, read_text, training_batch
+from hqqlora.training.batches import Examples
+from hqqlora.training.text_data import SplitText, cut_windows, read_text
 
 
 class CharacterTokenizer:
@@ -98,12 +99,12 @@ def test_no_more_is_evaluated_than_asked_for(eval_tokens, kept):
 
 
 def test_every_epoch_sees_every_window_once():
-    windows = torch.arange(7)[:, None]
-    seen = torch.cat([training_batch(windows, step, 3, seed=5) for step in range(14)])
+    windows = Examples(torch.arange(7)[:, None])
+    seen = torch.cat([windows.batch(step, 3, seed=5).ids for step in range(14)])
     epochs = seen.flatten().view(6, 7)
     assert all(sorted(epoch) == list(range(7)) for epoch in epochs.tolist())
     assert len({tuple(epoch) for epoch in epochs.tolist()}) > 1
-    again = training_batch(windows, 9, 3, seed=5)  # without the steps before it
+    again = windows.batch(9, 3, seed=5).ids  # without the steps before it
     assert torch.equal(again.flatten(), seen.flatten()[27:30])
-    other = torch.cat([training_batch(windows, step, 3, seed=6) for step in range(14)])
+    other = torch.cat([windows.batch(step, 3, seed=6).ids for step in range(14)])
     assert not torch.equal(other, seen)

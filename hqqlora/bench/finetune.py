@@ -40,13 +40,8 @@ from hqqlora.command.model_source import (
 )
 from hqqlora.command.thread_waiting import busy_fraction
 from hqqlora.files import write_json
-from hqqlora.training.text_data import (
-    TokenWindows,
-    check_fit,
-    cut_windows,
-    read_text,
-    training_batch,
-)
+from hqqlora.training.batches import batch_places
+from hqqlora.training.text_data import TokenWindows, check_fit, cut_windows, read_text
 
 _HELD_OUT = 0.1
 _HELD_OUT_TOKENS = 4096
@@ -66,7 +61,7 @@ def run(options: BenchOptions) -> None:
         torch.set_num_threads(options.threads)
     windows = _load_windows(source, options)
     dense = load_dense_model(source, choose_dtype(options.dtype))
-    check_fit(dense, windows, options.sequence_length)
+    check_fit(dense, windows.highest, options.sequence_length)
     description = _describe_model(source, dense)
     memory = _measure_memory(names, options)
     contenders = _make_contenders(names, dense, options.rank)
@@ -78,7 +73,7 @@ def run(options: BenchOptions) -> None:
         _note(f"other programs take {busy:.0%} of the processors: times will say little")
     found = take_turns(
         contenders,
-        lambda step: training_batch(windows.train, step, options.batch, SEED),
+        lambda step: windows.train[batch_places(len(windows.train), step, options.batch, SEED)],
         options.rounds,
         options.steps,
     )

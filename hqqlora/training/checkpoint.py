@@ -42,7 +42,7 @@ class Progress:
 class Checkpoint:
     """The content of a checkpoint file.
 
-    The position in the data follows from the step (see `text_data.training_batch`).
+    The position in the data follows from the step (see `batches.batch_places`).
     """
 
     options: dict[str, Any]

@@ -45,6 +45,7 @@ from hqqlora.training.checkpoint import (
     take_checkpoint,
     write_checkpoint,
 )
+from hqqlora.training.instructions import SplitInstructions
 from hqqlora.training.layer_sizes import dense_layers, linear_layer_sizes, model_fingerprint
 from hqqlora.training.loop import make_optimizer, recompute_activations, train
 from hqqlora.training.loss_plot import draw_loss
@@ -59,15 +60,10 @@ from hqqlora.training.options import (
 from hqqlora.training.perplexity import measure_perplexity
 from hqqlora.training.report import build_log, format_table, write_log
 from hqqlora.training.run_folder import RunFolder, choose_folder
-from hqqlora.training.sample import complete, default_prompt
+from hqqlora.training.sample import Prompt, complete
 from hqqlora.training.starting_adapter import insert_starting_adapter, with_starting_adapter
-from hqqlora.training.text_data import (
-    SplitText,
-    TokenWindows,
-    check_fit,
-    cut_windows,
-    read_text,
-)
+from hqqlora.training.text_data import SplitText, check_fit
+from hqqlora.training.training_data import TrainingData, read_data, tokenize
 
 
 def run(options: TrainOptions, given: frozenset[str]) -> None:
@@ -94,13 +90,13 @@ def run(options: TrainOptions, given: frozenset[str]) -> None:
     if checkpoint is None:
         check_format(options, given, source)
         options = with_starting_adapter(options, given, source, folder.path)
-    text = read_text(options.data, options.text_field, options.held_out, options.seed)
+    split = read_data(options)
     if checkpoint is None:
         folder.claim(overwrite=options.overwrite)
     else:
         folder.check_writable()
     try:
-        _Run(options, folder, source, text, checkpoint).do()
+        _Run(options, folder, source, split, checkpoint).do()
     except BaseException as error:
         folder.release()
         if isinstance(error, KeyboardInterrupt) and folder.unfinished:
@@ -118,13 +114,13 @@ class _Run:
         options: TrainOptions,
         folder: RunFolder,
         source: ModelSource,
-        text: SplitText,
+        split: SplitText | SplitInstructions,
         checkpoint: Checkpoint | None,
     ) -> None:
         self.options = options
         self.folder = folder
         self.source = source
-        self.text = text
+        self.split = split
         self.checkpoint = checkpoint
         self.progress = checkpoint.progress if checkpoint else Progress()
         self.facts = self.progress.facts
@@ -136,54 +132,42 @@ class _Run:
         """All phases. What a checkpoint holds is not done again."""
         if self.options.threads:
             torch.set_num_threads(self.options.threads)
-        windows = self._load_text()
-        model = self._load_model(windows)
+        data = self._load_data()
+        model = self._load_model(data)
         loss = NextTokenLoss(model)
         if quantized_before(self.options, self.source):
             self._look_at_weights(model, None)
         else:
             if self.checkpoint is None:
-                self._measure(model, loss, windows, "dense")
+                self._measure(model, loss, data, "dense")
             self._quantize(model)
         if self.checkpoint is None:
-            self._measure(model, loss, windows, "quantized")
-            self._sample(model, "before")
-        self._train(model, loss, windows)
-        self._measure(model, loss, windows, "fine_tuned")
-        self._sample(model, "after")
-        self._finish(model)
+            self._measure(model, loss, data, "quantized")
+            self._sample(model, data.prompt, "before")
+        self._train(model, loss, data)
+        self._measure(model, loss, data, "fine_tuned")
+        self._sample(model, data.prompt, "after")
+        self._finish(model, data)
 
     # ---- phases ---------------------------------------------------------------------
 
-    def _load_text(self) -> TokenWindows:
-        options, text = self.options, self.text
+    def _load_data(self) -> TrainingData:
         with self._timed("load"):
             self.tokenizer = load_tokenizer(self.source)
-            windows = cut_windows(
-                text, self.tokenizer, options.sequence_length, options.eval_tokens
-            )
-        self.fingerprints["text"] = windows.fingerprint
+            data = tokenize(self.split, self.tokenizer, self.options)
+        self.fingerprints["text"] = data.fingerprint
         self._compare_fingerprint("text")
-        self.facts["data"] = {
-            "source": text.source,
-            "train_tokens": windows.train.numel(),
-            "held_out_tokens": windows.held_out.numel(),
-            "held_out": text.held_out_names,
-            "sequence_length": options.sequence_length,
-        }
-        _say(
-            f"text     {text.source}: {windows.train.numel():,} tokens to train on, "
-            f"{windows.held_out.numel():,} held out"
-        )
-        return windows
+        self.facts["data"] = data.facts
+        _say(data.summary)
+        return data
 
-    def _load_model(self, windows: TokenWindows) -> nn.Module:
+    def _load_model(self, data: TrainingData) -> nn.Module:
         dtype = choose_dtype(self.options.dtype)
         _say(f"loading  {self.source.name}")
         load = load_stored_codes if self.options.as_stored else load_model
         with self._timed("load"):
             model = load(self.source, dtype)
-        check_fit(model, windows, self.options.sequence_length)
+        check_fit(model, data.highest, self.options.sequence_length)
         parameters = sum(p.numel() for p in model.parameters())
         name = str(dtype).removeprefix("torch.")
         self.facts["model"] = {
@@ -225,7 +209,7 @@ class _Run:
             f"{sizes['quantized_bytes'] / 1e6:.1f} MB, {sizes['bits_per_weight']:.2f} bits each"
         )
 
-    def _train(self, model: nn.Module, loss: NextTokenLoss, windows: TokenWindows) -> None:
+    def _train(self, model: nn.Module, loss: NextTokenLoss, data: TrainingData) -> None:
         options = self.options
         torch.manual_seed(options.seed)
         targets = options.target_modules
@@ -248,7 +232,7 @@ class _Run:
         begun = f", from {options.adapter}" if options.adapter else ""
         _say(f"adapter  {sum(p.numel() for p in parameters) / 1e6:.2f} M parameters{begun}")
         if options.adapter is not None and self.checkpoint is None:
-            self._measure(model, loss, windows, "before_training")
+            self._measure(model, loss, data, "before_training")
         optimizer = make_optimizer(parameters, options)
         memory = self.facts.setdefault("memory", {"before_training": peak_memory()})
         if self.checkpoint is not None:
@@ -270,35 +254,36 @@ class _Run:
         if self.checkpoint is None and options.checkpoint_every:
             save()  # so that a run killed early need not measure the dense model again
         restart_peak_memory()
-        train(model, loss, windows.train, optimizer, options, self.progress, save)
+        train(model, loss, data.train, optimizer, options, self.progress, save)
         save()
         memory["training"] = max(memory.get("training", 0), peak_memory())
 
     def _measure(
-        self, model: nn.Module, loss: NextTokenLoss, windows: TokenWindows, which: str
+        self, model: nn.Module, loss: NextTokenLoss, data: TrainingData, which: str
     ) -> None:
         label = which.replace("_", "-")
         with self._timed("perplexity"):
             found = measure_perplexity(
-                model, loss, windows.held_out, self.options.batch, f"perplexity, {label}"
+                model, loss, data.held_out, self.options.batch, f"perplexity, {label}"
             )
         self.facts.setdefault("perplexity", {"tokens": found.tokens})[which] = found.value
         self.facts.setdefault("held_out_loss", {})[which] = found.loss
         _say(f"held-out perplexity, {label}: {found.value:.2f}")
 
-    def _sample(self, model: nn.Module, when: str) -> None:
+    def _sample(self, model: nn.Module, prompt: Prompt, when: str) -> None:
         if not self.options.sample_tokens:
             return
-        prompt = self.options.prompt or default_prompt(self.text.held_out[0])
         with self._timed("sample"), explaining("cannot generate a sample", RunError):
             text = complete(model, self.tokenizer, prompt, self.options.sample_tokens)
-        self.facts.setdefault("sample", {"prompt": prompt})[when] = text
+        self.facts.setdefault("sample", {"prompt": prompt.text})[when] = text
 
-    def _finish(self, model: nn.Module) -> None:
+    def _finish(self, model: nn.Module, data: TrainingData) -> None:
         folder, options = self.folder, self.options
-        log = build_log(
-            to_dict(options), self.progress, options.batch * options.sequence_length
-        )
+        tokens = [
+            data.train.batch_tokens(step, options.batch, options.seed)
+            for step in range(options.steps)
+        ]
+        log = build_log(to_dict(options), self.progress, tokens)
         try:
             hqqlora.save_adapter(model, folder.adapter, str(self.source.path))
             if self.importance:

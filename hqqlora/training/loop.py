@@ -16,10 +16,10 @@ from tqdm import tqdm
 
 from hqqlora.command.errors import DivergedError, StopRequestedError
 from hqqlora.nonfinite import find_nonfinite
+from hqqlora.training.batches import Batch, Examples
 from hqqlora.training.checkpoint import Progress
 from hqqlora.training.next_token_loss import NextTokenLoss
 from hqqlora.training.options import TrainOptions
-from hqqlora.training.text_data import training_batch
 
 
 def make_optimizer(
@@ -62,7 +62,7 @@ def learning_rate(step: int, options: TrainOptions) -> float:
 def train(
     model: nn.Module,
     loss: NextTokenLoss,
-    windows: Tensor,
+    examples: Examples,
     optimizer: torch.optim.Optimizer,
     options: TrainOptions,
     progress: Progress,
@@ -72,7 +72,7 @@ def train(
 
     Args:
         model: with adapters; only parameters that require a gradient are trained.
-        windows: token ids [count, sequence_length].
+        examples: the sequences to learn from.
         save: writes a checkpoint of the state between two steps.
 
     Raises:
@@ -80,7 +80,6 @@ def train(
         StopRequestedError: the run was asked to end; a checkpoint has been saved.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
-    tokens = options.batch * windows.shape[1]
     model.train()
     bar = tqdm(
         desc="training",
@@ -92,7 +91,8 @@ def train(
     )
     with bar, _requests_to_stop() as stop:
         while progress.step < options.steps:
-            _take_step(loss, windows, optimizer, options, progress, parameters)
+            tokens = examples.batch_tokens(progress.step, options.batch, options.seed)
+            _take_step(loss, examples, optimizer, options, progress, parameters)
             speed = tokens / progress.seconds[-1]
             bar.set_postfix_str(f"loss {progress.losses[-1]:.3f}, {speed:,.0f} tokens/s", False)
             bar.update()
@@ -108,7 +108,7 @@ def train(
 
 def _take_step(
     loss: NextTokenLoss,
-    windows: Tensor,
+    examples: Examples,
     optimizer: torch.optim.Optimizer,
     options: TrainOptions,
     progress: Progress,
@@ -120,9 +120,9 @@ def _take_step(
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.zero_grad(set_to_none=True)
-    batch = training_batch(windows, step, options.batch, options.seed)
+    batch = examples.batch(step, options.batch, options.seed)
     random_state = torch.get_rng_state()
-    value = loss.backward(batch)
+    value = loss.backward(*batch)
     norm = nn.utils.clip_grad_norm_(parameters, options.clip or math.inf).item()
     if not (math.isfinite(value) and math.isfinite(norm)):
         place = _where_it_begins(loss, batch, random_state)
@@ -137,12 +137,12 @@ def _take_step(
     progress.seconds.append(time.perf_counter() - start)
 
 
-def _where_it_begins(loss: NextTokenLoss, batch: Tensor, random_state: Tensor) -> str:
+def _where_it_begins(loss: NextTokenLoss, batch: Batch, random_state: Tensor) -> str:
     """Takes the step again, with the masks it had, to find the layer; a clause, or nothing."""
 
     def again() -> None:
         torch.set_rng_state(random_state)
-        loss.backward(batch)
+        loss.backward(*batch)
 
     place = find_nonfinite(loss.model, again)
     return "" if place is None else f"{place}; "

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hqqlora.training.batches import IGNORED
+
 # Tokens whose logits exist at a time: 256 x 49152 float32 logits are 50 MB.
 _CHUNK = 256
 
@@ -31,20 +33,29 @@ class NextTokenLoss:
         self._head: Any = self.model.get_output_embeddings()
         self.chunked = self._chunks_agree()
 
-    def sum(self, ids: Tensor) -> float:
-        """The summed loss of ids [batch, length] over its batch * (length - 1) predictions."""
+    def sum(
+        self, ids: Tensor, labels: Tensor | None = None, mask: Tensor | None = None
+    ) -> float:
+        """The summed loss of ids [batch, length] over its batch * (length - 1) predictions;
+        with `labels` and `mask` as for `backward`."""
         total = 0.0
         with torch.no_grad():
-            states, targets = self._states(ids)
+            states, targets = self._states(ids, labels, mask)
             for chunk, target in zip(
                 torch.split(states, _CHUNK), torch.split(targets, _CHUNK), strict=True
             ):
                 total += F.cross_entropy(self._logits(chunk), target, reduction="sum").item()
         return total
 
-    def backward(self, ids: Tensor) -> float:
-        """The mean loss of ids [batch, length]; adds its gradient to the parameters'."""
-        states, targets = self._states(ids)
+    def backward(
+        self, ids: Tensor, labels: Tensor | None = None, mask: Tensor | None = None
+    ) -> float:
+        """The mean loss of ids [batch, length]; adds its gradient to the parameters'.
+
+        With `labels` [batch, length] the mean is that over the whole batch's labels other than
+        -100, at least one behind a row's first token; `mask` [batch, length] is 0 at padding.
+        """
+        states, targets = self._states(ids, labels, mask)
         leaf = states.detach().requires_grad_(states.requires_grad)
         total = 0.0
         for chunk, target in zip(
@@ -57,13 +68,22 @@ class NextTokenLoss:
             states.backward(leaf.grad)  # type: ignore[no-untyped-call]
         return total
 
-    def _states(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+    def _states(
+        self, ids: Tensor, labels: Tensor | None = None, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """What is turned into logits: hidden states (chunked) or the logits themselves, of all
-        tokens but each sequence's last, [predictions, width]; and the tokens to predict."""
+        tokens but each sequence's last, [predictions, width]; and the tokens to predict. With
+        labels, only of those that are learned."""
+        inputs = (
+            {"input_ids": ids} if mask is None else {"input_ids": ids, "attention_mask": mask}
+        )
         if self.chunked:
-            states = self._backbone(input_ids=ids, use_cache=False)[0]
+            states = self._backbone(**inputs, use_cache=False)[0]
         else:
-            states = self.model(input_ids=ids, use_cache=False).logits
+            states = self.model(**inputs, use_cache=False).logits
+        if labels is not None:
+            learned = labels[:, 1:] != IGNORED
+            return states[:, :-1][learned], labels[:, 1:][learned]
         return states[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
 
     def _logits(self, states: Tensor) -> Tensor:

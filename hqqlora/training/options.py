@@ -59,12 +59,19 @@ class TrainOptions:
     data: tuple[str, ...] = _option(
         _MODEL,
         (),
-        "text files, or .jsonl files with one record a line (default: Python's own language "
-        "reference, which every Python carries)",
+        "text files, or .jsonl files with one record a line: text, messages, or prompt and "
+        "completion (default: Python's own language reference, which every Python carries)",
         nargs="+",
         metavar="FILE",
     )
     text_field: str = _option(_MODEL, "text", "key of the text in JSONL records", metavar="KEY")
+    learn_prompts: bool = _option(
+        _MODEL,
+        False,
+        "of messages, and of prompt and completion: learn every token, not the assistant's "
+        "turns or the completion alone",
+        action="store_true",
+    )
     held_out: float = _option(
         _MODEL,
         0.1,
@@ -153,7 +160,7 @@ class TrainOptions:
     sequence_length: int = _option(
         _TRAINING,
         256,
-        "tokens in a sequence",
+        "tokens in a sequence; of messages, or prompt and completion: at most, a record each",
         type=number(int, 2, 2**31 - 1, "an integer of at least 2"),
         metavar="TOKENS",
     )
@@ -234,7 +241,8 @@ class TrainOptions:
     prompt: str | None = _option(
         _OUTPUT,
         None,
-        "what the sample completion continues (default: the beginning of the held-out text)",
+        "what the sample completion continues; where the data is messages, a user's message "
+        "(default: the beginning of the held-out text, or a held-out record's prompt)",
         metavar="TEXT",
     )
     sample_tokens: int = _option(

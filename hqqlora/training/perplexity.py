@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
+from hqqlora.training.batches import Examples
 from hqqlora.training.next_token_loss import NextTokenLoss
 
 
@@ -22,21 +22,22 @@ class Perplexity:
 
 
 def measure_perplexity(
-    model: nn.Module, loss: NextTokenLoss, windows: Tensor, batch: int, label: str
+    model: nn.Module, loss: NextTokenLoss, examples: Examples, batch: int, label: str
 ) -> Perplexity:
-    """The perplexity of `model` on windows [count, length], `batch` windows at a time.
+    """The perplexity of `model` on `examples`, `batch` sequences at a time.
 
-    Windows do not overlap and are not joined: each token but a window's first is predicted
-    once, from the tokens before it in its window.
+    Sequences do not overlap and are not joined: each learned token but a sequence's first is
+    predicted once, from the tokens before it in its sequence.
     """
     training = model.training
     model.eval()
     total, tokens = 0.0, 0
     try:
-        parts = torch.split(windows, batch)
-        for ids in tqdm(parts, desc=label, unit="batch", leave=False, mininterval=0.5):
-            total += loss.sum(ids)
-            tokens += ids[:, 1:].numel()
+        starts = range(0, len(examples), batch)
+        for start in tqdm(starts, desc=label, unit="batch", leave=False, mininterval=0.5):
+            part = examples.take(range(start, min(start + batch, len(examples))))
+            total += loss.sum(*part)
+            tokens += part.predictions
     finally:
         model.train(training)
     mean = total / tokens

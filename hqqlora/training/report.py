@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,9 @@ from hqqlora.training.checkpoint import Progress
 
 
 def build_log(
-    options: dict[str, Any], progress: Progress, tokens_per_step: int
+    options: dict[str, Any], progress: Progress, tokens: Sequence[int]
 ) -> dict[str, Any]:
-    """Everything about a finished run as plain values."""
+    """Everything about a finished run as plain values; `tokens` are those of each step."""
     training = sum(progress.seconds)
     seconds = {**progress.facts["seconds"], "train": training}
     steps = [
@@ -24,7 +24,7 @@ def build_log(
             "learning_rate": progress.rates[i],
             "gradient_norm": progress.norms[i],
             "seconds": progress.seconds[i],
-            "tokens_per_second": tokens_per_step / progress.seconds[i],
+            "tokens_per_second": tokens[i] / progress.seconds[i],
         }
         for i in range(progress.step)
     ]
@@ -35,9 +35,9 @@ def build_log(
         "seconds": seconds,
         "training": {
             "steps": progress.step,
-            "tokens_per_step": tokens_per_step,
+            "tokens_per_step": round(sum(tokens) / progress.step),
             "seconds": training,
-            "tokens_per_second": progress.step * tokens_per_step / training,
+            "tokens_per_second": sum(tokens) / training,
         },
         "steps": steps,
     }

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 _PROMPT_CHARACTERS = 200
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a sample continues: a text, or what a chat template has rendered, which holds every
+    special token already."""
+
+    text: str
+    rendered: bool = False
 
 
 def default_prompt(text: str) -> str:
@@ -17,12 +27,14 @@ def default_prompt(text: str) -> str:
 
 
 @torch.no_grad()
-def complete(model: nn.Module, tokenizer: Any, prompt: str, tokens: int) -> str:
+def complete(model: nn.Module, tokenizer: Any, prompt: Prompt, tokens: int) -> str:
     """How `model` goes on after `prompt`, the likeliest token each time, at most `tokens`."""
     training = model.training
     model.eval()
     generator: Any = model
-    inputs = tokenizer(prompt, return_tensors="pt")
+    inputs = tokenizer(
+        prompt.text, add_special_tokens=not prompt.rendered, return_tensors="pt", verbose=False
+    )
     padding = tokenizer.pad_token_id
     try:
         ids = generator.generate(

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hqqlora.command.errors import UsageError
-
-_RECORD_SUFFIXES = (".jsonl", ".ndjson")
+from hqqlora.training.records import RECORD_SUFFIXES, hold_out, read_file, read_records
 
 
 @dataclass(frozen=True)
@@ -36,6 +32,11 @@ class TokenWindows:
     train: Tensor
     held_out: Tensor
     fingerprint: str
+
+    @property
+    def highest(self) -> int:
+        """The highest token."""
+        return int(max(self.train.max(), self.held_out.max()))
 
 
 def read_text(files: Sequence[str], text_field: str, held_out: float, seed: int) -> SplitText:
@@ -59,12 +60,12 @@ def read_text(files: Sequence[str], text_field: str, held_out: float, seed: int)
     held: list[str] = []
     held_names: list[str] = []
     for file in files:
-        if file.endswith(_RECORD_SUFFIXES):
-            for line_number, text in _read_records(file, text_field):
+        if file.endswith(RECORD_SUFFIXES):
+            for line_number, text in _read_texts(file, text_field):
                 records.append(text)
                 record_names.append(f"{file}:{line_number}")
         else:
-            head, tail = _hold_out_end(_read_file(file), held_out)
+            head, tail = _hold_out_end(read_file(file), held_out)
             train.append(head)
             held.append(tail)
             held_names.append(f"{file}: last {len(tail)} characters")
@@ -113,8 +114,8 @@ def cut_windows(text: SplitText, tokenizer: Any, length: int, eval_tokens: int) 
     return TokenWindows(train, held_out, digest.hexdigest())
 
 
-def check_fit(model: nn.Module, windows: TokenWindows, sequence_length: int) -> None:
-    """Checks that a model can read these tokens.
+def check_fit(model: nn.Module, highest: int, sequence_length: int) -> None:
+    """Checks that a model can read sequences of this length, and tokens up to `highest`.
 
     Raises:
         UsageError: a sequence is too long for it, or a token is not of its vocabulary.
@@ -123,33 +124,12 @@ def check_fit(model: nn.Module, windows: TokenWindows, sequence_length: int) -> 
     longest = getattr(dense.config, "max_position_embeddings", None)
     if longest is not None and sequence_length > longest:
         raise UsageError(f"--sequence-length {sequence_length} exceeds the model's {longest}")
-    highest = int(max(windows.train.max(), windows.held_out.max()))
     known = len(dense.get_input_embeddings().weight)
     if highest >= known:
         raise UsageError(
             f"the tokenizer gives token {highest}, but the model knows {known}: do they "
             "belong together?"
         )
-
-
-def training_batch(windows: Tensor, step: int, batch: int, seed: int) -> Tensor:
-    """The windows [batch, length] of one step (from 0).
-
-    Every epoch goes through all windows in an order of its own. The order depends on `seed` and
-    the epoch alone, so that a resumed run needs no position but the step.
-    """
-    count = len(windows)
-    rows = []
-    for position in range(step * batch, (step + 1) * batch):
-        epoch, place = divmod(position, count)
-        rows.append(_epoch_order(count, seed, epoch)[place])
-    return windows[rows]
-
-
-def _epoch_order(count: int, seed: int, epoch: int) -> list[int]:
-    order = list(range(count))
-    random.Random(f"{seed} {epoch}").shuffle(order)
-    return order
 
 
 def _join(documents: Sequence[str], tokenizer: Any) -> list[int]:
@@ -176,19 +156,7 @@ def _python_reference() -> tuple[list[str], list[str]]:
 def _hold_out_documents(
     source: str, names: list[str], documents: list[str], fraction: float, seed: int
 ) -> SplitText:
-    if len(documents) < 2:
-        raise UsageError(f"{source}: one record alone cannot be split; give two or more")
-    order = list(range(len(documents)))
-    random.Random(seed).shuffle(order)
-    wanted = fraction * sum(map(len, documents))
-    held: list[int] = []
-    taken = 0
-    for index in order[:-1]:  # one stays to train on, however long the others are
-        if taken >= wanted:
-            break
-        held.append(index)
-        taken += len(documents[index])
-    kept = order[len(held) :]
+    kept, held = hold_out(source, [len(text) for text in documents], fraction, seed)
     return SplitText(
         source,
         [documents[i] for i in kept],
@@ -204,45 +172,20 @@ def _hold_out_end(text: str, fraction: float) -> tuple[str, str]:
     return text[:cut], text[cut:]
 
 
-def _read_file(file: str) -> str:
-    try:
-        content = Path(file).read_bytes()
-    except OSError as error:
-        raise UsageError(f"cannot read {file}: {os.strerror(error.errno or 0)}") from error
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UsageError(
-            f"{file} is not UTF-8 text: byte {error.start} is {content[error.start]:#x}"
-        ) from None
-    if not text.strip():
-        raise UsageError(f"{file} is empty")
-    return text.replace("\r\n", "\n")
-
-
-def _read_records(file: str, field: str) -> list[tuple[int, str]]:
+def _read_texts(file: str, field: str) -> list[tuple[int, str]]:
     """The non-empty texts of a JSONL file, with their line numbers."""
-    records = []
-    for number, line in enumerate(_read_file(file).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise UsageError(f"{file}, line {number}: not JSON ({error})") from None
-        if not isinstance(record, dict):
-            raise UsageError(f"{file}, line {number}: not an object with a {field!r} field")
+    texts = []
+    for where, number, record in read_records(file, field):
         if field not in record:
             keys = ", ".join(map(repr, record)) or "none"
             raise UsageError(
-                f"{file}, line {number}: no field {field!r} (there are: {keys}); see "
-                "--text-field"
+                f"{where}: no field {field!r} (there are: {keys}); see --data and --text-field"
             )
         if not isinstance(record[field], str):
             kind = type(record[field]).__name__
-            raise UsageError(f"{file}, line {number}: {field!r} is not text but {kind}")
+            raise UsageError(f"{where}: {field!r} is not text but {kind}")
         if record[field].strip():
-            records.append((number, record[field]))
-    if not records:
+            texts.append((number, record[field]))
+    if not texts:
         raise UsageError(f"{file} has no text in the field {field!r}")
-    return records
+    return texts
