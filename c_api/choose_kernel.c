@@ -33,8 +33,8 @@
  * Forward, rows of 2048 or more, AVX-512: direct's own time is less there (cpu/dot_rows.h, for
  * 4 bits), and decoding a block for the tiles takes what it takes, so a table by bits and axis
  * says where direct ends. Of tiled's time at 8, 16 and 24 tokens direct takes, 4 bits on the
- * Zen 5: bf16 .80, 1.0, 1.1 at axis 1, .68, .78, .88 at axis 0; fp32 .73, .90, .92 and .57,
- * .77, .85. Rows of 1024 and less are passed at 8 to 16 tokens.
+ * Zen 5: bf16 .80, .95 to 1.05, 1.1 at axis 1, .68, .78, .88 at axis 0; fp32 .73, .90, .92 and
+ * .57, .77, .85. Rows of 1024 and less are passed at 8 to 16 tokens.
  */
 #include "hqqlora.h"
 #include "cpu/decode_floats.h"
@@ -76,7 +76,7 @@ static const int8_t long_rows[2][2][9] = {
     {{[1] = 24, [2] = 24, [3] = 12, [4] = 24, [8] = 12},
      {[1] = 8, [2] = 24, [3] = 8, [4] = 24, [8] = 6}},
     {{[1] = 8, [2] = 24, [3] = 24, [4] = 24, [8] = 12},
-     {[1] = 4, [2] = 12, [3] = 8, [4] = 16, [8] = 8}},
+     {[1] = 4, [2] = 12, [3] = 8, [4] = 12, [8] = 8}},
 };
 
 /* Up to how many tokens direct serves such a forward product; 0: see the table above. */
