@@ -1,6 +1,7 @@
 /* Loops whose workers draw neighbours (hqq_for_each_chunk_in_runs): each chunk runs once, a
  * failure ends the rest, and what a worker draws are runs. */
 #include "parallel.h"
+#include "parts.h"
 
 #include <pthread.h>
 #include <sched.h>
@@ -8,19 +9,6 @@
 #include <stdlib.h>
 
 enum { THREADS = 2, MOST_CHUNKS = 97, SCRATCH = 256 };
-
-typedef struct part {
-    int64_t begin, end;
-    void (*fn)(int64_t, int64_t, void *);
-    void *data;
-} part;
-
-static void *run_part(void *data)
-{
-    part *p = data;
-    p->fn(p->begin, p->end, p->data);
-    return NULL;
-}
 
 /* A part of the range for each thread, as torch and OpenMP cut it. */
 static int32_t on_threads(int64_t begin, int64_t end, int64_t grain,
@@ -36,14 +24,6 @@ static int32_t on_threads(int64_t begin, int64_t end, int64_t grain,
         if (pthread_create(&threads[t], NULL, run_part, &parts[t]) != 0) abort();
     }
     for (int t = 0; t < THREADS; t++) pthread_join(threads[t], NULL);
-    return 0;
-}
-
-static int32_t one_by_one(int64_t begin, int64_t end, int64_t grain,
-                          void (*fn)(int64_t, int64_t, void *), void *data)
-{
-    (void)grain;
-    for (int64_t i = end - 1; i >= begin; i--) fn(i, i + 1, data);
     return 0;
 }
 
@@ -103,8 +83,8 @@ static int failure_ends_it(void)
 int main(void)
 {
     const hqq_context threads = {.parallel_for = on_threads};
-    const hqq_context backwards = {.parallel_for = one_by_one};
-    int failures = each_once("alone", NULL) + each_once("one by one", &backwards);
+    const hqq_context one_by_one = {.parallel_for = backwards};
+    int failures = each_once("alone", NULL) + each_once("one by one", &one_by_one);
     failures += each_once("threads", &threads) + failure_ends_it();
     for (int round = 0; round < 50; round++) failures += first_runs(&threads);
     return failures != 0;

@@ -1,6 +1,7 @@
 /* Loops one after another in one parallel_for (kernels/parallel.h): each chunk runs once, none
  * before the stages that it waits for are done, and a failure ends all of them. */
 #include "parallel.h"
+#include "parts.h"
 
 #include <pthread.h>
 #include <stdio.h>
@@ -11,19 +12,6 @@ enum { THREADS = 3, STAGES = 40, MOST_CHUNKS = 5, SCRATCH = 4096 };
 
 /* ---- parallel_for on threads of our own ---------------------------------------------- */
 
-typedef struct part {
-    int64_t begin, end;
-    void (*fn)(int64_t, int64_t, void *);
-    void *data;
-} part;
-
-static void *run_part(void *data)
-{
-    part *p = data;
-    p->fn(p->begin, p->end, p->data);
-    return NULL;
-}
-
 static int32_t on_threads(int64_t begin, int64_t end, int64_t grain,
                           void (*fn)(int64_t, int64_t, void *), void *data)
 {
@@ -33,14 +21,6 @@ static int32_t on_threads(int64_t begin, int64_t end, int64_t grain,
     for (int t = 0; t < THREADS; t++)
         if (pthread_create(&threads[t], NULL, run_part, &all) != 0) abort();
     for (int t = 0; t < THREADS; t++) pthread_join(threads[t], NULL);
-    return 0;
-}
-
-static int32_t backwards(int64_t begin, int64_t end, int64_t grain,
-                         void (*fn)(int64_t, int64_t, void *), void *data)
-{
-    (void)grain;
-    for (int64_t i = end - 1; i >= begin; i--) fn(i, i + 1, data);
     return 0;
 }
 
