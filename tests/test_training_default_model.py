@@ -14,7 +14,7 @@ from hqqlora.command.model_source import (
     load_dense_model,
     load_tokenizer,
 )
-from hqqlora.training.sample import complete
+from hqqlora.training.sample import Prompt, complete
 
 pytest.importorskip("transformers")
 pytest.importorskip("gguf")
@@ -32,9 +32,8 @@ def test_the_default_model_knows_something(smollm2: Path):
     source = find_model(str(smollm2))
     model = load_dense_model(source, choose_dtype("float32"))
     assert len(linear_layers(model)) == 211  # 7 in each of 30 layers, and the output layer
-    assert complete(model, load_tokenizer(source), "The capital of France is", 2).startswith(
-        " Paris"
-    )
+    prompt = Prompt("The capital of France is")
+    assert complete(model, load_tokenizer(source), prompt, 2).startswith(" Paris")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
