@@ -22,6 +22,8 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
 PREFIX = "base_model.model."
+# Where `hqqlora quantize --correction` puts an adapter, in the folder of the quantized model.
+CORRECTION_FOLDER = "correction"
 
 # What a LoRA of PEFT's may have that an adapter here has not, and the value that means "not".
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {

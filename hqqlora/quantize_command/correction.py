@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hqqlora.adapter_files import CONFIG_FILE, WEIGHTS_FILE
+from hqqlora.adapter_files import CONFIG_FILE, CORRECTION_FOLDER, WEIGHTS_FILE
 from hqqlora.command.errors import UsageError
 from hqqlora.command.safetensors_file import FileLayout, FileWriter, read_header, total_bytes
 from hqqlora.command.units import in_units
@@ -27,7 +27,6 @@ from hqqlora.module_names import last_parts_or_names
 from hqqlora.ops.weight import word_dtype
 from hqqlora.quantize_command.step import Step
 
-FOLDER = "correction"
 _PARTS = ".correction"
 
 
@@ -108,7 +107,7 @@ def finish_correction(
 ) -> None:
     """Makes one adapter of all parts, tensor by tensor, and removes them. An adapter of a run
     that was killed after this stays."""
-    target = folder / FOLDER
+    target = folder / CORRECTION_FOLDER
     weights = target / WEIGHTS_FILE
     layout = layout_of_factors([step for steps in shards.values() for step in steps])
     assert layout is not None
@@ -139,7 +138,7 @@ def is_part_done(folder: Path, name: str, shards: Mapping[str, Sequence[Step]]) 
     if part is None or part.is_in(part_of(folder / name)):
         return True
     whole = layout_of_factors([step for steps in shards.values() for step in steps])
-    return whole is not None and whole.is_in(folder / FOLDER / WEIGHTS_FILE)
+    return whole is not None and whole.is_in(folder / CORRECTION_FOLDER / WEIGHTS_FILE)
 
 
 def describe_correction(steps: Sequence[Step]) -> str:

@@ -10,14 +10,11 @@ from typing import Any
 from torch import nn
 
 import hqqlora
-from hqqlora.adapter_files import CONFIG_FILE, read_config
+from hqqlora.adapter_files import CONFIG_FILE, CORRECTION_FOLDER, read_config
 from hqqlora.command.errors import UsageError, explaining
 from hqqlora.command.model_source import ModelSource
 from hqqlora.model import lora_layers
 from hqqlora.training.options import TrainOptions
-
-CORRECTION = "correction"
-"""Where `hqqlora quantize --correction` puts it, in the model's folder."""
 
 
 def with_starting_adapter(
@@ -82,7 +79,7 @@ def _folder_of(options: TrainOptions, source: ModelSource) -> Path | None:
         if not (folder / CONFIG_FILE).is_file():
             raise UsageError(f"--adapter {folder} is no adapter: it has no {CONFIG_FILE}")
         return folder
-    folder = Path(os.path.abspath(source.folder)) / CORRECTION
+    folder = Path(os.path.abspath(source.folder)) / CORRECTION_FOLDER
     found = source.gguf_file is None and (folder / CONFIG_FILE).is_file()
     if options.correction and not found:
         raise UsageError(
