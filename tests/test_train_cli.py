@@ -132,6 +132,7 @@ def test_the_table(finished, capsys):
     "more",
     [
         ["--gradient-checkpointing", "--dtype", "float32"],
+        ["--micro-batch", "3", "--dtype", "float32"],
         ["--bits", "3", "--axis", "0", "--rslora", "--schedule", "cosine"],
         ["--bits", "8", "--group-size", "none", "--target-modules", "q_proj", "v_proj"],
         ["--bits", "2", "--group-size", "16", "--target-modules", r".*\.mlp\..*"],
@@ -147,13 +148,53 @@ def test_other_options(place, finished, capsys, more):
     if "--no-importance" in more:  # other scales and zeros
         assert not (place / output / "importance.safetensors").exists()
         assert log["perplexity"]["quantized"] != finished[1]["perplexity"]["quantized"]
-    if "--gradient-checkpointing" in more:  # changes memory, not results
+    if more[0] in ("--gradient-checkpointing", "--micro-batch"):  # memory, not results
         expected = [step["loss"] for step in finished[1]["steps"]]
         assert [step["loss"] for step in log["steps"]] == pytest.approx(expected, rel=1e-5)
     config = json.loads((place / output / "adapter/adapter_config.json").read_text())
     names = config["target_modules"]
     if "q_proj" in more:
         assert len([n for n in names if n.endswith(("q_proj", "v_proj"))]) == len(names)
+
+
+def test_epochs_count_sequences(place, capsys):
+    steps = BASE.index("--steps")
+    command = [word for word in train(place, "epochs") if word not in BASE[steps : steps + 2]]
+    assert main([*command, "--epochs", "1.5", "--sample-tokens", "0"]) == 0
+    log = json.loads((place / "epochs/train_log.json").read_text())
+    sequences = log["data"]["train_tokens"] // 64
+    assert log["training"]["steps"] == math.ceil(1.5 * sequences / 4)
+    assert log["options"]["steps"] == log["training"]["steps"]
+
+
+def test_the_best_adapter_is_kept(place, capsys):
+    """A rate at which it first learns and then is thrown back."""
+    from hqqlora.training import loop
+
+    folder = place / "best"
+    more = ["--dtype", "float32", "--sample-tokens", "0", "--steps", "6", "--warmup", "0"]
+    rates = {5: 30.0, 6: 30.0}
+    with pytest.MonkeyPatch.context() as patch:
+        rate = loop.learning_rate
+        patch.setattr(loop, "learning_rate", lambda s, o: rates.get(s + 1, rate(s, o)))
+        assert main(train(place, "best", *more, "--eval-every", "2")) == 0
+    log = json.loads((folder / "train_log.json").read_text())
+    measured = {entry["step"]: entry["loss"] for entry in log["held_out_losses"]}
+    assert list(measured) == [2, 4]
+    assert measured[4] < measured[2] < log["held_out_loss"]["fine_tuned"]
+    said = capsys.readouterr().out
+    assert f"lowest after step 4: {math.exp(measured[4]):.2f}" in said
+    best = load_file(folder / "adapter-best/adapter_model.safetensors")
+    last = load_file(folder / "adapter/adapter_model.safetensors")
+    assert best.keys() == last.keys()
+    assert any(not torch.equal(best[name], last[name]) for name in best)
+
+    assert main(train(place, "short", *more, "--steps", "4")) == 0
+    alone = json.loads((place / "short/train_log.json").read_text())
+    assert alone["steps"][0]["loss"] == log["steps"][0]["loss"]  # measuring changes nothing
+
+    assert main(train(place, "best", *more, "--eval-every", "4", "--overwrite")) == 0
+    assert not (folder / "adapter-best").exists()  # the last one is the best
 
 
 def test_default_folders_are_numbered(place, tmp_path, monkeypatch, capsys):

@@ -65,6 +65,9 @@ def place(tmp_path_factory):
 BAD = [
     (["--steps", "0"], "argument --steps: 0 is not a positive integer"),
     (["--steps", "many"], "argument --steps: 'many' is not a positive integer"),
+    (["--epochs", "0"], "argument --epochs: 0 is not a positive number"),
+    (["--epochs", "2", "--steps", "9"], "--steps and --epochs exclude each other"),
+    (["--micro-batch", "0"], "argument --micro-batch: 0 is not a positive integer"),
     (["--bits", "5"], "argument --bits: invalid choice: 5"),
     (["--group-size", "some"], "'some' is not a positive integer or 'none'"),
     (["--group-size", "48"], "48"),

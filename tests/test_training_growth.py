@@ -51,11 +51,13 @@ def _without_what_there_was() -> Iterator[None]:
 
 @pytest.mark.usefixtures("one_thread", "_without_what_there_was")
 def test_the_loop_of_hqqlora_train_does_not_grow(tmp_path: Path) -> None:
-    """With dropout, clipping and checkpoints."""
+    """With dropout, clipping, measuring and checkpoints."""
     model = tiny_llama(num_hidden_layers=1, hidden_size=32, intermediate_size=32, head_dim=8)
     hqqlora.quantize_model(model, hqqlora.BaseQuantizeConfig(group_size=32), progress=False)
     hqqlora.add_lora(model, r=2, lora_dropout=0.1, target_modules=["q_proj", "down_proj"])
-    options = TrainOptions(steps=STEPS, batch=1, checkpoint_every=250, learning_rate=1e-3)
+    options = TrainOptions(
+        steps=STEPS, batch=1, eval_every=50, checkpoint_every=250, learning_rate=1e-3
+    )
     optimizer = make_optimizer(list(hqqlora.lora_parameters(model)), options)
     progress = Progress()
     seen: dict[int, tuple[int, int, int]] = {}
@@ -67,7 +69,12 @@ def test_the_loop_of_hqqlora_train_does_not_grow(tmp_path: Path) -> None:
         seen[progress.step] = (resident_bytes(), live_tensors(), open_files())
 
     windows = torch.randint(0, 64, (16, 8))
-    train(model, NextTokenLoss(model), Examples(windows), optimizer, options, progress, save)
+    loss, examples = NextTokenLoss(model), Examples(windows)
+
+    def measure() -> None:
+        progress.add_held_out_loss(loss.sum(*examples.take([0])))
+
+    train(model, loss, examples, optimizer, options, progress, save, measure)
     save()
     assert progress.step == STEPS
     memory, tensors, files = zip(*(seen[step] for step in sorted(seen)), strict=True)

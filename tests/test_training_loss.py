@@ -71,6 +71,21 @@ def test_nothing_trainable_gives_no_gradient():
     assert total == pytest.approx(19 * model(input_ids=ids, labels=ids).loss.item(), rel=1e-5)
 
 
+def test_parts_of_a_batch_add_up_to_it():
+    rows = [([5, 6, 7, 8], [-100, 6, 7, 8]), ([9, 10], [9, 10]), ([3, 4, 5], [-100, -100, 5])]
+    examples = Examples(rows)
+    model = tiny("Llama")
+    loss = NextTokenLoss(model)
+    whole = loss.backward(*examples.batch(0, 3, seed=1))
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters()}
+    model.zero_grad()
+    parts = examples.parts(0, 3, 1, 2)
+    assert [len(part.ids) for part in parts] == [2, 1]
+    assert sum(loss.backward(*p, predictions=5) for p in parts) == pytest.approx(whole)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-4, atol=1e-6)
+
+
 def test_perplexity_is_that_of_all_predictions_together():
     model = tiny("Llama").eval()
     windows = torch.randint(97, (5, 11), generator=torch.Generator().manual_seed(3))

@@ -64,6 +64,7 @@ def train(place, output, *more):
         *("--threads", "1", "--sequence-length", "128", "--batch", "4"),
         *("--steps", str(STEPS), "--warmup", "2", "--learning-rate", "1e-2", "--rank", "4"),
         *("--dropout", "0.2", "--sample-tokens", "3", "--checkpoint-every", "2"),
+        *("--eval-every", "5", "--micro-batch", "3"),
         *("--output", str(output), *more),
     ]
 
@@ -72,7 +73,7 @@ def results(folder):
     log = json.loads((folder / "train_log.json").read_text())
     steps = [(s["loss"], s["learning_rate"], s["gradient_norm"]) for s in log["steps"]]
     adapter = (folder / "adapter/adapter_model.safetensors").read_bytes()
-    return steps, log["perplexity"], log["sample"], adapter
+    return steps, log["held_out_losses"], log["perplexity"], log["sample"], adapter
 
 
 def stop_after(monkeypatch, step, number=signal.SIGINT):
@@ -95,9 +96,9 @@ def test_killed_and_stopped_runs_end_as_if_nothing_had_happened(
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == -signal.SIGKILL
     names = sorted(p.name for p in output.iterdir())
-    assert len(names) == 2  # the third checkpoint, and what was to become the fourth
+    # the third checkpoint, what was to become the fourth, and what was measured in between
     assert names[0].endswith(".tmp")
-    assert names[1] == "checkpoint.pt"
+    assert names[1:] == ["adapter-best", "checkpoint.pt"]
 
     monkeypatch.chdir(tmp_path)  # not where it began, and by another route
     with monkeypatch.context() as patch:
@@ -110,7 +111,7 @@ def test_killed_and_stopped_runs_end_as_if_nothing_had_happened(
         "hqqlora train: stopped after step 7 of 9; to go on: "
         "hqqlora train --resume --output run"
     )
-    assert [p.name for p in output.iterdir()] == ["checkpoint.pt"]
+    assert sorted(p.name for p in output.iterdir()) == ["adapter-best", "checkpoint.pt"]
 
     assert main(["train", "--resume", "--output", str(output)]) == 0
     assert "resumed  after step 7 of 9" in capsys.readouterr().out
@@ -239,9 +240,9 @@ def test_a_loss_that_is_not_finite_ends_the_run(place, tmp_path, monkeypatch, ca
     """Before it spoils the adapter: the checkpoint holds the last good step."""
     backward, calls = NextTokenLoss.backward, []
 
-    def failing(self, *batch):
-        calls.append(batch)
-        return backward(self, *batch) if len(calls) < 4 else float("nan")
+    def failing(self, *part, **rest):
+        calls.append(part)  # two a step
+        return backward(self, *part, **rest) if len(calls) < 8 else float("nan")
 
     monkeypatch.setattr(NextTokenLoss, "backward", failing)
     assert main(train(place, tmp_path / "run")) == 1

@@ -60,6 +60,13 @@ class Examples:
         """The batch of a step (from 0), see `batch_places`."""
         return self.take(batch_places(len(self), step, size, seed))
 
+    def parts(self, step: int, size: int, seed: int, most: int | None) -> list[Batch]:
+        """That batch in parts of `most` sequences, all at once if None. Each is padded to its
+        own longest."""
+        places = batch_places(len(self), step, size, seed)
+        most = most or size
+        return [self.take(places[at : at + most]) for at in range(0, size, most)]
+
     def batch_tokens(self, step: int, size: int, seed: int) -> int:
         """How many tokens that batch has, padding left out."""
         if isinstance(self.sequences, Tensor):

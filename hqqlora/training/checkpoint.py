@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,20 +23,31 @@ class Progress:
     """What a run has done so far; it grows step by step.
 
     `losses`, `rates`, `norms` and `seconds` have one entry a step: the mean loss, the learning
-    rate, the gradient's norm before clipping, and the wall-clock time. `facts` holds what was
-    found before training (perplexities, sample, sizes), so that a resumed run need not again.
+    rate, the gradient's norm before clipping, and the wall-clock time. `measured_after` are the
+    steps after which the held-out loss was measured, `held_out_losses` what it was. `facts`
+    holds what was found before training (perplexities, sample, sizes), so that a resumed run
+    need not again.
     """
 
     losses: list[float] = field(default_factory=list)
     rates: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
+    measured_after: list[int] = field(default_factory=list)
+    held_out_losses: list[float] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
 
     @property
     def step(self) -> int:
         """Steps done."""
         return len(self.losses)
+
+    def add_held_out_loss(self, loss: float) -> bool:
+        """Notes what was measured now; whether it is the lowest so far."""
+        lowest = loss < min(self.held_out_losses, default=math.inf)
+        self.measured_after.append(self.step)
+        self.held_out_losses.append(loss)
+        return lowest
 
 
 @dataclass(frozen=True)
@@ -146,7 +158,10 @@ def _check(checkpoint: Checkpoint) -> None:
     ):
         if not isinstance(value, kind):
             raise ValueError(f"{name} is a {type(value).__name__}")
-    for name in ("losses", "rates", "norms", "seconds"):
+    for name in (
+        *("losses", "rates", "norms", "seconds"),
+        *("measured_after", "held_out_losses"),
+    ):
         numbers = getattr(progress, name)
         if not isinstance(numbers, list) or not all(type(n) in (int, float) for n in numbers):
             raise ValueError(f"{name} are not numbers")

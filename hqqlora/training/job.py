@@ -58,7 +58,7 @@ from hqqlora.training.options import (
     to_dict,
 )
 from hqqlora.training.perplexity import measure_perplexity
-from hqqlora.training.report import build_log, format_table, write_log
+from hqqlora.training.report import best_step, build_log, format_table, write_log
 from hqqlora.training.run_folder import RunFolder, choose_folder
 from hqqlora.training.sample import Prompt, complete
 from hqqlora.training.starting_adapter import insert_starting_adapter, with_starting_adapter
@@ -155,6 +155,8 @@ class _Run:
         with self._timed("load"):
             self.tokenizer = load_tokenizer(self.source)
             data = tokenize(self.split, self.tokenizer, self.options)
+        steps = self.options.steps_for(len(data.train))
+        self.options = dataclasses.replace(self.options, steps=steps)
         self.fingerprints["text"] = data.fingerprint
         self._compare_fingerprint("text")
         self.facts["data"] = data.facts
@@ -249,12 +251,16 @@ class _Run:
                 self.importance,
             )
             write_checkpoint(state, self.folder.checkpoint)
-            self.folder.clear_results()  # of a run that this one replaces; not before
+            but_best = bool(self.progress.held_out_losses)
+            self.folder.clear_results(but_best=but_best)  # of a run that this one replaces
 
         if self.checkpoint is None and options.checkpoint_every:
             save()  # so that a run killed early need not measure the dense model again
         restart_peak_memory()
-        train(model, loss, data.train, optimizer, options, self.progress, save)
+        train(
+            *(model, loss, data.train, optimizer, options, self.progress, save),
+            measure=lambda: self._measure_between_steps(model, loss, data),
+        )
         save()
         memory["training"] = max(memory.get("training", 0), peak_memory())
 
@@ -264,11 +270,21 @@ class _Run:
         label = which.replace("_", "-")
         with self._timed("perplexity"):
             found = measure_perplexity(
-                model, loss, data.held_out, self.options.batch, f"perplexity, {label}"
+                model, loss, data.held_out, self._at_a_time, f"perplexity, {label}"
             )
         self.facts.setdefault("perplexity", {"tokens": found.tokens})[which] = found.value
         self.facts.setdefault("held_out_loss", {})[which] = found.loss
         _say(f"held-out perplexity, {label}: {found.value:.2f}")
+
+    def _measure_between_steps(
+        self, model: nn.Module, loss: NextTokenLoss, data: TrainingData
+    ) -> None:
+        with self._timed("perplexity"):
+            label = f"perplexity, step {self.progress.step}"
+            found = measure_perplexity(model, loss, data.held_out, self._at_a_time, label)
+        if self.progress.add_held_out_loss(found.loss):
+            self._save_adapter(model, self.folder.best_adapter)
+        _say(f"held-out perplexity, after step {self.progress.step}: {found.value:.2f}")
 
     def _sample(self, model: nn.Module, prompt: Prompt, when: str) -> None:
         if not self.options.sample_tokens:
@@ -286,6 +302,8 @@ class _Run:
         log = build_log(to_dict(options), self.progress, tokens)
         try:
             hqqlora.save_adapter(model, folder.adapter, str(self.source.path))
+            if best_step(log) is None:
+                folder.clear_best()
             if self.importance:
                 write_safetensors(folder.importance, self.importance)
             drawn = draw_loss(log, folder.curve)
@@ -297,13 +315,25 @@ class _Run:
             _say(_shown_sample(self.facts["sample"]))
         _say("\n" + format_table(log) + "\n")
         files = [folder.adapter, folder.log]
+        files += [folder.best_adapter] if folder.best_adapter.exists() else []
         files += [folder.importance] if self.importance else []
         files += [folder.curve] if drawn else []
         _say("written: " + ", ".join(map(str, files)))
         if not drawn:
             _note(f"no loss curve: {command_for('matplotlib')}")
 
+    def _save_adapter(self, model: nn.Module, folder: Path) -> None:
+        try:
+            hqqlora.save_adapter(model, folder, str(self.source.path))
+        except OSError as error:
+            raise RunError(describe(error)) from error
+
     # ---- small things ---------------------------------------------------------------
+
+    @property
+    def _at_a_time(self) -> int:
+        """Sequences that go through the model together."""
+        return self.options.micro_batch or self.options.batch
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:

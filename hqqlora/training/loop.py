@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -67,6 +67,7 @@ def train(
     options: TrainOptions,
     progress: Progress,
     save: Callable[[], None],
+    measure: Callable[[], None],
 ) -> None:
     """Takes the steps that `progress` lacks, and records each in it.
 
@@ -74,6 +75,7 @@ def train(
         model: with adapters; only parameters that require a gradient are trained.
         examples: the sequences to learn from.
         save: writes a checkpoint of the state between two steps.
+        measure: measures the held-out loss between two steps, and records it.
 
     Raises:
         DivergedError: a loss or gradient is not finite.
@@ -96,14 +98,20 @@ def train(
             speed = tokens / progress.seconds[-1]
             bar.set_postfix_str(f"loss {progress.losses[-1]:.3f}, {speed:,.0f} tokens/s", False)
             bar.update()
-            due = options.checkpoint_every and progress.step % options.checkpoint_every == 0
-            if stop or (due and progress.step < options.steps):
+            last = progress.step == options.steps  # after which its caller measures and saves
+            if _is_due(progress.step, options.eval_every) and not last:
+                measure()
+            if stop or (_is_due(progress.step, options.checkpoint_every) and not last):
                 save()
             if stop:
                 raise StopRequestedError(
                     f"stopped after step {progress.step} of {options.steps}", stop[0]
                 )
     model.eval()
+
+
+def _is_due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
 
 
 def _take_step(
@@ -120,12 +128,12 @@ def _take_step(
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.zero_grad(set_to_none=True)
-    batch = examples.batch(step, options.batch, options.seed)
+    parts = examples.parts(step, options.batch, options.seed, options.micro_batch)
     random_state = torch.get_rng_state()
-    value = loss.backward(*batch)
+    value = _add_gradients(loss, parts)
     norm = nn.utils.clip_grad_norm_(parameters, options.clip or math.inf).item()
     if not (math.isfinite(value) and math.isfinite(norm)):
-        place = _where_it_begins(loss, batch, random_state)
+        place = _where_it_begins(loss, parts, random_state)
         raise DivergedError(
             f"step {step + 1}: the loss is {value:g} and the gradient's norm {norm:g}; {place}"
             "try a lower --learning-rate"
@@ -137,12 +145,18 @@ def _take_step(
     progress.seconds.append(time.perf_counter() - start)
 
 
-def _where_it_begins(loss: NextTokenLoss, batch: Batch, random_state: Tensor) -> str:
+def _add_gradients(loss: NextTokenLoss, parts: Sequence[Batch]) -> float:
+    """Adds the gradient of the mean loss over all parts to the parameters'; that loss."""
+    predictions = sum(part.predictions for part in parts)
+    return sum(loss.backward(*part, predictions=predictions) for part in parts)
+
+
+def _where_it_begins(loss: NextTokenLoss, parts: Sequence[Batch], random_state: Tensor) -> str:
     """Takes the step again, with the masks it had, to find the layer; a clause, or nothing."""
 
     def again() -> None:
         torch.set_rng_state(random_state)
-        loss.backward(*batch)
+        _add_gradients(loss, parts)
 
     place = find_nonfinite(loss.model, again)
     return "" if place is None else f"{place}; "

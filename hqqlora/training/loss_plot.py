@@ -37,11 +37,10 @@ def draw_loss(log: Mapping[str, Any], path: Path) -> bool:
     axes.axhline(
         held_out["quantized"], color="tab:red", linestyle=":", label=f"held out: {name}"
     )
+    measured = [(entry["step"], entry["loss"]) for entry in log["held_out_losses"]]
     axes.plot(
-        len(losses),
-        held_out["fine_tuned"],
+        *zip(*measured, (len(losses), held_out["fine_tuned"]), strict=True),
         marker="o",
-        linestyle="none",
         color="tab:green",
         label=f"held out: {name} + LoRA",
     )

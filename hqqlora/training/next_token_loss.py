@@ -48,20 +48,27 @@ class NextTokenLoss:
         return total
 
     def backward(
-        self, ids: Tensor, labels: Tensor | None = None, mask: Tensor | None = None
+        self,
+        ids: Tensor,
+        labels: Tensor | None = None,
+        mask: Tensor | None = None,
+        *,
+        predictions: int | None = None,
     ) -> float:
         """The mean loss of ids [batch, length]; adds its gradient to the parameters'.
 
         With `labels` [batch, length] the mean is that over the whole batch's labels other than
         -100, at least one behind a row's first token; `mask` [batch, length] is 0 at padding.
+        With `predictions` the sum of the loss is divided by that many, where these are a part
+        of a larger batch.
         """
         states, targets = self._states(ids, labels, mask)
         leaf = states.detach().requires_grad_(states.requires_grad)
-        total = 0.0
+        total, count = 0.0, predictions or len(targets)
         for chunk, target in zip(
             torch.split(leaf, _CHUNK), torch.split(targets, _CHUNK), strict=True
         ):
-            loss = F.cross_entropy(self._logits(chunk), target, reduction="sum") / len(targets)
+            loss = F.cross_entropy(self._logits(chunk), target, reduction="sum") / count
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.item()
         if leaf.grad is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -154,8 +155,23 @@ class TrainOptions:
     steps: int = _option(
         _TRAINING, 60, "optimizer steps", type=positive_integer, metavar="STEPS"
     )
+    epochs: float | None = _option(
+        _TRAINING,
+        None,
+        "instead of --steps: as many as take in every sequence so many times",
+        type=_rate,
+        metavar="TIMES",
+    )
     batch: int = _option(
         _TRAINING, 4, "sequences in a step", type=positive_integer, metavar="SEQUENCES"
+    )
+    micro_batch: int | None = _option(
+        _TRAINING,
+        None,
+        "of these, sequences that go through the model at a time: less memory, and the same "
+        "step (default: all)",
+        type=positive_integer,
+        metavar="SEQUENCES",
     )
     sequence_length: int = _option(
         _TRAINING,
@@ -231,6 +247,14 @@ class TrainOptions:
         "hqqlora-run)",
         action="store_true",
     )
+    eval_every: int = _option(
+        _OUTPUT,
+        0,
+        "steps between measurements of the held-out perplexity; the adapter of the lowest is "
+        "kept, too, as adapter-best; 0: only at the end",
+        type=non_negative_integer,
+        metavar="STEPS",
+    )
     checkpoint_every: int = _option(
         _OUTPUT,
         10,
@@ -252,6 +276,12 @@ class TrainOptions:
         type=non_negative_integer,
         metavar="TOKENS",
     )
+
+    def steps_for(self, sequences: int) -> int:
+        """Of a run that learns from so many sequences."""
+        if self.epochs is None:
+            return self.steps
+        return max(1, math.ceil(self.epochs * sequences / self.batch))
 
     @property
     def weighs_columns(self) -> bool:
@@ -291,6 +321,8 @@ def from_namespace(namespace: argparse.Namespace) -> tuple[TrainOptions, frozens
     options = TrainOptions(**given)
     if options.overwrite and options.resume:
         raise UsageError("--overwrite and --resume exclude each other")
+    if {"steps", "epochs"} <= given.keys():
+        raise UsageError("--steps and --epochs exclude each other")
     return options, frozenset(given)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,12 @@ def build_log(
             "tokens_per_second": sum(tokens) / training,
         },
         "steps": steps,
+        "held_out_losses": [
+            {"step": step, "loss": loss}
+            for step, loss in zip(
+                progress.measured_after, progress.held_out_losses, strict=True
+            )
+        ],
     }
 
 
@@ -50,6 +57,16 @@ def write_log(log: Mapping[str, Any], path: Path) -> None:
         OSError: it cannot be written.
     """
     write_json(path, log)
+
+
+def best_step(log: Mapping[str, Any]) -> int | None:
+    """The step after which the held-out loss was lowest; None if that was the last one, or
+    nothing was measured between steps."""
+    measured = log.get("held_out_losses")  # which older logs have not
+    if not measured:
+        return None
+    best = min(measured, key=lambda entry: entry["loss"])
+    return best["step"] if best["loss"] < log["held_out_loss"]["fine_tuned"] else None
 
 
 def quantized_name(log: Mapping[str, Any]) -> str:
@@ -92,6 +109,9 @@ def format_table(log: Mapping[str, Any]) -> str:
         row = [f"{cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True)]
         lines.append("   ".join([f"{name:<{widths[0]}}", *row]).rstrip())
     lines.insert(1, "-" * (sum(widths) + 3 * (len(widths) - 1)))
+    best = best_step(log)
+    if best is not None:
+        lines += ["", f"held-out perplexity was lowest after step {best}: {_lowest(log)}"]
     lines += [
         "",
         f"perplexity over {perplexity['tokens']:,} held-out tokens; training: "
@@ -102,6 +122,10 @@ def format_table(log: Mapping[str, Any]) -> str:
         "time: " + ", ".join(f"{k} {v:.0f} s" for k, v in log["seconds"].items()),
     ]
     return "\n".join(lines)
+
+
+def _lowest(log: Mapping[str, Any]) -> str:
+    return _perplexity(math.exp(min(entry["loss"] for entry in log["held_out_losses"])))
 
 
 def _perplexity(value: float) -> str:

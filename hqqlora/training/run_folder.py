@@ -19,6 +19,8 @@ class RunFolder:
         """Names a folder; nothing is touched yet."""
         self.path = Path(path)
         self.adapter = self.path / "adapter"
+        self.best_adapter = self.path / "adapter-best"
+        self._adapters = (self.adapter, self.best_adapter)
         self.log = self.path / "train_log.json"
         self.curve = self.path / "loss.png"
         self.importance = self.path / "importance.safetensors"
@@ -63,7 +65,7 @@ class RunFolder:
                 self.path.mkdir(parents=True)
                 self._created = True
             check_writable(self.path)
-            for file in (self.log, self.curve, self.checkpoint, self.adapter):
+            for file in (self.log, self.curve, self.checkpoint, *self._adapters):
                 remove_leavings(file)  # of a run that was killed
         except OSError as error:
             self.release()
@@ -72,13 +74,19 @@ class RunFolder:
                 f"cannot write into the output folder {self.path}: {reason}"
             ) from error
 
-    def clear_results(self) -> None:
+    def clear_results(self, *, but_best: bool) -> None:
         """Removes what an earlier run has ended with here, and nothing else. The log, by which
-        the run counts as finished, goes first."""
+        the run counts as finished, goes first. `but_best`: the best adapter is this run's."""
         for file in (self.log, self.curve, self.importance):
             file.unlink(missing_ok=True)
-        if self.adapter.is_dir():
-            remove_folder(self.adapter)
+        for adapter in self._adapters:
+            if adapter.is_dir() and not (but_best and adapter == self.best_adapter):
+                remove_folder(adapter)
+
+    def clear_best(self) -> None:
+        """Removes the best adapter, where there is one."""
+        if self.best_adapter.is_dir():
+            remove_folder(self.best_adapter)
 
     def release(self) -> None:
         """Removes the folder again if this run made it and nothing is in it."""
