@@ -175,7 +175,7 @@ def test_identity_through_small_products(ops, dtype, nbits, axis):
 # ---- every kernel, every shape -----------------------------------------------------------
 
 
-@pytest.mark.parametrize("kernel", ["reference", "direct", "blocked"])
+@pytest.mark.parametrize("kernel", ["reference", "direct", "blocked", "tiled"])
 def test_every_kernel_is_accurate(monkeypatch, kernel):
     use(monkeypatch, kernel)
     cases = [c for c in test_ops.covering_cases() if c[0] * c[1] * c[2] < 200_000]
@@ -184,7 +184,7 @@ def test_every_kernel_is_accurate(monkeypatch, kernel):
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3, 8, 16, 17, 32, 64, 100, 128])
-@pytest.mark.parametrize("M", [1, 20, 150])
+@pytest.mark.parametrize("M", [1, 20, 150, 200])
 def test_ranks(M, rank):
     N, K = 96, 160
     dtype = FLOATING[(rank + M) % 3]
@@ -193,7 +193,7 @@ def test_ranks(M, rank):
     check_everything(M, weight, adapter, dtype, torch.randn(N).to(dtype))
 
 
-@pytest.mark.parametrize("kernel", ["direct", "blocked"])
+@pytest.mark.parametrize("kernel", ["direct", "blocked", "tiled"])
 @pytest.mark.parametrize("dtype", FLOATING, ids=str)
 def test_dropout(monkeypatch, dtype, kernel):
     """The mask is the CPU's for the same seed."""
@@ -208,7 +208,7 @@ def test_dropout(monkeypatch, dtype, kernel):
         check_everything(M, weight, adapter, dtype, None, seed, p)
 
 
-@pytest.mark.parametrize("M", [3, 16, 90])
+@pytest.mark.parametrize("M", [3, 16, 90, 200])
 @pytest.mark.parametrize("dtype", FLOATING, ids=str)
 def test_rows_of_a_larger_matrix(dtype, M):
     """Sliced inputs, at addresses and strides of any alignment, give the same bits."""
@@ -314,6 +314,7 @@ def some_of_everything():
         (70, 3, 1, torch.bfloat16),
         (5, 2, 1, torch.float32),
         (40, 1, 0, torch.bfloat16),
+        (200, 4, 1, torch.float16),
     ):
         N, K = 128, 192
         weight, adapter = random_weight(N, K, 64, nbits, axis, dtype), random_adapter(N, K, 8)

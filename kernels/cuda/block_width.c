@@ -37,7 +37,7 @@ enum { STEP = 64 }; /* outputs; what dequantize's fast path and the tiles like *
 #endif
 #define BLOCK_BYTES_MOST ((int64_t)64 << 20)
 
-#define OVERHEAD_OPERATIONS (3.0 * (1 << 23)) /* about 3 us of an H100's bf16 */
+#define OVERHEAD_OPERATIONS (2.0 * HQQ_CUDA_LAUNCH_OPERATIONS) /* of two kernels */
 #define TOLERANCE           1.04
 
 typedef struct product_shape {
@@ -97,10 +97,10 @@ static int64_t widest(const product_shape *s)
     return width < STEP ? STEP : width;
 }
 
-int64_t hqq_cuda_block_width(int64_t outputs, int64_t length, int64_t M, hqq_dtype dtype,
-                             const hqq_cuda_device *device)
+static product_shape shape_of(int64_t outputs, int64_t length, int64_t M, hqq_dtype dtype,
+                              const hqq_cuda_device *device)
 {
-    product_shape s = {
+    return (product_shape){
         .outputs = outputs,
         .length = length,
         .M = M,
@@ -109,6 +109,12 @@ int64_t hqq_cuda_block_width(int64_t outputs, int64_t length, int64_t M, hqq_dty
         .l2_bytes = device->l2_bytes,
         .multiprocessors = device->multiprocessors > 0 ? device->multiprocessors : 1,
     };
+}
+
+int64_t hqq_cuda_block_width(int64_t outputs, int64_t length, int64_t M, hqq_dtype dtype,
+                             const hqq_cuda_device *device)
+{
+    product_shape s = shape_of(outputs, length, M, dtype, device);
     int64_t most = widest(&s);
     double least = total_cost(&s, most);
     for (int64_t width = STEP; width < most; width += STEP) {
@@ -118,4 +124,11 @@ int64_t hqq_cuda_block_width(int64_t outputs, int64_t length, int64_t M, hqq_dty
     for (int64_t width = STEP; width < most; width += STEP)
         if (total_cost(&s, width) <= TOLERANCE * least) return width;
     return most;
+}
+
+double hqq_cuda_blocks_cost(int64_t outputs, int64_t length, int64_t M, hqq_dtype dtype,
+                            const hqq_cuda_device *device)
+{
+    product_shape s = shape_of(outputs, length, M, dtype, device);
+    return total_cost(&s, hqq_cuda_block_width(outputs, length, M, dtype, device));
 }

@@ -13,6 +13,14 @@ extern "C" {
 int64_t hqq_cuda_block_width(int64_t outputs, int64_t length, int64_t M, hqq_dtype dtype,
                              const hqq_cuda_device *device);
 
+/* What blocks of that width cost, as block_width.c reckons: operations of one multiprocessor.
+ */
+double hqq_cuda_blocks_cost(int64_t outputs, int64_t length, int64_t M, hqq_dtype dtype,
+                            const hqq_cuda_device *device);
+
+/* What a launch costs in that unit: about 1.5 us of an H100. */
+#define HQQ_CUDA_LAUNCH_OPERATIONS (1.5 * (1 << 23))
+
 #ifdef __cplusplus
 }
 #endif

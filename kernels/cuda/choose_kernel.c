@@ -7,11 +7,16 @@
  * through L2: at 14336 x 4096 on an H100 an estimated 60 us for 192 rows by the one, 90 us by
  * the other. Not measured: a threshold with room on its side. fp32 has no tensor-core path: its
  * dot products cost M times the codes, and 8 rows are what hides behind the memory.
+ *
+ * Above that, on compute capability 9.0 and at axis 1, the wide products multiply with the codes
+ * at a GEMM's pace, and save the way through L2 and a launch a block. Where outputs and rows make
+ * few tiles, blocks can still win: wide_product.c and block_width.c reckon what either costs.
  */
 #include "plan.h"
 
 #include "format.h"
 #include "small_product.h"
+#include "wide_product.h"
 
 enum { SMALL_ROWS_MOST = 192, SMALL_ROWS_MOST_F32 = 8 };
 
@@ -31,23 +36,37 @@ static int is_sound(const hqq_weight *w)
            elements <= INT64_C(1) << 60 && elements % w->group_size == 0;
 }
 
+/* Of the kernel of many tokens and of blocks. */
+static hqq_kernel of_many_rows(const hqq_weight *weight, int64_t M, hqq_dtype dtype,
+                               int transpose, hqq_kernel forced, const hqq_cuda_device *device)
+{
+    if (!hqq_cuda_wide_serves(weight, M, dtype, device)) return HQQ_KERNEL_BLOCKED;
+    return forced == HQQ_KERNEL_TILED ||
+                   hqq_cuda_wide_is_faster(weight, M, dtype, transpose, device)
+               ? HQQ_KERNEL_TILED
+               : HQQ_KERNEL_BLOCKED;
+}
+
 hqq_kernel hqq_cuda_kernel_for(const hqq_weight *weight, int64_t M, hqq_dtype dtype,
-                               int transpose, hqq_kernel forced)
+                               int transpose, hqq_kernel forced, const hqq_cuda_device *device)
 {
     if (forced == HQQ_KERNEL_REFERENCE || forced == HQQ_KERNEL_BLOCKED) return forced;
+    if (!is_sound(weight) || !is_dtype(dtype)) return HQQ_KERNEL_BLOCKED;
     int64_t most = dtype == HQQ_F32 ? SMALL_ROWS_MOST_F32 : SMALL_ROWS_MOST;
-    if (forced != HQQ_KERNEL_DIRECT && M > most) return HQQ_KERNEL_BLOCKED;
-    return is_sound(weight) && is_dtype(dtype) &&
-                   hqq_cuda_small_serves(weight, M, dtype, transpose)
-               ? HQQ_KERNEL_DIRECT
-               : HQQ_KERNEL_BLOCKED;
+    if (forced == HQQ_KERNEL_TILED || (forced != HQQ_KERNEL_DIRECT && M > most))
+        return of_many_rows(weight, M, dtype, transpose, forced, device);
+    return hqq_cuda_small_serves(weight, M, dtype, transpose) ? HQQ_KERNEL_DIRECT
+                                                              : HQQ_KERNEL_BLOCKED;
 }
 
 hqq_kernel hqq_choose_kernel(const hqq_weight *weight, int64_t M, hqq_dtype dtype,
                              int32_t transpose, hqq_isa isa)
 {
     (void)isa;
-    return hqq_cuda_kernel_for(weight, M, dtype, transpose, HQQ_KERNEL_AUTO);
+    hqq_cuda_device device;
+    int known = hqq_cuda_current_device(&device) == HQQ_OK;
+    return hqq_cuda_kernel_for(weight, M, dtype, transpose, HQQ_KERNEL_AUTO,
+                               known ? &device : NULL);
 }
 
 /* Instruction sets are the CPU's; here there is one set of kernels. */

@@ -3,7 +3,7 @@
  * that runs kernels on the CPU, for the tests. The same source serves both, so
  *   - kernels are launched with hqq_launch, never <<<>>>;
  *   - shared memory is HQQ_SHARED(type, name) or hqq_dynamic_shared<T>(), never __shared__;
- *   - inline PTX lives in ptx.cuh alone;
+ *   - inline PTX lives in ptx.cuh and ptx_warpgroup.cuh alone;
  *   - nothing waits for another block, and no thread returns before a barrier.
  */
 #ifndef HQQ_KERNELS_CUDA_CUDA_CUH

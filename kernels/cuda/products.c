@@ -6,7 +6,7 @@
  *     backward   dyb = dy B;   dB = s dy^T xa;   dA = s dyb^T drop(x);
  *                dx = dy W + addend(dyb, A, drop')
  *
- * Small products add the addend themselves, in fp32; large ones find it in memory, rounded to
+ * Small products add the addend themselves, in fp32; others find it in memory, rounded to
  * y's dtype. All is enqueued on the context's stream: nothing waits or allocates, so a CUDA
  * graph can capture it.
  */
@@ -23,6 +23,7 @@
 #include "reference.h"
 #include "small_product.h"
 #include "status.h"
+#include "wide_product.h"
 #include "workspace.h"
 
 static void *stream_of(const hqq_context *context)
@@ -51,7 +52,7 @@ static product_plan make_plan(hqq_arena *arena, const hqq_cuda_device *device,
 {
     product_plan plan = {.device = *device};
     plan.kernel = hqq_cuda_kernel_for(weight, M, dtype, transpose,
-                                      context ? context->kernel : HQQ_KERNEL_AUTO);
+                                      context ? context->kernel : HQQ_KERNEL_AUTO, device);
     if (plan.kernel == HQQ_KERNEL_REFERENCE) return plan;
     size_t scratch = 0;
     if (lora) {
@@ -61,11 +62,15 @@ static product_plan make_plan(hqq_arena *arena, const hqq_cuda_device *device,
         scratch =
             hqq_cuda_lora_workspace(lora, M, weight->out_features, weight->in_features, device);
     }
-    size_t product =
-        plan.kernel == HQQ_KERNEL_DIRECT
-            ? hqq_cuda_small_workspace(weight, M, dtype, transpose, device)
-            : hqq_cuda_large_workspace(weight, M, dtype, transpose, device, context);
-    plan.scratch = hqq_arena_take(arena, larger(scratch, product));
+    if (plan.kernel == HQQ_KERNEL_DIRECT)
+        scratch =
+            larger(scratch, hqq_cuda_small_workspace(weight, M, dtype, transpose, device));
+    if (plan.kernel == HQQ_KERNEL_TILED)
+        scratch = larger(scratch, hqq_cuda_wide_workspace(weight, M, transpose, device));
+    if (plan.kernel == HQQ_KERNEL_BLOCKED)
+        scratch = larger(
+            scratch, hqq_cuda_large_workspace(weight, M, dtype, transpose, device, context));
+    plan.scratch = hqq_arena_take(arena, scratch);
     return plan;
 }
 
@@ -90,6 +95,9 @@ static hqq_status multiply(void *out, const void *in, int64_t ld_in, const hqq_w
     if (plan->kernel == HQQ_KERNEL_DIRECT)
         return hqq_cuda_small_product(out, in, ld_in, weight, addend, M, dtype, transpose,
                                       plan->scratch, &plan->device, stream_of(context));
+    if (plan->kernel == HQQ_KERNEL_TILED)
+        return hqq_cuda_wide_product(out, in, ld_in, weight, addend, M, dtype, transpose,
+                                     plan->scratch, &plan->device, stream_of(context));
     return hqq_cuda_large_product(out, in, ld_in, weight, addend, M, dtype, transpose,
                                   plan->scratch, &plan->device, context);
 }

@@ -10,6 +10,7 @@ file(CONFIGURE OUTPUT emulated.map CONTENT "${map}" @ONLY)
 
 function(emulated_library target check)
   add_cuda_on_cpu_library(${target}_kernels SOURCES ${HQQLORA_CUDA_KERNEL_SOURCES_FULL}
+    ${HQQLORA_CUDA_WIDE_SOURCES_FULL}
     CHECK ${check})
   hqqlora_library(${target} ${CMAKE_CURRENT_BINARY_DIR}/emulated.map
     ${PROJECT_SOURCE_DIR}/kernels/status.c
@@ -17,7 +18,8 @@ function(emulated_library target check)
     ${CUDA_ON_CPU_DIR}/gemm_on_cpu.c)
   target_include_directories(${target} PRIVATE ${PROJECT_SOURCE_DIR}/kernels/cuda)
   # weights of any size are cut into blocks, so that small tests see several
-  target_compile_definitions(${target} PRIVATE HQQ_CUDA_WHOLE_BYTES_MOST=0)
+  target_compile_definitions(${target} PRIVATE HQQ_CUDA_WHOLE_BYTES_MOST=0
+    HQQ_CUDA_HAS_WIDE=1)
   target_link_libraries(${target} PRIVATE ${target}_kernels Threads::Threads)
   set_target_properties(${target} PROPERTIES LINKER_LANGUAGE CXX)
 endfunction()

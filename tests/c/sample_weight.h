@@ -19,7 +19,7 @@
 
 /* The last kernel of hqqlora.h, and the last that is a kernel of its own on this backend. */
 #define LAST_NAMED_KERNEL HQQ_KERNEL_TILED
-#define LAST_KERNEL       (HQQ_TEST_CUDA ? HQQ_KERNEL_BLOCKED : LAST_NAMED_KERNEL)
+#define LAST_KERNEL       LAST_NAMED_KERNEL
 
 static const int all_bits[] = {8, 4, 3, 2, 1};
 enum { BIT_WIDTHS = sizeof all_bits / sizeof *all_bits };

@@ -125,7 +125,8 @@ static int check_choice(void)
     } while (0)
     CHOOSES(DIRECT, 1, HQQ_BF16, (void)0);
     CHOOSES(DIRECT, 192, HQQ_BF16, (void)0);
-    CHOOSES(BLOCKED, 193, HQQ_BF16, (void)0);
+    CHOOSES(TILED, 193, HQQ_BF16, (void)0);
+    CHOOSES(BLOCKED, 193, HQQ_BF16, changed.axis = 0);
     CHOOSES(BLOCKED, 9, HQQ_F32, changed.meta_dtype = HQQ_F32);
     for (int b = 0; b < BIT_WIDTHS; b++)
         if (hqq_word_bytes(all_bits[b]) == 1)

@@ -8,7 +8,7 @@
 
 namespace on_cpu
 {
-enum class Collective { syncwarp, shuffle, vote, reduce, match, ldmatrix, mma };
+enum class Collective { syncwarp, shuffle, vote, reduce, match, ldmatrix, mma, warpgroup };
 
 typedef void (*Execute)(void **slot_of_lane, unsigned mask);
 

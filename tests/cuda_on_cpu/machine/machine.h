@@ -15,6 +15,7 @@
 #include "../control.h"
 #include "copies.h"
 #include "fiber.h"
+#include "products.h"
 #include "race_checker.h"
 #include "schedule.h"
 #include "shared_memory.h"
@@ -27,10 +28,11 @@ enum class State { ready, at_barrier, at_collective, returned };
 
 struct Thread : Position {
     State state;
-    Site site;            /* of the last barrier or collective; line 0: none yet */
-    unsigned mask;        /* at_collective: of whom it waits for */
-    bool predicate;       /* at_barrier */
-    PendingCopies copies; /* cp.async */
+    Site site;                /* of the last barrier or collective; line 0: none yet */
+    unsigned mask;            /* at_collective: of whom it waits for */
+    bool predicate;           /* at_barrier */
+    PendingCopies copies;     /* cp.async */
+    PendingProducts products; /* wgmma */
     Fiber fiber;
 };
 

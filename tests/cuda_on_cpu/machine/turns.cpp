@@ -115,6 +115,7 @@ static void run_thread()
     machine->body(machine->arguments);
     Thread *me = this_thread();
     me->copies.require_none();
+    me->products.require_none();
     me->state = State::returned;
     machine->running--;
     Thread *next = pick();
@@ -141,6 +142,7 @@ void run_block()
         Thread *thread = m.threads[i].get();
         thread->site = {"", 0};
         thread->copies.clear();
+        thread->products.clear();
         thread->fiber.prepare(run_thread, i);
         make_ready(thread);
     }

@@ -26,9 +26,10 @@ static void check_mask(const Warp &warp, Collective kind, unsigned mask, Site si
     if (!(mask >> self->lane & 1))
         fail("%s:%d: the calling lane %u is not in its mask %08x", base_name(site.file),
              site.line, self->lane, mask);
-    bool whole_warp = kind == Collective::ldmatrix || kind == Collective::mma;
+    bool whole_warp = kind == Collective::ldmatrix || kind == Collective::mma ||
+                      kind == Collective::warpgroup;
     if (whole_warp && warp.lanes != 0xffffffffu)
-        fail("%s:%d: ldmatrix and mma need a whole warp; this one has lanes %08x",
+        fail("%s:%d: ldmatrix, mma and wgmma need a whole warp; this one has lanes %08x",
              base_name(site.file), site.line, warp.lanes);
 }
 

@@ -1,6 +1,6 @@
 /* One bug a kernel, of the kinds that CUDA kernels have. `bug` plants it. The test looks up the
  * lines marked @, and finds them named in the messages. */
-#include "ptx.cuh"
+#include "ptx_warpgroup.cuh"
 
 #include "planted_bugs.h"
 
@@ -253,6 +253,66 @@ static hqq_status run_load_rows(RowBug bug, Floats &out, Floats &expected)
     return hqq_launch(load_rows, dim3(1), dim3(32), 512, nullptr, out.data(), bug);
 }
 
+/* ---- products of a warpgroup */
+
+enum ProductBug {
+    NO_PRODUCT_BUG,
+    ROWS_TOO_EARLY,    /* written before the product that reads them is waited for */
+    NO_BARRIER_BEFORE, /* between those who write the rows and the product */
+    REGISTERS_TOO_EARLY,
+    PRODUCT_NEVER_WAITED_FOR,
+    PRODUCT_NEVER_COMMITTED,
+    PART_OF_A_WARPGROUP,
+    ROWS_MISPLACED,
+    ROWS_OUTSIDE
+};
+
+/* In two rounds thread t writes t % 7 + round into 16 elements of row t; A is all ones: out[t]
+ * is the sum of the thread's 64 sums. */
+__global__ void multiply_rows(float *out, ProductBug bug)
+{
+    unsigned char *rows = hqq_dynamic_shared<unsigned char>();
+    rows += (1024 - (reinterpret_cast<uintptr_t>(rows) & 1023)) & 1023;
+    const __nv_bfloat16 type = __nv_bfloat16();
+    int t = threadIdx.x;
+    float d[64];
+    for (float &sum : d) sum = 0;
+    uint32_t ones[4] = {0x3f803f80, 0x3f803f80, 0x3f803f80, 0x3f803f80};
+    const void *from = rows + (bug == ROWS_MISPLACED ? 16 : bug == ROWS_OUTSIDE ? 1024 : 0);
+    ptx_warpgroup_begin();
+    for (int round = 0; round < 2; round++) {
+        for (int i = 0; i < 8 && t >= 64; i++) __syncwarp(); /* some warps are slower */
+        for (int i = 0; i < 16; i++)
+            reinterpret_cast<__nv_bfloat16 *>(rows + 128 * t + 16 * (i / 8 ^ (t & 7)))[i % 8] =
+                __float2bfloat16_rn(static_cast<float>(t % 7 + round));
+        ptx_warpgroup_publish();
+        if (bug != NO_BARRIER_BEFORE) __syncthreads();
+        ptx_warpgroup_mma(d, ones, from, type); /* @product */
+        if (bug != PRODUCT_NEVER_COMMITTED || round == 0) ptx_warpgroup_commit();
+        if (bug == REGISTERS_TOO_EARLY && round == 1) ones[0] = 0;
+        bool waits = bug != ROWS_TOO_EARLY || round == 1;
+        if (waits && !(bug == PRODUCT_NEVER_WAITED_FOR && round == 1)) ptx_warpgroup_wait<0>();
+        if (waits) __syncthreads();
+    }
+    ptx_warpgroup_arrived(d);
+    float sum = 0;
+    for (float part : d) sum += part;
+    out[t] = sum;
+}
+
+static hqq_status run_multiply_rows(ProductBug bug, Floats &out, Floats &expected)
+{
+    unsigned threads = bug == PART_OF_A_WARPGROUP ? 96 : 128;
+    out.assign(128, 0);
+    expected.assign(128, 0);
+    for (int t = 0; t < 128; t++)
+        for (int j = 0; j < 16; j++)
+            for (int i = 0; i < 2; i++) /* two rows, 16 elements, two rounds */
+                expected[t] += static_cast<float>(32 * (2 * ((8 * j + t % 4 * 2 + i) % 7) + 1));
+    return hqq_launch(multiply_rows, dim3(1), dim3(threads), 1024 + 128 * 128, nullptr,
+                      out.data(), bug);
+}
+
 /* ---- memory */
 
 enum MemoryBug {
@@ -365,6 +425,14 @@ const PlantedBug PLANTED_BUGS[] = {
     BUG("ldmatrix: misaligned row", run_load_rows, MISALIGNED_ROW),
     BUG("ldmatrix: row outside", run_load_rows, ROW_OUTSIDE),
     BUG("ldmatrix: another row", run_load_rows, OTHER_ROW),
+    BUG("rows written before the wait", run_multiply_rows, ROWS_TOO_EARLY),
+    BUG("no barrier before the product", run_multiply_rows, NO_BARRIER_BEFORE),
+    BUG("registers written before the wait", run_multiply_rows, REGISTERS_TOO_EARLY),
+    BUG("wgmma never waited for", run_multiply_rows, PRODUCT_NEVER_WAITED_FOR),
+    BUG("wgmma never committed", run_multiply_rows, PRODUCT_NEVER_COMMITTED),
+    BUG("wgmma in three warps", run_multiply_rows, PART_OF_A_WARPGROUP),
+    BUG("wgmma: misplaced rows", run_multiply_rows, ROWS_MISPLACED),
+    BUG("wgmma: rows outside", run_multiply_rows, ROWS_OUTSIDE),
     BUG("overflow of dynamic shared memory", run_move_vectors, SHARED_OVERFLOW),
     BUG("overflow of static shared memory", run_move_vectors, STATIC_OVERFLOW),
     BUG("load past the end", run_move_vectors, LOAD_PAST_END),

@@ -1,0 +1,151 @@
+/* Which products the kernel of many tokens serves, when, and its launch. */
+#include "wide_product.h"
+
+#include "block_width.h"
+#include "format.h"
+#include "integers.h"
+#include "lora.h"
+#include "status.h"
+#include "wide_launch.h"
+
+/* Whether the library holds it: it has to be compiled for sm_90a (CMakeLists.txt). */
+#ifndef HQQ_CUDA_HAS_WIDE
+#define HQQ_CUDA_HAS_WIDE 0
+#endif
+
+int hqq_cuda_wide_serves(const hqq_weight *w, int64_t M, hqq_dtype dtype,
+                         const hqq_cuda_device *device)
+{
+    const int64_t most = INT64_C(1) << 30; /* sizes are ints */
+    if (!HQQ_CUDA_HAS_WIDE || !device || device->compute_capability != 90) return 0;
+    hqq_layout l =
+        hqq_layout_make(w->out_features, w->in_features, w->group_size, w->nbits, w->axis);
+    return dtype != HQQ_F32 && w->meta_dtype == dtype && w->axis == 1 && hqq_rows_align(&l) &&
+           hqq_groups_align(&l) && l.words % (8 * l.K) == 0 && l.K % HQQ_WIDE_CHUNK == 0 &&
+           l.G % HQQ_WIDE_CHUNK == 0 && M <= most && l.N <= most && l.K <= most &&
+           l.elements / 8 < INT32_MAX && M * l.N / 2048 < INT32_MAX / 2 &&
+           M * l.K / 2048 < INT32_MAX / 2 && (uintptr_t)w->packed % 16 == 0;
+}
+
+/* ---- tiles and splits ------------------------------------------------------------------- */
+
+typedef struct wide_grid {
+    int64_t token_tiles, output_tiles, chunks;
+    int64_t splits, chunks_per_split;
+    double cost; /* in the unit of block_width.c: operations of a multiprocessor */
+} wide_grid;
+
+static int64_t outputs_of(const hqq_weight *w, int transpose)
+{
+    return transpose ? w->in_features : w->out_features;
+}
+
+/* A sum that is split is written and read once more, in fp32, through L2: 8 bytes a part. */
+static double cost_of(const wide_grid *g, int64_t M, int64_t outputs, int64_t processors)
+{
+    /* an operation takes a little longer than one of a GEMM: tiles are smaller, so that L2
+     * delivers half as much again for each */
+    const double factor = 1.05, operations_per_byte = 128.0;
+    int64_t blocks = g->token_tiles * g->output_tiles * g->splits;
+    double chunk = 2.0 * HQQ_WIDE_OUTPUTS * HQQ_WIDE_TOKENS * HQQ_WIDE_CHUNK * factor;
+    double cost =
+        (double)hqq_ceil_div(blocks, processors) * (double)g->chunks_per_split * chunk;
+    if (g->splits == 1) return cost + HQQ_CUDA_LAUNCH_OPERATIONS;
+    double bytes = 8.0 * (double)g->splits * (double)M * (double)outputs;
+    return cost + 2 * HQQ_CUDA_LAUNCH_OPERATIONS +
+           bytes * operations_per_byte / (double)processors;
+}
+
+/* With the splits that cost least, none of them without a chunk. */
+static wide_grid grid_of(const hqq_weight *w, int64_t M, int transpose,
+                         const hqq_cuda_device *device)
+{
+    enum { SPLITS_MOST = 16 };
+    int64_t outputs = outputs_of(w, transpose), per = hqq_slots_per_word(w->nbits);
+    int64_t processors = device->multiprocessors > 0 ? device->multiprocessors : 1;
+    wide_grid g = {.token_tiles = hqq_ceil_div(M, HQQ_WIDE_TOKENS),
+                   .output_tiles = hqq_ceil_div(outputs, HQQ_WIDE_OUTPUTS)};
+    g.chunks = transpose ? hqq_ceil_div(w->out_features / per, HQQ_WIDE_CHUNK / per)
+                         : w->in_features / HQQ_WIDE_CHUNK;
+    wide_grid best = g;
+    for (int64_t splits = 1; splits <= SPLITS_MOST && splits <= g.chunks; splits++) {
+        g.chunks_per_split = hqq_ceil_div(g.chunks, splits);
+        g.splits = hqq_ceil_div(g.chunks, g.chunks_per_split);
+        g.cost = cost_of(&g, M, outputs, processors);
+        if (splits == 1 || g.cost < best.cost) best = g;
+    }
+    return best;
+}
+
+int hqq_cuda_wide_splits(const hqq_weight *weight, int64_t M, int transpose,
+                         const hqq_cuda_device *device)
+{
+    return (int)grid_of(weight, M, transpose, device).splits;
+}
+
+int hqq_cuda_wide_is_faster(const hqq_weight *w, int64_t M, hqq_dtype dtype, int transpose,
+                            const hqq_cuda_device *device)
+{
+    int64_t length = outputs_of(w, !transpose);
+    return grid_of(w, M, transpose, device).cost <
+           hqq_cuda_blocks_cost(outputs_of(w, transpose), length, M, dtype, device);
+}
+
+size_t hqq_cuda_wide_workspace(const hqq_weight *weight, int64_t M, int transpose,
+                               const hqq_cuda_device *device)
+{
+    int64_t splits = grid_of(weight, M, transpose, device).splits;
+    if (splits == 1) return 0;
+    return (size_t)splits * (size_t)M * (size_t)outputs_of(weight, transpose) * sizeof(float);
+}
+
+/* ---- the launch ------------------------------------------------------------------------- */
+
+static hqq_wide_arguments arguments_of(void *out, const void *in, int64_t ld_in,
+                                       const hqq_weight *w, int64_t M, const wide_grid *grid,
+                                       int64_t outputs, int adds)
+{
+    return (hqq_wide_arguments){
+        .packed = w->packed,
+        .scale = w->scale,
+        .zero = w->zero,
+        .in = in,
+        .ld_in = ld_in,
+        .out = out,
+        .M = (int)M,
+        .N = (int)w->out_features,
+        .K = (int)w->in_features,
+        .groups_per_row = (int)(w->in_features / w->group_size),
+        .chunks_per_group = (int)(w->group_size / HQQ_WIDE_CHUNK),
+        .chunks = (int)grid->chunks,
+        .splits = (int)grid->splits,
+        .chunks_per_split = (int)grid->chunks_per_split,
+        .token_tiles = (int)grid->token_tiles,
+        .output_tiles = (int)grid->output_tiles,
+        .in_aligned = (uintptr_t)in % 16 == 0 && (ld_in % 8 == 0 || M == 1),
+        .out_aligned = (uintptr_t)out % 16 == 0 && outputs % 8 == 0,
+        .adds = adds,
+    };
+}
+
+hqq_status hqq_cuda_wide_product(void *out, const void *in, int64_t ld_in,
+                                 const hqq_weight *weight, const hqq_addend *addend, int64_t M,
+                                 hqq_dtype dtype, int transpose, void *workspace,
+                                 const hqq_cuda_device *device, void *stream)
+{
+    int adds = addend->bias || addend->rank > 0;
+    int64_t outputs = outputs_of(weight, transpose);
+    wide_grid grid = grid_of(weight, M, transpose, device);
+    if (M == 1) ld_in = 0; /* its stride is never used, and may be anything */
+    hqq_wide_arguments a = arguments_of(out, in, ld_in, weight, M, &grid, outputs, adds);
+    if (grid.splits > 1) a.partial = workspace;
+    if (adds) HQQ_TRY(hqq_cuda_write_addend(out, dtype, addend, M, outputs, stream));
+#if HQQ_CUDA_HAS_WIDE
+    HQQ_TRY(dtype == HQQ_BF16 ? hqq_wide_launch_bf16(&a, weight->nbits, transpose, stream)
+                              : hqq_wide_launch_f16(&a, weight->nbits, transpose, stream));
+    return grid.splits > 1 ? hqq_wide_launch_sum(&a, dtype, outputs, stream) : HQQ_OK;
+#else
+    (void)stream;
+    return hqq_fail(HQQ_UNSUPPORTED, "no kernel of many tokens in this build");
+#endif
+}
