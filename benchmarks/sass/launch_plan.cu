@@ -8,7 +8,8 @@
  *     launch_plan plan MULTIPROCESSORS CAPABILITY L2_BYTES SHARED_BYTES
  *         for each line "N K M transpose axis nbits G" of its input:
  *         whether the small product serves; its tokens a block, token tiles, units, units a
- *         block, chunks, chunks a way, ways, splits; the large product's block width
+ *         block, chunks, chunks a split, chunks of the busiest quarter of a multiprocessor,
+ *         ways, splits, whether they are paired; the large product's block width
  */
 #include <stdio.h>
 #include <stdlib.h>
@@ -53,10 +54,10 @@ static void print_plans(const hqq_cuda_device *device)
         hqq_kernel kernel = hqq_cuda_kernel_for(&w, M, HQQ_BF16, transpose, HQQ_KERNEL_AUTO);
         small_grid g = small_grid_of(&w, M, transpose, device);
         int64_t outputs = transpose ? K : N, length = transpose ? N : K;
-        printf("%d %d %d %lld %d %lld %d %d %d %lld\n", kernel == HQQ_KERNEL_DIRECT, g.tokens,
-               g.token_tiles, (long long)g.units, g.units_of_block, (long long)g.chunks,
-               g.chunks_per_way, g.ways, g.splits,
-               (long long)hqq_cuda_block_width(outputs, length, M, HQQ_BF16, device));
+        printf("%d %d %d %lld %d %lld %d %d %d %d %d %lld\n", kernel == HQQ_KERNEL_DIRECT,
+               g.tokens, g.token_tiles, (long long)g.units, g.units_of_block,
+               (long long)g.chunks, g.chunks_per_split, busiest_chunks(&g), g.ways, g.splits,
+               g.paired, (long long)hqq_cuda_block_width(outputs, length, M, HQQ_BF16, device));
     }
 }
 
@@ -72,6 +73,7 @@ int main(int count, char **arguments)
     device.compute_capability = atoi(arguments[3]);
     device.l2_bytes = atoll(arguments[4]);
     device.shared_bytes = atoll(arguments[5]);
+    device.has_clusters = device.compute_capability >= 90;
     print_plans(&device);
     return 0;
 }

@@ -54,15 +54,24 @@ class Plan(NamedTuple):
     units_of_block: int
     """Side by side in a block; each of them `ways` times, for parts of the reduction."""
     chunks: int
-    chunks_per_way: int
+    chunks_per_split: int
+    busiest_chunks: int
+    """Of a quarter of a block's multiprocessor."""
     ways: int
     splits: int
+    paired: int
+    """Whether two splits at a time are a cluster."""
     width: int
 
     @property
     def tiles(self) -> int:
         """Of outputs and tokens: what a block does, whichever its split."""
         return -(-self.units // self.units_of_block) * self.token_tiles
+
+    @property
+    def parts(self) -> int:
+        """Of a sum, that meet in the workspace."""
+        return self.splits // 2 if self.paired else self.splits
 
     @property
     def blocks(self) -> int:

@@ -58,7 +58,8 @@ class Predictor:
             b = small.bounds(self.device, kernel, instance, shared, plan, p)
             roofline = small.roofline(self.device, p)
             return {
-                "kernel": f"small, {plan.tokens} tokens, {plan.ways} x {plan.splits} parts",
+                "kernel": f"small, {plan.tokens} tokens, {plan.ways} x {plan.splits} parts"
+                + (", paired" if plan.paired else ""),
                 "seconds": b.predicted,
                 "bound_by": b.longest,
                 "roofline_seconds": roofline,
