@@ -163,8 +163,7 @@ class Bounds:
     seconds: dict[str, float]
     launches: float
     tail: float
-    """After the last chunk: adding the parts of a sum that warps or blocks share; in each wave
-    of blocks."""
+    """After the last chunk: adding the parts of a sum that warps or blocks share."""
 
     @property
     def longest(self) -> str:
@@ -218,11 +217,12 @@ def bounds(
     codes = instance.code_bytes + meta_bytes(instance, plan.units_of_block)
     moved = chunks * codes + tokens + 2 * part_bytes * split
     seconds["L2"] = moved / device.cache
-    tail = _meeting(device, instance, plan) if plan.paired else 0.0
+    # where no other block works meanwhile, every wave waits for its pairs
+    waves = -(-plan.blocks // device.multiprocessors) if resident == 1 else 1
+    tail = waves * _meeting(device, instance, plan) if plan.paired else 0.0
     tail += _reduction(device, parts, instance, plan) if split else 0.0
     tail += JOIN if plan.ways > 1 else 0.0
-    waves = -(-plan.blocks // (resident * device.multiprocessors))
-    return Bounds(seconds, LAUNCH, tail * waves)
+    return Bounds(seconds, LAUNCH, tail)
 
 
 def _reduction(device: Device, parts: Parts, instance: Instance, plan: Plan) -> float:

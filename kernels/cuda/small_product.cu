@@ -81,27 +81,31 @@ static int busiest_chunks(const small_grid *g)
     return chunks_of_way(g, 0) + (g->warps == 8 ? chunks_of_way(g, g->ways / 2) : 0);
 }
 
-/* How long after its last chunk a block has the sums of all splits, in microseconds: its
- * arrival, then the parts that the last one reads, with a wait for some of them at a time, and
- * no faster than a multiprocessor can read. */
-static double splits_end(const small_grid *g, double cycles_per_us, double arrival)
+/* From the last chunk of a pair to its sums, in microseconds: half of a block's to its own
+ * shared memory, a barrier, as much from the other's; benchmarks/sass/assumptions.py has the
+ * sources. */
+static double meeting(const small_grid *g, double cycles_per_us)
+{
+    const double barrier = 0.21, latency = 0.11, own_rate = 128, other_rate = 16;
+    double half = 128.0 * g->tokens * g->units_of_block / cycles_per_us;
+    double time = half / own_rate + barrier + latency + half / other_rate;
+    return g->splits == 2 ? time + barrier : time; /* else what follows hides the other */
+}
+
+/* From there, or from the last chunk of a split, to the sums of all: a block's arrival, then
+ * the parts that the last one reads, with a wait for some of them at a time, and no faster than
+ * a multiprocessor can read. */
+static double parts_end(const small_grid *g, double cycles_per_us, double arrival)
 {
     double wait = g->tokens == 8 ? 0.05 : g->tokens == 16 ? 0.1 : g->ways > 1 ? 0.1 : 0.2;
     double read = 256.0 * g->tokens * g->units_of_block / (64 * cycles_per_us);
     int parts_read = g->tokens == 64 ? g->splits : g->splits - 1; /* else its own is kept */
+    if (g->paired) {
+        wait = g->tokens == 16 ? 0.05 : 0.2;
+        read /= 2;
+        parts_read = g->splits / 2 - 1;
+    }
     return arrival + (wait > read ? wait : read) * parts_read;
-}
-
-/* How long after its last chunk a pair has its sums, in microseconds, and the other pairs' too;
- * benchmarks/sass/assumptions.py has the sources. */
-static double pairs_end(const small_grid *g, double cycles_per_us, double arrival)
-{
-    const double barrier = 0.21, latency = 0.11, own_rate = 128, other_rate = 16;
-    double half = 128.0 * g->tokens * g->units_of_block / cycles_per_us;
-    double time = barrier + half / own_rate + latency + half / other_rate;
-    if (g->splits == 2) return time + barrier;
-    double wait = g->tokens == 16 ? 0.05 : 0.2, read = half / 64;
-    return time + arrival + (wait > read ? wait : read) * (g->splits / 2 - 1);
 }
 
 /*
@@ -150,12 +154,11 @@ static double predicted_time(const small_grid *g, const hqq_weight *w, int64_t M
 
     double time = memory > cache ? memory : cache;
     if (issue > time) time = issue;
-    double end = g->ways > 1 ? 0.2 : 0;
-    if (g->paired)
-        end += pairs_end(g, cycles_per_us, 0.65);
-    else if (g->splits > 1)
-        end += splits_end(g, cycles_per_us, newer ? 0.65 : 1.0);
-    return time + end * ceil(blocks / sm / residents); /* each wave has one */
+    if (g->ways > 1) time += 0.2;
+    if (g->paired) /* where a block is alone on a multiprocessor, every wave waits */
+        time += meeting(g, cycles_per_us) * (residents == 1 ? on_one : 1);
+    if (left > 1) time += parts_end(g, cycles_per_us, newer ? 0.65 : 1.0);
+    return time;
 }
 
 /* Dynamic shared memory of a block; some is static. */
