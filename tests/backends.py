@@ -72,7 +72,9 @@ class QuantizeOptions(ct.Structure):
 class Counts(ct.Structure):
     """hqqlora_emulated_counts."""
 
-    _fields_ = tuple((name, ct.c_uint64) for name in ("launches", "blocks", "switches", "mma"))
+    _fields_ = tuple(
+        (name, ct.c_uint64) for name in ("launches", "blocks", "switches", "mma", "clusters")
+    )
 
 
 @functools.cache
@@ -94,20 +96,20 @@ def set_schedule(order: str = "FIFO", cp_async: str = "LATE", seed: int = 1) -> 
     ), (order, cp_async)
 
 
-# What cudaDeviceGetAttribute says that kernels ask: compute capability, and the bytes of shared
-# memory that a block may have; the emulator's own device is an H100.
-_MAJOR, _MINOR, _SHARED = 75, 76, 97  # of cudaDeviceAttr
+# What cudaDeviceGetAttribute says that kernels ask: compute capability, the bytes of shared
+# memory that a block may have, whether there are clusters; the emulator's own is an H100.
+_MULTIPROCESSORS, _MAJOR, _MINOR, _SHARED, _CLUSTERS = 16, 75, 76, 97, 120  # of cudaDeviceAttr
 DEVICES: dict[str, dict[int, int]] = {
     "H100": {},
-    "A100": {_MAJOR: 8, _MINOR: 0, _SHARED: 163 << 10},
-    "RTX 4090": {_MAJOR: 8, _MINOR: 9, _SHARED: 99 << 10},
+    "A100": {_MAJOR: 8, _MINOR: 0, _SHARED: 163 << 10, _CLUSTERS: 0},
+    "RTX 4090": {_MAJOR: 8, _MINOR: 9, _SHARED: 99 << 10, _CLUSTERS: 0},
 }
 
 
-def set_device(name: str = "H100") -> None:
+def set_device(name: str = "H100", multiprocessors: int = 132) -> None:
     """What the emulator says it is."""
     library().hqqlora_emulated_reset_device()
-    for attribute, value in DEVICES[name].items():
+    for attribute, value in ({_MULTIPROCESSORS: multiprocessors} | DEVICES[name]).items():
         assert not library().hqqlora_emulated_set_device_attribute(attribute, value)
 
 

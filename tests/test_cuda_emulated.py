@@ -7,7 +7,7 @@ import oracle
 import pytest
 import test_ops
 import torch
-from backends import DEVICES, EmulatedOps, counts, set_device, set_schedule
+from backends import DEVICES, EmulatedOps, counts, library, set_device, set_schedule
 from oracle import FLOATING, Adapter, random_adapter, random_weight
 from test_ops import (  # noqa: F401 (collected here once more, over the CUDA library)
     linear,
@@ -140,6 +140,53 @@ def test_many_splits_repeat_bitwise(monkeypatch, device, order):
             assert not memory[:16].any(), "who arrived is cleared for the next call"
             set_schedule("FIFO")
             assert torch.equal(linear(x, weight), y)
+
+
+# N, K, M, bits, axis; multiprocessors, for which the grid has these ways and splits
+PAIRED = {
+    "alone, 4 ways": (64, 1984, 40, 4, 1, 132),
+    "alone, 4 ways, uneven": (128, 1344, 12, 4, 0, 132),
+    "four of them, 4 ways": (64, 4096, 40, 4, 0, 132),
+    "four of them, 4 ways, 16 tokens": (64, 4096, 16, 1, 0, 132),
+    "eight of them, 2 ways, 16 tokens": (64, 4096, 12, 8, 0, 132),
+    "four of them, 1 way, 16 tokens": (64, 1984, 12, 8, 1, 132),
+    "alone, 2 ways, uneven": (256, 1536, 40, 4, 1, 2),
+    "two of them, 2 ways, uneven": (256, 3072, 40, 4, 1, 4),
+    "alone, 2 ways, 8 bits": (256, 1792, 64, 8, 0, 4),
+    "alone, 1 way, 64 tokens": (448, 2048, 64, 8, 1, 4),
+}
+
+
+@pytest.mark.parametrize("case", PAIRED)
+def test_pairs_of_splits(ops, case):
+    """Two blocks as a cluster finish half of the tokens each. Both passes; other orders of the
+    blocks change no bit."""
+    N, K, M, nbits, axis, multiprocessors = PAIRED[case]
+    dtype = HALVES[M % 2]
+    set_device("H100", multiprocessors)
+    weight = aligned_weight(N, K, 64, nbits, axis, dtype)
+    transposed = aligned_weight(K, N, 64, nbits, 1 - axis, dtype)
+    x, bias = torch.randn(M, K).to(dtype), torch.randn(N)
+    before = counts().clusters
+    y, dx = linear(x, weight, bias), ops.linear_dgrad(x, *transposed.packed)
+    assert counts().clusters > before, "no cluster"
+    oracle.check_linear(x, y, weight, bias)
+    oracle.check_dgrad(x, dx, transposed)
+    for order in ("LIFO", "RANDOM", "PRIORITY"):
+        set_schedule(order, "MIXED")
+        assert torch.equal(linear(x, weight, bias), y)
+        assert torch.equal(ops.linear_dgrad(x, *transposed.packed), dx)
+
+
+def test_pairs_where_the_code_knows_none(ops):
+    """A library for older devices alone, on an H100: the same splits, without clusters."""
+    weight = aligned_weight(64, 4096, 64, 4, 0, torch.bfloat16)
+    x = torch.randn(40, 4096).bfloat16()
+    library().hqqlora_emulated_set_ptx_version(80)
+    before = counts().clusters
+    y = linear(x, weight)
+    assert counts().clusters == before
+    oracle.check_linear(x, y, weight)
 
 
 @pytest.mark.parametrize("axis", [0, 1])

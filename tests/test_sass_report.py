@@ -17,7 +17,7 @@ from sass import (
     toolchain,
 )
 from sass.instructions import unit_of
-from sass.launches import Plan, Product, small_instance
+from sass.launches import Plan, Product, instance_of
 from sass.occupancy import occupancy
 from sass.work import Work
 
@@ -142,8 +142,8 @@ def test_names_lose_what_only_a_compiler_wants_to_know():
     unnamed = "(anonymous namespace)::f<(int)8>(int)"
     assert toolchain.short_name(unnamed) == "f<8>"
     kernel = "k<hqq_small<__half, 4, 1, 0, 8> >"
-    assert small_instance(kernel) == "hqq_small<__half, 4, 1, 0, 8>"
-    assert small_instance("dequantize_rows<float, 4, 1>") is None
+    assert instance_of(kernel) == "hqq_small<__half, 4, 1, 0, 8>"
+    assert instance_of("dequantize_rows<float, 4, 1>") is None
 
 
 def test_dependencies_of_a_make_rule():
@@ -292,6 +292,23 @@ def test_a_small_products_instance_is_read_from_its_name():
     assert found.mma_a_chunk == 16 * 8
 
 
+def test_a_pair_exchanges_half_its_sums_and_leaves_half_the_parts():
+    instance = small.Instance("__nv_bfloat16", 4, 0, 1, 8)
+    plan = BLOCKS._replace(units_of_block=4, splits=8, paired=1)
+    half = 4 * 64 * 4 * 64 / 2
+    cycles = half / 16 + half / 128  # the other's, and into its own shared memory
+    waits = assumptions.CLUSTER_BARRIER + assumptions.CLUSTER_LATENCY
+    meeting = small._meeting(H100, instance, plan)
+    assert meeting == pytest.approx((cycles + waits) / H100.clock)
+    # where nothing follows, the last barrier hides behind nothing
+    alone = small._meeting(H100, instance, plan._replace(splits=2))
+    assert alone - meeting == pytest.approx(assumptions.CLUSTER_BARRIER / H100.clock)
+    parts = small.Parts(Work(), Work(), Work(), reduce_steps_a_split=1.0)
+    after = small._reduction(H100, parts, instance, plan)
+    others = 3 * half / 64 / H100.clock
+    assert after == pytest.approx(assumptions.ARRIVAL_COUNTED + others)
+
+
 def test_memory_bounds_few_tokens_and_tensor_cores_many():
     def at(M):
         return small.roofline(H100, Product(4096, 14336, M, 0, 1)) - assumptions.LAUNCH
@@ -318,9 +335,11 @@ BLOCKS = Plan(
     units=64,
     units_of_block=64,
     chunks=1,
-    chunks_per_way=64,
+    chunks_per_split=1,
+    busiest_chunks=1,
     ways=1,
     splits=1,
+    paired=0,
     width=64,
 )
 

@@ -108,6 +108,9 @@ LAUNCH = 1.25e-6
 """Seconds from the end of one kernel's work to the start of the next one's in a stream that the
 host keeps filled. Every kernel pays it, the rivals' too."""
 
+WGMMA_CYCLES = 64.0
+"""Of a quarter of a multiprocessor, for its part of a wgmma m64n128k16: the peak."""
+
 CACHE_LATENCY = 0.18e-6
 """Seconds of a load from L2 that nothing hides: a step of a loop that waits for its loads."""
 
@@ -121,6 +124,22 @@ of those 1.0, and an atomic's way to L2 and back, of which a load takes CACHE_LA
 
 CACHE_BYTES_A_CYCLE = 64
 """What one multiprocessor can read from L2, whatever the others do: its port (A100, H100)."""
+
+CLUSTER_LATENCY = 180
+"""Cycles from a load of another multiprocessor's shared memory to its data. Measured by Luo et
+al. on an H800 PCIe: Benchmarking and Dissecting the Nvidia Hopper GPU Architecture, 2024,
+arXiv:2402.13499."""
+
+CLUSTER_BARRIER = 2 * CLUSTER_LATENCY
+"""Cycles that a cluster's barrier takes: there and back. Not measured."""
+
+CLUSTER_BYTES_A_CYCLE = 16
+"""What a multiprocessor reads from another's shared memory in clusters of two, all of them at
+the same time: the 3.27 TB/s of the same authors, over 114 multiprocessors at 1.755 GHz. (In
+clusters of four they measured 2.65 TB/s.)"""
+
+SHARED_BYTES_A_CYCLE = 128
+"""To or from a multiprocessor's own shared memory."""
 
 JOIN = 0.2e-6
 """The same for the sums that warps of a block share: to shared memory, a barrier, and back."""

@@ -12,6 +12,8 @@ from .toolchain import Kernel, ToolError
 SOURCES = toolchain.ROOT / "kernels/cuda"
 OBJECTS = "kernels/cuda/CMakeFiles/hqqlora_cuda.dir"
 """Of the build's folder, as CMake names it."""
+WIDE_OBJECTS = "kernels/cuda/CMakeFiles/hqqlora_cuda_wide.dir"
+"""Of kernels for sm_90a alone: what runs on an sm_90."""
 
 
 def bring_up_to_date(build: Path) -> None:
@@ -46,6 +48,9 @@ def kernels(build: Path, archs: Sequence[str], folder: Path) -> list[Kernel]:
     bring_up_to_date(build)
     found: list[Kernel] = []
     for source in sorted(path.name for path in SOURCES.glob("*.cu")):
+        if source.startswith("wide_"):
+            found += _wide_kernels(build, source, archs, folder)
+            continue
         cubins = extract(build.resolve() / OBJECTS / f"{source}.o", folder)
         for arch in archs:
             if arch not in cubins:
@@ -53,3 +58,10 @@ def kernels(build: Path, archs: Sequence[str], folder: Path) -> list[Kernel]:
                 raise ToolError(f"{build} was built for {there}, not for {arch}")
             found += toolchain.read_kernels(cubins[arch], source, keep=True)
     return found
+
+
+def _wide_kernels(build: Path, source: str, archs: Sequence[str], folder: Path) -> list[Kernel]:
+    if "sm_90" not in archs:
+        return []
+    cubins = extract(build.resolve() / WIDE_OBJECTS / f"{source}.o", folder)
+    return toolchain.read_kernels(cubins["sm_90a"], source, keep=True)

@@ -20,6 +20,7 @@ SOURCES = (
     KERNELS / "cuda/small_dot.cu",
     KERNELS / "cuda/block_width.c",
     KERNELS / "cuda/choose_kernel.c",
+    KERNELS / "cuda/wide_product.c",
     KERNELS / "status.c",
 )
 
@@ -47,22 +48,37 @@ class Product(NamedTuple):
 
 class Plan(NamedTuple):
     small: int
-    """Whether the small product serves, else blocks of `width` outputs."""
+    """Whether the small product serves, else the wide one, or blocks of `width` outputs."""
     tokens: int
     token_tiles: int
     units: int
     units_of_block: int
     """Side by side in a block; each of them `ways` times, for parts of the reduction."""
     chunks: int
-    chunks_per_way: int
+    chunks_per_split: int
+    busiest_chunks: int
+    """Of a quarter of a block's multiprocessor."""
     ways: int
     splits: int
+    paired: int
+    """Whether two splits at a time are a cluster."""
     width: int
+    wide: int
+    """Whether the wide product serves, with these:"""
+    wide_token_tiles: int
+    wide_output_tiles: int
+    wide_splits: int
+    wide_chunks_per_split: int
 
     @property
     def tiles(self) -> int:
         """Of outputs and tokens: what a block does, whichever its split."""
         return -(-self.units // self.units_of_block) * self.token_tiles
+
+    @property
+    def parts(self) -> int:
+        """Of a sum, that meet in the workspace."""
+        return self.splits // 2 if self.paired else self.splits
 
     @property
     def blocks(self) -> int:
@@ -93,7 +109,7 @@ class Launches:
         return found
 
     def of(self, kernel: str) -> Launch | None:
-        instance = small_instance(kernel)
+        instance = instance_of(kernel)
         return self.instances().get(instance) if instance else None
 
     def plans(self, device: Device, products: Sequence[Product]) -> dict[Product, Plan]:
@@ -108,22 +124,24 @@ class Launches:
         }
 
 
-def small_instance(kernel: str) -> str | None:
-    """The hqq_small<...> of a small product's name."""
-    found = re.search(r"hqq_small<[^<>]*>", kernel)
+def instance_of(kernel: str) -> str | None:
+    """The hqq_small<...> or hqq_wide<...> of a product's name."""
+    found = re.search(r"hqq_(?:small|wide)<[^<>]*>", kernel)
     return found.group(0) if found else None
 
 
 def build(kernel_names: Iterable[str], folder: Path) -> Launches:
     """Compiles launch_plan.cu for the instances among these kernels (again only if something
     changed). Its device code is never run, so it is not optimised."""
-    instances = sorted({name for name in map(small_instance, kernel_names) if name})
+    instances = sorted({name for name in map(instance_of, kernel_names) if name})
     folder.mkdir(parents=True, exist_ok=True)
     listed = folder / "instances.inc"
-    text = "".join(f"INSTANCE({name})\n" for name in instances)
+    text = "".join(
+        f"{'WIDE' if name.startswith('hqq_wide') else 'SMALL'}({name})\n" for name in instances
+    )
     if not listed.exists() or listed.read_text() != text:
         listed.write_text(text)
     includes = [f"-I{toolchain.ROOT / path}" for path in toolchain.INCLUDES]
     flags = ["-std=c++17", "-O0", "-Xcicc", "-O0", "-Xptxas", "-O0", "-arch=sm_80"]
-    flags += [f"-I{folder}", *includes]
+    flags += ["-DHQQ_CUDA_HAS_WIDE=1", f"-I{folder}", *includes]
     return Launches(toolchain.build_program(SOURCES, flags, folder / "launch_plan"))

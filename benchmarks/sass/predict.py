@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from . import large, rivals, small
+from . import large, rivals, small, wide
 from .assumptions import DEVICES, Device
 from .large import Dequantize
 from .launches import Launches, Plan, Product
 from .lora import Lora
 from .small import Instance
 from .toolchain import Kernel
+from .wide import Wide
 
 # (N, K) of Llama 3's layers: q and o; k and v; gate and up; down.
 SHAPES = {
@@ -38,12 +39,16 @@ class Predictor:
         self.launches = launches
         self.small: dict[tuple[int, int, int, int], tuple[Kernel, Instance]] = {}
         self.dequantize: dict[tuple[int, int], Dequantize] = {}
+        self.wide: dict[tuple[int, int], Wide] = {}
         self.lora = Lora.of(kernels)
         for kernel in kernels:
             instance = Instance.parse(kernel.name)
             if instance and instance.dtype == "__nv_bfloat16":
                 key = (instance.nbits, instance.transpose, instance.axis, instance.tokens)
                 self.small[key] = (kernel, instance)
+            many = Wide.of(kernel)
+            if many and many.dtype == "__nv_bfloat16":
+                self.wide[many.nbits, many.transpose] = many
             dequantize = Dequantize.of(kernel)
             if dequantize and "__nv_bfloat16" in kernel.name:
                 self.dequantize[dequantize.nbits, dequantize.axis] = dequantize
@@ -58,12 +63,25 @@ class Predictor:
             b = small.bounds(self.device, kernel, instance, shared, plan, p)
             roofline = small.roofline(self.device, p)
             return {
-                "kernel": f"small, {plan.tokens} tokens, {plan.ways} x {plan.splits} parts",
+                "kernel": f"small, {plan.tokens} tokens, {plan.ways} x {plan.splits} parts"
+                + (", paired" if plan.paired else ""),
                 "seconds": b.predicted,
                 "bound_by": b.longest,
                 "roofline_seconds": roofline,
                 "times_roofline": b.bound / roofline,
                 "parts": b.seconds | {"launches": b.launches, "tail": b.tail},
+            }
+        if plan.wide:
+            many = self.wide[p.nbits, p.transpose]
+            w = wide.bounds(self.device, many, plan, p)
+            roofline = wide.roofline(self.device, p)
+            return {
+                "kernel": f"wide, {plan.wide_splits} splits",
+                "seconds": w.predicted,
+                "bound_by": w.longest,
+                "roofline_seconds": roofline,
+                "times_roofline": w.bound / roofline,
+                "parts": w.parts,
             }
         d = self.dequantize[p.nbits, p.axis]
         seconds = large.product_seconds(self.device, d, plan, p)
@@ -108,7 +126,9 @@ class Predictor:
                 for p in (forward, dgrad)
             )
             yield self.labels(forward, "lora_step") | {
-                "kernel": f"blocks of {both[0][0].width}, {both[1][0].width}",
+                "kernel": ", ".join(
+                    "wide" if plan.wide else f"blocks of {plan.width}" for plan, _ in both
+                ),
                 "seconds": seconds,
                 "bound_by": "",
                 "dense_seconds": dense,

@@ -13,10 +13,14 @@ from .assumptions import (
     ATTAINED,
     CACHE_BYTES_A_CYCLE,
     CACHE_LATENCY,
+    CLUSTER_BARRIER,
+    CLUSTER_BYTES_A_CYCLE,
+    CLUSTER_LATENCY,
     JOIN,
     LAUNCH,
     MEMORY_LATENCY,
     SECTOR,
+    SHARED_BYTES_A_CYCLE,
     Device,
 )
 from .hot_loop import fast_path, hot_loop, loops, mma_count
@@ -29,6 +33,8 @@ from .work import Work
 BYTES = 2
 UNIT = CHUNK = 64
 MMA_CODES = 16 * 16
+PAIRS_AT_ONCE = {2: 4, 8: 1}
+"""small_pair.cuh: whose parts are on their way together."""
 SCALES_AT_ONCE = 8
 """small_layout.cuh's METAS, forward at axis 1."""
 
@@ -194,13 +200,14 @@ def bounds(
     resident = occupancy(
         device.arch, kernel.registers, 32 * warps, kernel.static_shared_bytes + shared_bytes
     ).blocks
-    # whole chunks, in whole blocks, in waves of them
-    full = plan.tiles * plan.splits * plan.ways * plan.chunks_per_way * plan.units_of_block
+    # whole chunks, in whole blocks, in waves of them (pairs of blocks, too, fit all
+    # multiprocessors: these come in twos)
+    full = plan.blocks * 4 * plan.busiest_chunks
     uneven = _unevenness(plan.blocks, device.multiprocessors, resident) * full / chunks
     seconds = {name: value * uneven for name, value in work.seconds(device).items()}
 
-    split = plan.splits > 1
-    part_bytes = 4 * UNIT * plan.tokens * plan.units * plan.splits * plan.token_tiles
+    split = plan.parts > 1
+    part_bytes = 4 * UNIT * plan.tokens * plan.units * plan.parts * plan.token_tiles
     rows = BYTES * p.M * (p.N + p.K)
     under_way = min(plan.blocks, resident * device.multiprocessors) * warps
     under_way *= instance.chunks_under_way * instance.code_bytes
@@ -210,7 +217,10 @@ def bounds(
     codes = instance.code_bytes + meta_bytes(instance, plan.units_of_block)
     moved = chunks * codes + tokens + 2 * part_bytes * split
     seconds["L2"] = moved / device.cache
-    tail = _reduction(device, parts, instance, plan) if split else 0.0
+    # where no other block works meanwhile, every wave waits for its pairs
+    waves = -(-plan.blocks // device.multiprocessors) if resident == 1 else 1
+    tail = waves * _meeting(device, instance, plan) if plan.paired else 0.0
+    tail += _reduction(device, parts, instance, plan) if split else 0.0
     tail += JOIN if plan.ways > 1 else 0.0
     return Bounds(seconds, LAUNCH, tail)
 
@@ -223,10 +233,30 @@ def _reduction(device: Device, parts: Parts, instance: Instance, plan: Plan) -> 
     # of 64 tokens two ways add up half each
     gatherers = 2 if instance.token_tiles == 8 and plan.ways > 1 else 1
     waits = parts.reduce_steps_a_split / gatherers * CACHE_LATENCY
-    others = plan.splits - (1 if instance.token_tiles <= 2 else 0)
-    part_bytes = 4 * UNIT * plan.units_of_block * instance.tokens
+    if plan.paired:
+        waits = CACHE_LATENCY / PAIRS_AT_ONCE[instance.token_tiles]
+    own = instance.token_tiles <= 2 or plan.paired
+    others = plan.parts - (1 if own else 0)
+    part_bytes = _sum_bytes(instance, plan) / (2 if plan.paired else 1)
     reads = part_bytes / (CACHE_BYTES_A_CYCLE * device.clock)
     return (ARRIVAL_COUNTED if counted else ARRIVAL) + others * max(waits, reads)
+
+
+def _sum_bytes(instance: Instance, plan: Plan) -> int:
+    """A block's accumulators."""
+    return 4 * UNIT * plan.units_of_block * instance.tokens
+
+
+def _meeting(device: Device, instance: Instance, plan: Plan) -> float:
+    """From a pair's last chunk to its sum: half of a block's sums to its own shared memory, the
+    cluster's barrier, as much from the other's; another barrier before the block may end, which
+    what follows hides, if anything does."""
+    half = _sum_bytes(instance, plan) / 2
+    cycles = half / SHARED_BYTES_A_CYCLE + CLUSTER_BARRIER
+    cycles += CLUSTER_LATENCY + half / CLUSTER_BYTES_A_CYCLE
+    if plan.parts == 1:
+        cycles += CLUSTER_BARRIER
+    return cycles / device.clock
 
 
 def _unevenness(blocks: int, multiprocessors: int, resident: int) -> float:

@@ -4,7 +4,8 @@
  *   - kernels are launched with hqq_launch, never <<<>>>;
  *   - shared memory is HQQ_SHARED(type, name) or hqq_dynamic_shared<T>(), never __shared__;
  *   - inline PTX lives in ptx.cuh and ptx_warpgroup.cuh alone;
- *   - nothing waits for another block, and no thread returns before a barrier.
+ *   - nothing waits for another block but those of its cluster, and no thread returns before a
+ *     barrier.
  */
 #ifndef HQQ_KERNELS_CUDA_CUDA_CUH
 #define HQQ_KERNELS_CUDA_CUDA_CUH
@@ -66,13 +67,33 @@ static hqq_status hqq_allow_shared(void (*kernel)(Parameters...), size_t shared_
     return HQQ_OK;
 }
 
-/* Enqueues kernel(args...) on stream, its shared memory allowed. The arguments are converted to
- * the kernel's own types. */
+/* Whether the device runs code of `kernel` that was compiled for 9.0 or later: on a newer
+ * device a library for older ones alone runs what the driver makes of that. */
+template <class... Parameters>
+static hqq_status hqq_knows_clusters(void (*kernel)(Parameters...), int *knows)
+{
+    cudaFuncAttributes attributes;
+    HQQ_CUDA_TRY(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void *>(kernel)));
+    *knows = attributes.ptxVersion >= 90;
+    return HQQ_OK;
+}
+
+/* Enqueues kernel(args...) on stream, its shared memory allowed, in clusters of so many blocks
+ * (more than one from compute capability 9.0 on). The arguments are converted to the kernel's
+ * own types. */
 template <class... Parameters, class... Arguments>
-static hqq_status hqq_enqueue(void (*kernel)(Parameters...), dim3 grid, dim3 block,
-                              size_t shared_bytes, void *stream, Arguments &&...arguments)
+static hqq_status hqq_enqueue_clusters(dim3 cluster, void (*kernel)(Parameters...), dim3 grid,
+                                       dim3 block, size_t shared_bytes, void *stream,
+                                       Arguments &&...arguments)
 {
     cudaLaunchConfig_t config = {};
+    cudaLaunchAttribute shape = {};
+    shape.id = cudaLaunchAttributeClusterDimension;
+    shape.val.clusterDim.x = cluster.x;
+    shape.val.clusterDim.y = cluster.y;
+    shape.val.clusterDim.z = cluster.z;
+    config.attrs = &shape;
+    config.numAttrs = cluster.x * cluster.y * cluster.z > 1;
     config.gridDim = grid;
     config.blockDim = block;
     config.dynamicSmemBytes = shared_bytes;
@@ -85,6 +106,14 @@ static hqq_status hqq_enqueue(void (*kernel)(Parameters...), dim3 grid, dim3 blo
                     "shared memory)",
                     cudaGetErrorString(error), grid.x, grid.y, grid.z,
                     block.x * block.y * block.z, shared_bytes);
+}
+
+template <class... Parameters, class... Arguments>
+static hqq_status hqq_enqueue(void (*kernel)(Parameters...), dim3 grid, dim3 block,
+                              size_t shared_bytes, void *stream, Arguments &&...arguments)
+{
+    return hqq_enqueue_clusters(dim3(1, 1, 1), kernel, grid, block, shared_bytes, stream,
+                                arguments...);
 }
 
 /* Both, where a kernel's shared memory is always the same. */

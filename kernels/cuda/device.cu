@@ -9,14 +9,16 @@ static hqq_status attribute(int *value, cudaDeviceAttr name, int device)
 
 hqq_status hqq_cuda_current_device(hqq_cuda_device *d)
 {
-    int device, major, minor, l2, shared;
+    int device, major, minor, l2, shared, clusters;
     HQQ_CUDA_TRY(cudaGetDevice(&device));
     HQQ_TRY(attribute(&d->multiprocessors, cudaDevAttrMultiProcessorCount, device));
     HQQ_TRY(attribute(&major, cudaDevAttrComputeCapabilityMajor, device));
     HQQ_TRY(attribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
     HQQ_TRY(attribute(&l2, cudaDevAttrL2CacheSize, device));
     HQQ_TRY(attribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    HQQ_TRY(attribute(&clusters, cudaDevAttrClusterLaunch, device));
     d->compute_capability = 10 * major + minor;
+    d->has_clusters = clusters;
     d->l2_bytes = l2;
     d->shared_bytes = shared;
     return HQQ_OK;

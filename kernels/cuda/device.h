@@ -9,6 +9,7 @@ typedef struct hqq_cuda_device {
     int compute_capability; /* 90 */
     int64_t l2_bytes;       /* 50 MiB */
     int64_t shared_bytes;   /* of dynamic shared memory that one block may have: 227 KiB */
+    int has_clusters;       /* blocks that read each other's shared memory: from 9.0 on */
 } hqq_cuda_device;
 
 #ifdef __cplusplus

@@ -77,6 +77,42 @@ template <int N> HQQ_PTX void ptx_cp_async_wait()
     asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
+#if __CUDA_ARCH__ >= 900
+#define PTX_CLUSTERS 1
+/* The cluster's barrier. What a thread did before it arrives, all see that have waited. */
+HQQ_PTX void ptx_cluster_arrive()
+{
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+HQQ_PTX void ptx_cluster_wait()
+{
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+/* What lies at `own` in this block's shared memory, in that of block `rank` of the cluster. */
+struct ptx_cluster_address {
+    uint32_t at;
+};
+HQQ_PTX ptx_cluster_address ptx_cluster_map(const void *own, unsigned rank)
+{
+    ptx_cluster_address there;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
+                 : "=r"(there.at)
+                 : "r"(ptx_shared_address(own)), "r"(rank));
+    return there;
+}
+/* The 16 bytes at `there` + bytes. */
+HQQ_PTX float4 ptx_cluster_load(ptx_cluster_address there, uint32_t bytes)
+{
+    float4 x;
+    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+                 : "r"(there.at + bytes)
+                 : "memory");
+    return x;
+}
+#endif
+
 /* If the 16 bytes at address (global memory, 16-byte aligned) are `expected`, they become
  * `next`; returns what they were. One atomic operation, which orders nothing else. */
 #if __CUDA_ARCH__ >= 900

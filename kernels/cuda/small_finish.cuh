@@ -71,14 +71,15 @@ HQQ_DEVICE_INLINE float4 *hqq_small_partial(const hqq_small_arguments &a, int sp
            ((part * (C::ACCUMULATORS / 4) + f * C::MT + mt) << (5 + a.unit_bits)) + thread;
 }
 
-template <class C>
+/* The first `tiles` tiles of tokens. */
+template <class C, int tiles>
 HQQ_DEVICE_INLINE void hqq_small_leave(const hqq_small_arguments &a,
                                        const float (&acc)[4][C::MT][4])
 {
 #pragma unroll
     for (int f = 0; f < 4; f++)
 #pragma unroll
-        for (int mt = 0; mt < C::MT; mt++) {
+        for (int mt = 0; mt < tiles; mt++) {
             const float (&from)[4] = acc[f][mt];
             *hqq_small_partial<C>(a, blockIdx.y, f, mt, threadIdx.x) =
                 make_float4(from[0], from[1], from[2], from[3]);
@@ -110,8 +111,8 @@ HQQ_DEVICE_INLINE bool hqq_small_count_in(uint4 *arrived, int splits)
 #endif
 
 /* Whether all splits of this block's outputs have left their parts. For all threads of the
- * block. */
-HQQ_DEVICE_INLINE bool hqq_small_is_last(const hqq_small_arguments &a)
+ * block. every: 2 in a pair (where splits are counted), whose blocks have different tokens. */
+HQQ_DEVICE_INLINE bool hqq_small_is_last(const hqq_small_arguments &a, int every)
 {
     HQQ_SHARED(int, all_there);
 #ifdef PTX_COMPARE_EXCHANGES_16
@@ -119,8 +120,9 @@ HQQ_DEVICE_INLINE bool hqq_small_is_last(const hqq_small_arguments &a)
         __threadfence(); /* this thread's parts, before the block is counted in */
         __syncthreads();
         if (threadIdx.x == 0)
-            all_there = hqq_small_count_in(static_cast<uint4 *>(a.arrived) + hqq_small_tile(),
-                                           (int)gridDim.y);
+            all_there = hqq_small_count_in(static_cast<uint4 *>(a.arrived) +
+                                               hqq_small_tile() * every + blockIdx.y % every,
+                                           (int)gridDim.y / every);
         __syncthreads();
         __threadfence();
         return all_there;
@@ -153,11 +155,11 @@ HQQ_DEVICE_INLINE bool hqq_small_is_last(const hqq_small_arguments &a)
     return all_there;
 }
 
-/* acc[.][i] = the sum of the splits' parts for tile first + i of the block's tokens, in the
- * place of way 0's thread `thread`; i below `tiles`. Several splits are on their way at once,
- * or each would cost the whole latency of L2. This block's own part is acc, where it is `kept`.
- */
-template <class C, int tiles, int at_once, bool kept>
+/* acc[.][i] = the sum of the parts of every `every`th split, for tile first + i of what they
+ * left, in the place of way 0's thread `thread`; i below `tiles`. Several splits are on their
+ * way at once, or each would cost the whole latency of L2. This block's own part is acc, where
+ * it is `kept`. */
+template <class C, int tiles, int at_once, bool kept, int every>
 HQQ_DEVICE_INLINE void hqq_small_gather_parts(const hqq_small_arguments &a,
                                               float (&acc)[4][C::MT][4], int first, int thread)
 {
@@ -168,7 +170,7 @@ HQQ_DEVICE_INLINE void hqq_small_gather_parts(const hqq_small_arguments &a,
         acc[i / 4 / C::MT][i / 4 % C::MT][i % 4] = 0.0f;
     }
 #pragma unroll 1
-    for (int split = 0; split < (int)gridDim.y; split += at_once) {
+    for (int split = blockIdx.y % every; split < (int)gridDim.y; split += at_once * every) {
         float4 part[at_once][4 * tiles];
 #pragma unroll
         for (int s = 0; s < at_once; s++)
@@ -176,11 +178,12 @@ HQQ_DEVICE_INLINE void hqq_small_gather_parts(const hqq_small_arguments &a,
             for (int i = 0; i < 4 * tiles; i++) {
                 const float (&mine)[4] = own[i / tiles][i % tiles];
                 part[s][i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-                if (kept && split + s == (int)blockIdx.y)
+                const int of = split + s * every;
+                if (kept && of == (int)blockIdx.y)
                     part[s][i] = make_float4(mine[0], mine[1], mine[2], mine[3]);
-                else if (split + s < (int)gridDim.y)
-                    part[s][i] = __ldcg(hqq_small_partial<C>(a, split + s, i / tiles,
-                                                             first + i % tiles, thread));
+                else if (of < (int)gridDim.y)
+                    part[s][i] = __ldcg(
+                        hqq_small_partial<C>(a, of, i / tiles, first + i % tiles, thread));
             }
 #pragma unroll
         for (int s = 0; s < at_once; s++)
@@ -208,9 +211,9 @@ HQQ_DEVICE_INLINE void hqq_small_gather(const hqq_small_arguments &a, float (&ac
         *first = way * 4;
         *tiles = way < 2 ? 4 : 0;
         if (*tiles)
-            hqq_small_gather_parts<C, C::MT == 8 ? 4 : 1, 2, false>(a, acc, *first, thread);
+            hqq_small_gather_parts<C, C::MT == 8 ? 4 : 1, 2, false, 1>(a, acc, *first, thread);
     } else if (way == 0) {
-        hqq_small_gather_parts<C, C::MT, C::SPLITS_AT_ONCE, C::MT <= 2>(a, acc, 0, thread);
+        hqq_small_gather_parts<C, C::MT, C::SPLITS_AT_ONCE, C::MT <= 2, 1>(a, acc, 0, thread);
     }
 }
 

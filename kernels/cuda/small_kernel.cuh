@@ -16,13 +16,15 @@
  * The codes of a warp's unit stream through its own ring of STAGES in shared memory: each lane
  * waits for its own copies and a __syncwarp shares them, so warps run freely. The block's
  * barriers are around a new panel of tokens, every PANEL chunks; each way has its own panel.
- * At the end the ways' sums meet in shared memory, and the splits' in the workspace.
+ * At the end the ways' sums meet in shared memory, and the splits' in the workspace; of a pair
+ * of splits, that is a cluster, in each other's shared memory first.
  */
 #ifndef HQQ_KERNELS_CUDA_SMALL_KERNEL_CUH
 #define HQQ_KERNELS_CUDA_SMALL_KERNEL_CUH
 
 #include "small_finish.cuh"
 #include "small_multiply.cuh"
+#include "small_pair.cuh"
 #include "small_stage.cuh"
 
 template <class C>
@@ -34,8 +36,10 @@ __global__ void __launch_bounds__(C::THREADS, C::MIN_BLOCKS)
     const int way = warp >> a.unit_bits, in_way = warp & ((1 << a.unit_bits) - 1);
     const int unit = (blockIdx.z << a.unit_bits) + in_way;
     const int first_token = blockIdx.x * C::TOKENS;
-    const int begin = min((int)(blockIdx.y * a.ways + way) * a.chunks_per_way, a.chunks);
-    const int end = min(begin + a.chunks_per_way, a.chunks);
+    const int split_end = min((int)(blockIdx.y + 1) * a.chunks_per_split, a.chunks);
+    const int begin =
+        min((int)blockIdx.y * a.chunks_per_split + way * a.chunks_per_way, split_end);
+    const int end = min(begin + a.chunks_per_way, split_end);
     /* a warp beyond the last unit or chunk only helps with the tokens */
     const bool works = unit < a.units && begin < end;
 
@@ -116,9 +120,19 @@ __global__ void __launch_bounds__(C::THREADS, C::MIN_BLOCKS)
 
     if (a.ways > 1) hqq_small_join_ways<C>(a, acc, reinterpret_cast<float *>(shared), way);
     int first = 0, tiles = way == 0 ? C::MT : 0; /* of 8 tokens, that this warp finishes */
+#ifdef PTX_CLUSTERS
+    if constexpr (C::PAIRS)
+        if (a.paired) {
+            hqq_small_meet<C>(a, acc, shared, way);
+            if (hqq_small_gather_pairs<C>(a, acc, way, &first, &tiles))
+                hqq_small_finish<C>(a, acc, unit, first_token + 8 * first, tiles, lane);
+            ptx_cluster_wait(); /* the other block has read what this one has */
+            return;
+        }
+#endif
     if (gridDim.y > 1) {
-        if (way == 0) hqq_small_leave<C>(a, acc);
-        if (!hqq_small_is_last(a)) return;
+        if (way == 0) hqq_small_leave<C, C::MT>(a, acc);
+        if (!hqq_small_is_last(a, 1)) return;
         hqq_small_gather<C>(a, acc, way, &first, &tiles);
     }
     hqq_small_finish<C>(a, acc, unit, first_token + 8 * first, tiles, lane);

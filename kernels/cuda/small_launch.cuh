@@ -13,10 +13,16 @@ template <class C> static hqq_status launch(const hqq_small_arguments *a, void *
     int most =
         C::shared_bytes(C::WARPS) < a->shared_most ? C::shared_bytes(C::WARPS) : a->shared_most;
     HQQ_TRY(hqq_allow_shared(hqq_small_kernel<C>, most));
-    return hqq_enqueue(
-        hqq_small_kernel<C>,
+    hqq_small_arguments arguments = *a;
+    int bytes = C::shared_bytes(a->ways);
+    if (a->paired) {
+        HQQ_TRY(hqq_knows_clusters(hqq_small_kernel<C>, &arguments.paired));
+        if (bytes < C::pair_bytes(a->ways)) bytes = C::pair_bytes(a->ways);
+    }
+    return hqq_enqueue_clusters(
+        dim3(1, arguments.paired ? 2 : 1, 1), hqq_small_kernel<C>,
         dim3((unsigned)a->token_tiles, (unsigned)a->splits, (unsigned)a->unit_blocks),
-        dim3(C::THREADS), C::shared_bytes(a->ways), stream, *a);
+        dim3(C::THREADS), bytes, stream, arguments);
 }
 
 template <class T, int BITS, int TRANSPOSE, int AXIS>

@@ -16,6 +16,12 @@ constexpr int hqq_small_warps(int tokens, int nbits)
     return tokens == 64 && nbits < 8 ? 8 : 4;
 }
 
+/* Whether two splits may meet in each other's shared memory: each finishes half the tokens. */
+constexpr int hqq_small_pairs(int tokens)
+{
+    return tokens > 8;
+}
+
 /* Dynamic shared memory of a block whose reduction goes so many ways: the most of all kernels
  * for `tokens` tokens (hqq_small::shared_bytes). */
 constexpr int hqq_small_shared_most(int tokens, int ways)
@@ -35,11 +41,12 @@ typedef struct hqq_small_arguments {
     int groups_per_row;   /* axis 1: K/G */
     int residues;         /* axis 0: Q = N/G */
     int chunks_per_group; /* G/64 */
-    int units, chunks, chunks_per_way;
+    int units, chunks, chunks_per_split, chunks_per_way;
     int meta_aligned;  /* a row's scales of four chunks can be read at once */
     int in_aligned;    /* in's rows can be read 16 bytes at a time */
     int out_aligned;   /* and out's written */
     int counts_splits; /* the device has a 16-byte compare and exchange */
+    int paired;        /* splits 2i and 2i + 1 are a cluster: see small_pair.cuh */
     hqq_addend addend;
     /* the grid */
     int tokens;          /* of a block: 8, 16 or 64 */

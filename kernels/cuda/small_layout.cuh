@@ -95,11 +95,14 @@ template <class T_, int BITS_, int TRANSPOSE_, int AXIS_, int MT_> struct hqq_sm
         WAY_BYTES = SUMS_IN_WAY + (INSIDE ? PANEL * TOKENS * 4 : 0),
         ACCUMULATORS = 16 * MT,                           /* of a lane */
         SPLITS_AT_ONCE = MT == 1 ? 4 : (MT == 2 ? 2 : 1), /* a warp adds up */
+        PAIRS = hqq_small_pairs(TOKENS),                  /* small_pair.cuh */
         /* on a multiprocessor: bounds the registers */
         MIN_BLOCKS = MT == 8 ? 8 / WARPS : (MT == 2 ? 3 : 4)
     };
     /* Of a block whose reduction goes `ways` ways. */
     static constexpr int shared_bytes(int ways) { return WAYS_AT + ways * WAY_BYTES; }
+    /* Half of a way's accumulators, which a pair of blocks exchanges in their place. */
+    static constexpr int pair_bytes(int ways) { return ACCUMULATORS * 64 * WARPS / ways; }
     static_assert(WAYS_AT + WAY_BYTES <= 98 * 1024, "compute capability 8.6: 99 KiB");
     static_assert(WAYS_AT + WAY_BYTES <= hqq_small_shared_most(TOKENS, 1) &&
                       WAYS_AT + 4 * WAY_BYTES <= hqq_small_shared_most(TOKENS, 4),
@@ -107,6 +110,7 @@ template <class T_, int BITS_, int TRANSPOSE_, int AXIS_, int MT_> struct hqq_sm
     /* the ways' accumulators take the place of all that */
     static_assert(ACCUMULATORS * 128 * WARPS / 2 <= WAYS_AT + 2 * WAY_BYTES, "two ways");
     static_assert(ACCUMULATORS * 128 * WARPS * 3 / 4 <= WAYS_AT + 4 * WAY_BYTES, "four ways");
+    static_assert(pair_bytes(1) <= hqq_small_shared_most(TOKENS, 1), "one, of a pair");
 };
 
 /* Byte row i of a unit or chunk is first + i * step. */

@@ -34,7 +34,8 @@ typedef struct small_grid {
     int warps;                /* of a block */
     int ways, units_of_block; /* ways * units_of_block = warps */
     int64_t unit_blocks;
-    int splits, chunks_per_way;
+    int splits, chunks_per_split, chunks_per_way; /* the last ones may have fewer */
+    int paired;                                   /* see small_pair.cuh */
 } small_grid;
 
 /* What begins at a multiple of so many chunks is staged fast: forward at axis 1 reads the
@@ -46,17 +47,65 @@ static int chunk_step(int transpose, int axis, int tokens)
     return axis == 1 ? 1 : tokens == 64 ? 4 : 8;
 }
 
-/* Cuts the reduction of each unit into ways * splits runs of chunks; fewer splits where that
+/* A part of `whole` where there are `parts`, a multiple of `step` if it is not the whole. */
+static int64_t part_of(int64_t whole, int parts, int step)
+{
+    if (parts == 1) return whole;
+    return ((whole + parts - 1) / parts + step - 1) / step * step;
+}
+
+/* Cuts the reduction of each unit into splits, and these into ways; fewer splits where that
  * many would leave some without any. */
 static void cut_reduction(small_grid *g, int ways, int splits, int step)
 {
-    int64_t parts = (int64_t)ways * splits, chunks = (g->chunks + parts - 1) / parts;
-    if (parts > 1) chunks = (chunks + step - 1) / step * step;
+    int64_t split = part_of(g->chunks, splits, step);
     g->ways = ways;
     g->units_of_block = g->warps / ways;
     g->unit_blocks = (g->units + g->units_of_block - 1) / g->units_of_block;
-    g->chunks_per_way = (int)chunks;
-    g->splits = (int)((g->chunks + chunks * ways - 1) / (chunks * ways));
+    g->chunks_per_split = (int)split;
+    g->chunks_per_way = (int)part_of(split, ways, step);
+    g->splits = (int)((g->chunks + split - 1) / split);
+    g->paired = 0;
+}
+
+static int chunks_of_way(const small_grid *g, int way)
+{
+    int left = g->chunks_per_split - way * g->chunks_per_way;
+    return left < 0 ? 0 : left < g->chunks_per_way ? left : g->chunks_per_way;
+}
+
+/* Chunks of the busiest quarter of a block's multiprocessor: warps 0 and 4 are of ways 0 and
+ * ways / 2. */
+static int busiest_chunks(const small_grid *g)
+{
+    return chunks_of_way(g, 0) + (g->warps == 8 ? chunks_of_way(g, g->ways / 2) : 0);
+}
+
+/* From the last chunk of a pair to its sums, in microseconds: half of a block's to its own
+ * shared memory, a barrier, as much from the other's; benchmarks/sass/assumptions.py has the
+ * sources. */
+static double meeting(const small_grid *g, double cycles_per_us)
+{
+    const double barrier = 0.21, latency = 0.11, own_rate = 128, other_rate = 16;
+    double half = 128.0 * g->tokens * g->units_of_block / cycles_per_us;
+    double time = half / own_rate + barrier + latency + half / other_rate;
+    return g->splits == 2 ? time + barrier : time; /* else what follows hides the other */
+}
+
+/* From there, or from the last chunk of a split, to the sums of all: a block's arrival, then
+ * the parts that the last one reads, with a wait for some of them at a time, and no faster than
+ * a multiprocessor can read. */
+static double parts_end(const small_grid *g, double cycles_per_us, double arrival)
+{
+    double wait = g->tokens == 8 ? 0.05 : g->tokens == 16 ? 0.1 : g->ways > 1 ? 0.1 : 0.2;
+    double read = 256.0 * g->tokens * g->units_of_block / (64 * cycles_per_us);
+    int parts_read = g->tokens == 64 ? g->splits : g->splits - 1; /* else its own is kept */
+    if (g->paired) {
+        wait = g->tokens == 16 ? 0.05 : 0.2;
+        read /= 2;
+        parts_read = g->splits / 2 - 1;
+    }
+    return arrival + (wait > read ? wait : read) * parts_read;
 }
 
 /*
@@ -90,8 +139,9 @@ static double predicted_time(const small_grid *g, const hqq_weight *w, int64_t M
 
     double meta = w->axis == 0 ? 256 : !transpose ? 512 : 4096.0 / g->units_of_block;
     double tokens = 128.0 * (double)M * (double)g->unit_blocks * (double)g->chunks;
-    double parts = 256.0 * g->tokens * g->token_tiles * (double)g->units * g->splits;
-    double cache = pieces * (codes + meta) + tokens + (g->splits > 1 ? 2 * parts : 0);
+    int left = g->paired ? g->splits / 2 : g->splits; /* parts of a sum in the workspace */
+    double parts = 256.0 * g->tokens * g->token_tiles * (double)g->units * left;
+    double cache = pieces * (codes + meta) + tokens + (left > 1 ? 2 * parts : 0);
     cache /= cache_rate * sm;
 
     /* cycles of a quarter of a multiprocessor for one chunk: issued, or 128 mma */
@@ -100,24 +150,28 @@ static double predicted_time(const small_grid *g, const hqq_weight *w, int64_t M
     double stage = g->tokens == 64 ? 6 : along ? 10 : 5; /* a token */
     double chunk = (g->tokens == 64 ? 600 : unpack) + stage * g->tokens / g->units_of_block;
     if (g->tokens == 64 && chunk < chunk_of_mma) chunk = chunk_of_mma;
-    double issue = on_one * g->warps / 4 * g->chunks_per_way * chunk / cycles_per_us;
+    double issue = on_one * busiest_chunks(g) * chunk / cycles_per_us;
 
     double time = memory > cache ? memory : cache;
     if (issue > time) time = issue;
     if (g->ways > 1) time += 0.2;
-    if (g->splits == 1) return time;
-    /* a block's arrival, then the parts that the last one reads: a wait for some of them at a
-     * time, and no more than a multiprocessor can read */
-    double wait = g->tokens == 8 ? 0.05 : g->tokens == 16 ? 0.1 : g->ways > 1 ? 0.1 : 0.2;
-    double read = 256.0 * g->tokens * g->units_of_block / (64 * cycles_per_us);
-    int parts_read = g->tokens == 64 ? g->splits : g->splits - 1; /* else its own is kept */
-    return time + (newer ? 0.65 : 1.0) + (wait > read ? wait : read) * parts_read;
+    if (g->paired) /* where a block is alone on a multiprocessor, every wave waits */
+        time += meeting(g, cycles_per_us) * (residents == 1 ? on_one : 1);
+    if (left > 1) time += parts_end(g, cycles_per_us, newer ? 0.65 : 1.0);
+    return time;
 }
 
 /* Dynamic shared memory of a block; some is static. */
 static int shared_most(const hqq_cuda_device *device)
 {
     return (int)device->shared_bytes - 1024;
+}
+
+/* Of the generations whose clusters are known: GeForce's 12.0 has them in name. */
+static int pairs_serve(const hqq_cuda_device *device)
+{
+    return device->has_clusters && device->compute_capability >= 90 &&
+           device->compute_capability < 120;
 }
 
 static small_grid small_grid_of(const hqq_weight *w, int64_t M, int transpose,
@@ -141,13 +195,19 @@ static small_grid small_grid_of(const hqq_weight *w, int64_t M, int transpose,
             if (ways > 1 && hqq_small_shared_most(g.tokens, ways) > shared_most(device)) break;
             cut_reduction(&g, ways, splits, step);
             if (g.unit_blocks > 65535) break;
-            double time = predicted_time(&g, w, M, transpose, device);
-            if (time < least) least = time, best = g;
+            for (int paired = 0; paired <= 1; paired++) {
+                if (paired && !(pairs_serve(device) && hqq_small_pairs(g.tokens))) break;
+                if (paired && g.splits % 2 != 0) break;
+                g.paired = paired;
+                double time = predicted_time(&g, w, M, transpose, device);
+                if (time < least) least = time, best = g;
+            }
         }
     return best;
 }
 
-/* What says which parts have arrived, then the parts. */
+/* What says which parts have arrived, then the parts; for pairs too, which need less: code for
+ * older devices has none. */
 static size_t arrived_bytes(const small_grid *g)
 {
     return ((size_t)g->unit_blocks * (size_t)g->token_tiles * (size_t)g->splits * 16 + 63) /
@@ -190,13 +250,16 @@ hqq_status hqq_cuda_small_product(void *out, const void *in, int64_t ld_in, cons
     a.chunks_per_group = (int)(w->group_size / HQQ_CHUNK);
     a.units = (int)g.units;
     a.chunks = (int)g.chunks;
+    a.chunks_per_split = g.chunks_per_split;
     a.chunks_per_way = g.chunks_per_way;
     a.meta_aligned = a.chunks_per_group == 1 && a.groups_per_row % 4 == 0 &&
-                     (g.chunks_per_way % 4 == 0 || (g.ways == 1 && g.splits == 1)) &&
+                     (g.chunks_per_split % 4 == 0 || g.splits == 1) &&
+                     (g.chunks_per_way % 4 == 0 || g.ways == 1) &&
                      ((uintptr_t)w->scale | (uintptr_t)w->zero) % 8 == 0;
     a.in_aligned = (uintptr_t)in % 16 == 0 && ld_in % 8 == 0;
     a.out_aligned = (uintptr_t)out % 16 == 0;
     a.counts_splits = device->compute_capability >= 90;
+    a.paired = g.paired;
     a.addend = *addend;
     if (g.splits > 1) {
         a.arrived = workspace;

@@ -29,19 +29,13 @@ int hqq_cuda_wide_serves(const hqq_weight *w, int64_t M, hqq_dtype dtype,
 
 /* ---- tiles and splits ------------------------------------------------------------------- */
 
-typedef struct wide_grid {
-    int64_t token_tiles, output_tiles, chunks;
-    int64_t splits, chunks_per_split;
-    double cost; /* in the unit of block_width.c: operations of a multiprocessor */
-} wide_grid;
-
 static int64_t outputs_of(const hqq_weight *w, int transpose)
 {
     return transpose ? w->in_features : w->out_features;
 }
 
 /* A sum that is split is written and read once more, in fp32, through L2: 8 bytes a part. */
-static double cost_of(const wide_grid *g, int64_t M, int64_t outputs, int64_t processors)
+static double cost_of(const hqq_wide_grid *g, int64_t M, int64_t outputs, int64_t processors)
 {
     /* an operation takes a little longer than one of a GEMM: tiles are smaller, so that L2
      * delivers half as much again for each */
@@ -56,18 +50,17 @@ static double cost_of(const wide_grid *g, int64_t M, int64_t outputs, int64_t pr
            bytes * operations_per_byte / (double)processors;
 }
 
-/* With the splits that cost least, none of them without a chunk. */
-static wide_grid grid_of(const hqq_weight *w, int64_t M, int transpose,
-                         const hqq_cuda_device *device)
+hqq_wide_grid hqq_cuda_wide_grid(const hqq_weight *w, int64_t M, int transpose,
+                                 const hqq_cuda_device *device)
 {
     enum { SPLITS_MOST = 16 };
     int64_t outputs = outputs_of(w, transpose), per = hqq_slots_per_word(w->nbits);
     int64_t processors = device->multiprocessors > 0 ? device->multiprocessors : 1;
-    wide_grid g = {.token_tiles = hqq_ceil_div(M, HQQ_WIDE_TOKENS),
-                   .output_tiles = hqq_ceil_div(outputs, HQQ_WIDE_OUTPUTS)};
+    hqq_wide_grid g = {.token_tiles = hqq_ceil_div(M, HQQ_WIDE_TOKENS),
+                       .output_tiles = hqq_ceil_div(outputs, HQQ_WIDE_OUTPUTS)};
     g.chunks = transpose ? hqq_ceil_div(w->out_features / per, HQQ_WIDE_CHUNK / per)
                          : w->in_features / HQQ_WIDE_CHUNK;
-    wide_grid best = g;
+    hqq_wide_grid best = g;
     for (int64_t splits = 1; splits <= SPLITS_MOST && splits <= g.chunks; splits++) {
         g.chunks_per_split = hqq_ceil_div(g.chunks, splits);
         g.splits = hqq_ceil_div(g.chunks, g.chunks_per_split);
@@ -77,24 +70,18 @@ static wide_grid grid_of(const hqq_weight *w, int64_t M, int transpose,
     return best;
 }
 
-int hqq_cuda_wide_splits(const hqq_weight *weight, int64_t M, int transpose,
-                         const hqq_cuda_device *device)
-{
-    return (int)grid_of(weight, M, transpose, device).splits;
-}
-
 int hqq_cuda_wide_is_faster(const hqq_weight *w, int64_t M, hqq_dtype dtype, int transpose,
                             const hqq_cuda_device *device)
 {
     int64_t length = outputs_of(w, !transpose);
-    return grid_of(w, M, transpose, device).cost <
+    return hqq_cuda_wide_grid(w, M, transpose, device).cost <
            hqq_cuda_blocks_cost(outputs_of(w, transpose), length, M, dtype, device);
 }
 
 size_t hqq_cuda_wide_workspace(const hqq_weight *weight, int64_t M, int transpose,
                                const hqq_cuda_device *device)
 {
-    int64_t splits = grid_of(weight, M, transpose, device).splits;
+    int64_t splits = hqq_cuda_wide_grid(weight, M, transpose, device).splits;
     if (splits == 1) return 0;
     return (size_t)splits * (size_t)M * (size_t)outputs_of(weight, transpose) * sizeof(float);
 }
@@ -102,8 +89,8 @@ size_t hqq_cuda_wide_workspace(const hqq_weight *weight, int64_t M, int transpos
 /* ---- the launch ------------------------------------------------------------------------- */
 
 static hqq_wide_arguments arguments_of(void *out, const void *in, int64_t ld_in,
-                                       const hqq_weight *w, int64_t M, const wide_grid *grid,
-                                       int64_t outputs, int adds)
+                                       const hqq_weight *w, int64_t M,
+                                       const hqq_wide_grid *grid, int64_t outputs, int adds)
 {
     return (hqq_wide_arguments){
         .packed = w->packed,
@@ -135,7 +122,7 @@ hqq_status hqq_cuda_wide_product(void *out, const void *in, int64_t ld_in,
 {
     int adds = addend->bias || addend->rank > 0;
     int64_t outputs = outputs_of(weight, transpose);
-    wide_grid grid = grid_of(weight, M, transpose, device);
+    hqq_wide_grid grid = hqq_cuda_wide_grid(weight, M, transpose, device);
     if (M == 1) ld_in = 0; /* its stride is never used, and may be anything */
     hqq_wide_arguments a = arguments_of(out, in, ld_in, weight, M, &grid, outputs, adds);
     if (grid.splits > 1) a.partial = workspace;

@@ -12,6 +12,12 @@
 #include "addend.h"
 #include "device.h"
 
+typedef struct hqq_wide_grid {
+    int64_t token_tiles, output_tiles, chunks;
+    int64_t splits, chunks_per_split;
+    double cost; /* in the unit of block_width.c: operations of a multiprocessor */
+} hqq_wide_grid;
+
 #ifdef __cplusplus
 extern "C" {
 #endif
@@ -25,9 +31,10 @@ int hqq_cuda_wide_serves(const hqq_weight *weight, int64_t M, hqq_dtype dtype,
 int hqq_cuda_wide_is_faster(const hqq_weight *weight, int64_t M, hqq_dtype dtype, int transpose,
                             const hqq_cuda_device *device);
 
-/* Into how many parts its sums are split, so that the device is full. */
-int hqq_cuda_wide_splits(const hqq_weight *weight, int64_t M, int transpose,
-                         const hqq_cuda_device *device);
+/* How its blocks are cut, on that device: the splits of the reduction that are to cost least,
+ * none of them without a chunk. A pure function. */
+hqq_wide_grid hqq_cuda_wide_grid(const hqq_weight *weight, int64_t M, int transpose,
+                                 const hqq_cuda_device *device);
 
 /* Bytes of workspace: none where nothing is split. */
 size_t hqq_cuda_wide_workspace(const hqq_weight *weight, int64_t M, int transpose,

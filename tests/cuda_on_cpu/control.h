@@ -28,9 +28,13 @@ HQQ_EMULATED_EXPORT int hqqlora_emulated_set_schedule(const char *order, const c
 HQQ_EMULATED_EXPORT int hqqlora_emulated_set_device_attribute(int attribute, int value);
 HQQ_EMULATED_EXPORT void hqqlora_emulated_reset_device(void);
 
+/* What cudaFuncGetAttributes says that kernels were compiled for: 80 for code that knows
+ * nothing newer than an A100. 0, and after a reset: the device's own. */
+HQQ_EMULATED_EXPORT void hqqlora_emulated_set_ptx_version(int version);
+
 /* Counted over all launches of the process. */
 typedef struct hqqlora_emulated_counts {
-    uint64_t launches, blocks, switches, mma;
+    uint64_t launches, blocks, switches, mma, clusters; /* those of several blocks */
 } hqqlora_emulated_counts;
 HQQ_EMULATED_EXPORT void hqqlora_emulated_get_counts(hqqlora_emulated_counts *counts);
 

@@ -15,6 +15,10 @@ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
 void cp_async_16(void *shared, const void *global, bool valid, Site site);
 void cp_async_commit();
 void cp_async_wait(unsigned groups_left);
+void cluster_arrive(Site site);
+void cluster_wait(Site site);
+/* Where in block `rank` of the cluster lies what lies at `own` in this one. */
+const void *cluster_read(const void *own, unsigned rank, size_t bytes, Site site);
 
 /* One of the 16 functions of two bits: bit 2a + b of table. */
 template <int table> inline uint32_t lop2(uint32_t a, uint32_t b)
@@ -72,6 +76,34 @@ inline void ptx_cp_async_commit()
 template <int N> inline void ptx_cp_async_wait()
 {
     on_cpu::cp_async_wait(N);
+}
+
+#define PTX_CLUSTERS 1
+inline void ptx_cluster_arrive(ON_CPU_CALLER)
+{
+    on_cpu::cluster_arrive(ON_CPU_SITE);
+}
+
+inline void ptx_cluster_wait(ON_CPU_CALLER)
+{
+    on_cpu::cluster_wait(ON_CPU_SITE);
+}
+
+struct ptx_cluster_address {
+    const char *own;
+    unsigned rank;
+};
+
+inline ptx_cluster_address ptx_cluster_map(const void *own, unsigned rank)
+{
+    return {static_cast<const char *>(own), rank};
+}
+
+__attribute__((no_sanitize("thread"), noinline)) inline float4
+ptx_cluster_load(ptx_cluster_address there, uint32_t bytes, ON_CPU_CALLER)
+{
+    return *static_cast<const float4 *>(
+        on_cpu::cluster_read(there.own + bytes, there.rank, sizeof(float4), ON_CPU_SITE));
 }
 
 #define PTX_COMPARE_EXCHANGES_16 1

@@ -30,11 +30,16 @@ enum cudaDeviceAttr {
     cudaDevAttrMaxSharedMemoryPerMultiprocessor = 81,
     cudaDevAttrMaxRegistersPerMultiprocessor = 82,
     cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
+    cudaDevAttrClusterLaunch = 120,
 };
 
 enum cudaFuncAttribute {
     cudaFuncAttributeMaxDynamicSharedMemorySize = 8,
     cudaFuncAttributePreferredSharedMemoryCarveout = 9,
+};
+
+struct cudaFuncAttributes {
+    int ptxVersion; /* the device's */
 };
 
 enum cudaMemcpyKind {
@@ -47,7 +52,19 @@ enum cudaMemcpyKind {
 
 typedef struct on_cpu_stream *cudaStream_t;
 
-struct cudaLaunchAttribute;
+enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension = 4 };
+
+union cudaLaunchAttributeValue {
+    struct {
+        unsigned x, y, z;
+    } clusterDim;
+};
+
+struct cudaLaunchAttribute {
+    cudaLaunchAttributeID id;
+    cudaLaunchAttributeValue val;
+};
+
 struct cudaLaunchConfig_t {
     dim3 gridDim, blockDim;
     size_t dynamicSmemBytes;
@@ -67,6 +84,7 @@ cudaError_t cudaGetDevice(int *device);
 cudaError_t cudaSetDevice(int device);
 cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attribute, int device);
 
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *attributes, const void *kernel);
 cudaError_t cudaFuncSetAttribute(const void *kernel, cudaFuncAttribute attribute, int value);
 cudaError_t cudaMemsetAsync(void *data, int byte, size_t bytes, cudaStream_t stream);
 cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind kind,
@@ -74,8 +92,11 @@ cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpy
 
 namespace on_cpu
 {
+/* The clusters that a launch asks for; else of one block. */
+dim3 cluster_shape(const cudaLaunchConfig_t &config);
+
 /* Runs body(arguments) once for every thread of the grid. */
-cudaError_t launch(const cudaLaunchConfig_t &config, const void *kernel,
+cudaError_t launch(const cudaLaunchConfig_t &config, const dim3 &cluster, const void *kernel,
                    void (*body)(void *arguments), void *arguments);
 
 /* Does the work now or, while this host thread captures, keeps it. */
@@ -95,8 +116,10 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t *config, void (*kernel)(
         Call *c = static_cast<Call *>(data);
         std::apply(c->kernel, c->arguments);
     };
-    return on_cpu::enqueue([config = *config, call, body]() mutable {
-        return on_cpu::launch(config, reinterpret_cast<const void *>(call.kernel), body, &call);
+    const dim3 cluster = on_cpu::cluster_shape(*config); /* attributes may end with the call */
+    return on_cpu::enqueue([config = *config, cluster, call, body]() mutable {
+        return on_cpu::launch(config, cluster, reinterpret_cast<const void *>(call.kernel),
+                              body, &call);
     });
 }
 

@@ -18,15 +18,19 @@ static bool same_line(const Site &a, const Site &b)
 }
 
 /* All threads of the block, none returned, wait at one line. */
-static bool whole_block_waits()
+static bool whole_block_waits(State state)
 {
     const Machine &m = *machine;
     for (unsigned i = 0; i < m.thread_count; i++) {
         const Thread &t = *m.threads[i];
-        if (t.state != State::at_barrier || !same_line(t.site, m.threads[0]->site))
-            return false;
+        if (t.state != state || !same_line(t.site, m.threads[0]->site)) return false;
     }
     return true;
+}
+
+bool waits_for_cluster()
+{
+    return whole_block_waits(State::at_cluster_barrier);
 }
 
 static bool same_standstill(const Thread &a, const Thread &b)
@@ -43,6 +47,9 @@ static void append_standstill(const Thread &t)
     case State::returned: append_error("returned"); break;
     case State::at_barrier:
         append_error("at the barrier of %s:%d", base_name(t.site.file), t.site.line);
+        break;
+    case State::at_cluster_barrier:
+        append_error("at the cluster's barrier of %s:%d", base_name(t.site.file), t.site.line);
         break;
     default:
         append_error("at the warp operation of %s:%d, mask %08x", base_name(t.site.file),
@@ -81,7 +88,7 @@ static void append_standstill(const Thread &t)
 void release_barrier()
 {
     Machine &m = *machine;
-    if (!whole_block_waits()) fail_standstill();
+    if (!whole_block_waits(State::at_barrier)) fail_standstill();
     m.barrier_result = 0;
     m.races.pass_barrier();
     deal_ranks();

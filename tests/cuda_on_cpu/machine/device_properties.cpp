@@ -24,6 +24,7 @@ static const Attribute H100[] = {
     {cudaDevAttrMaxSharedMemoryPerMultiprocessor, 228 << 10},
     {cudaDevAttrMaxRegistersPerMultiprocessor, 65536},
     {cudaDevAttrMaxSharedMemoryPerBlockOptin, 227 << 10},
+    {cudaDevAttrClusterLaunch, 1},
 };
 enum { COUNT = sizeof H100 / sizeof *H100 };
 
@@ -39,6 +40,16 @@ static Attribute *find(int name) /* guard is held */
     for (Attribute &a : attributes)
         if (a.name == name) return &a;
     return nullptr;
+}
+
+static int compiled_for = 0; /* 0: the device */
+
+int ptx_version()
+{
+    const int device = 10 * known_attribute(cudaDevAttrComputeCapabilityMajor) +
+                       known_attribute(cudaDevAttrComputeCapabilityMinor);
+    std::lock_guard<std::mutex> lock(guard);
+    return compiled_for ? compiled_for : device;
 }
 
 bool device_attribute(int name, int *value)
@@ -62,4 +73,11 @@ void hqqlora_emulated_reset_device(void)
 {
     std::lock_guard<std::mutex> lock(on_cpu::guard);
     on_cpu::initialised = false;
+    on_cpu::compiled_for = 0;
+}
+
+void hqqlora_emulated_set_ptx_version(int version)
+{
+    std::lock_guard<std::mutex> lock(on_cpu::guard);
+    on_cpu::compiled_for = version;
 }

@@ -7,6 +7,9 @@ namespace on_cpu
 /* false: not a known attribute. Thread-safe. */
 bool device_attribute(int attribute, int *value);
 
+/* Of kernels, as cudaFuncGetAttributes has it. */
+int ptx_version();
+
 inline int known_attribute(int attribute)
 {
     int value = 0;

@@ -12,10 +12,12 @@ ON_CPU_THREAD_LOCAL dim3 blockDim, gridDim;
 
 namespace on_cpu
 {
+enum { CLUSTER_MOST = 8 }; /* blocks, on every device that has clusters */
+
 ON_CPU_THREAD_LOCAL const Position *self = nullptr;
 ON_CPU_THREAD_LOCAL Machine *machine = nullptr;
 
-static std::atomic<uint64_t> launches{0}, blocks{0}, switches{0}, mma{0};
+static std::atomic<uint64_t> launches{0}, blocks{0}, switches{0}, mma{0}, clusters{0};
 
 static cudaError_t check_configuration(const cudaLaunchConfig_t &c, const void *kernel)
 {
@@ -34,6 +36,30 @@ static cudaError_t check_configuration(const cudaLaunchConfig_t &c, const void *
         return set_error(cudaErrorInvalidValue,
                          "%zu bytes of dynamic shared memory: this kernel may have %zu",
                          c.dynamicSmemBytes, allowed);
+    return cudaSuccess;
+}
+
+dim3 cluster_shape(const cudaLaunchConfig_t &config)
+{
+    for (unsigned i = 0; i < config.numAttrs; i++)
+        if (config.attrs[i].id == cudaLaunchAttributeClusterDimension) {
+            const auto &shape = config.attrs[i].val.clusterDim;
+            return dim3(shape.x, shape.y, shape.z);
+        }
+    return dim3(1, 1, 1);
+}
+
+static cudaError_t check_cluster(const dim3 &cluster, const dim3 &grid)
+{
+    if (cluster.x == 1 && cluster.y == 1 && cluster.z == 1) return cudaSuccess;
+    if (!known_attribute(cudaDevAttrClusterLaunch))
+        return set_error(cudaErrorInvalidConfiguration, "this device has no clusters");
+    if (static_cast<uint64_t>(cluster.x) * cluster.y * cluster.z > CLUSTER_MOST ||
+        cluster.x == 0 || cluster.y == 0 || cluster.z == 0 || grid.x % cluster.x ||
+        grid.y % cluster.y || grid.z % cluster.z)
+        return set_error(cudaErrorInvalidConfiguration,
+                         "clusters of %u x %u x %u in a grid of %u x %u x %u blocks", cluster.x,
+                         cluster.y, cluster.z, grid.x, grid.y, grid.z);
     return cudaSuccess;
 }
 
@@ -65,10 +91,10 @@ static bool set_up_threads(Machine &m, const dim3 &block)
     return true;
 }
 
-/* gridDim's blocks as one number each, in the order in which they run. */
-static std::vector<uint64_t> order_of_blocks(Machine &m, const dim3 &grid)
+/* A grid's clusters as one number each, in the order in which they run. */
+static std::vector<uint64_t> order_of_clusters(Machine &m, const dim3 &all)
 {
-    std::vector<uint64_t> order(static_cast<uint64_t>(grid.x) * grid.y * grid.z);
+    std::vector<uint64_t> order(static_cast<uint64_t>(all.x) * all.y * all.z);
     for (uint64_t i = 0; i < order.size(); i++)
         order[i] = m.schedule.order == Order::lifo ? order.size() - 1 - i : i;
     if (m.schedule.order == Order::random || m.schedule.order == Order::priority)
@@ -76,69 +102,86 @@ static std::vector<uint64_t> order_of_blocks(Machine &m, const dim3 &grid)
     return order;
 }
 
-static void run_blocks(Machine &m, const dim3 &grid)
+static void run_clusters(Cluster &cluster, const dim3 &grid, const dim3 &shape)
 {
-    for (uint64_t i : order_of_blocks(m, grid)) {
-        blockIdx = {static_cast<unsigned>(i % grid.x),
-                    static_cast<unsigned>(i / grid.x % grid.y),
-                    static_cast<unsigned>(i / grid.x / grid.y)};
-        run_block();
-        if (m.failed) break;
+    const dim3 all(grid.x / shape.x, grid.y / shape.y, grid.z / shape.z);
+    for (uint64_t i : order_of_clusters(*cluster.blocks[0], all)) {
+        uint3 first = {static_cast<unsigned>(i % all.x) * shape.x,
+                       static_cast<unsigned>(i / all.x % all.y) * shape.y,
+                       static_cast<unsigned>(i / all.x / all.y) * shape.z};
+        run_cluster(cluster, first, shape);
+        for (unsigned rank = 0; rank < cluster.size; rank++)
+            if (cluster.blocks[rank]->failed) return;
     }
 }
 
 static void add_counts(const hqqlora_emulated_counts &counts)
 {
-    launches++;
     blocks += counts.blocks;
     switches += counts.switches;
     mma += counts.mma;
+    clusters += counts.clusters;
 }
 
 /* One a host thread, freed with it: its stacks are worth keeping from launch to launch. */
-static Machine &machine_of_this_thread()
+static Cluster &cluster_of_this_thread(unsigned size)
 {
-    static thread_local std::unique_ptr<Machine> kept;
-    if (!kept) kept = std::make_unique<Machine>();
-    return *kept;
+    static thread_local Cluster kept;
+    while (kept.blocks.size() < size) kept.blocks.push_back(std::make_unique<Machine>());
+    kept.size = size;
+    return kept;
 }
 
-cudaError_t launch(const cudaLaunchConfig_t &config, const void *kernel, void (*body)(void *),
-                   void *arguments)
+cudaError_t launch(const cudaLaunchConfig_t &config, const dim3 &shape, const void *kernel,
+                   void (*body)(void *), void *arguments)
 {
     cudaError_t error = check_configuration(config, kernel);
+    if (error == cudaSuccess) error = check_cluster(shape, config.gridDim);
     if (error != cudaSuccess) return error;
-    Machine &m = machine_of_this_thread();
-    if (!set_up_threads(m, config.blockDim))
-        return set_error(cudaErrorLaunchFailure, "no memory for the stacks of %u threads",
-                         m.thread_count);
-    m.schedule = current_schedule();
-    m.random = Random(m.schedule.seed);
-    m.body = body;
-    m.arguments = arguments;
-    m.failed = false;
-    m.error[0] = '\0';
-    m.counts = {};
-    m.host.adopt_this_thread();
+    Cluster &cluster = cluster_of_this_thread(shape.x * shape.y * shape.z);
+    const size_t usual =
+        static_cast<size_t>(known_attribute(cudaDevAttrMaxSharedMemoryPerBlock));
+    const size_t optin =
+        static_cast<size_t>(known_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
+    const size_t most = allowed_dynamic_shared(kernel) > usual ? optin : usual;
+    for (unsigned rank = 0; rank < cluster.size; rank++)
+        if (!set_up_threads(*cluster.blocks[rank], config.blockDim))
+            return set_error(cudaErrorLaunchFailure, "no memory for the stacks of %u threads",
+                             cluster.blocks[rank]->thread_count);
     gridDim = config.gridDim;
     blockDim = config.blockDim;
-    size_t usual = static_cast<size_t>(known_attribute(cudaDevAttrMaxSharedMemoryPerBlock));
-    size_t optin =
-        static_cast<size_t>(known_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
-    machine = &m;
-    m.shared.start_launch(config.dynamicSmemBytes, usual,
-                          allowed_dynamic_shared(kernel) > usual ? optin : usual);
-    run_blocks(m, config.gridDim);
-    m.shared.end_launch();
+    for (unsigned rank = 0; rank < cluster.size; rank++) {
+        Machine &m = *cluster.blocks[rank];
+        m.schedule = current_schedule();
+        m.random = Random(m.schedule.seed + rank);
+        m.cluster = &cluster;
+        m.body = body;
+        m.arguments = arguments;
+        m.failed = false;
+        m.error[0] = '\0';
+        m.counts = {};
+        m.host.adopt_this_thread();
+        machine = &m;
+        m.shared.start_launch(config.dynamicSmemBytes, usual, most);
+    }
+    run_clusters(cluster, config.gridDim, shape);
+    error = cudaSuccess;
+    launches++;
+    for (unsigned rank = 0; rank < cluster.size; rank++) {
+        Machine &m = *cluster.blocks[rank];
+        m.shared.end_launch();
+        add_counts(m.counts);
+        if (m.failed) error = set_error(cudaErrorLaunchFailure, "%s", m.error);
+    }
     machine = nullptr;
-    add_counts(m.counts);
-    return m.failed ? set_error(cudaErrorLaunchFailure, "%s", m.error) : cudaSuccess;
+    return error;
 }
 } // namespace on_cpu
 
 void hqqlora_emulated_get_counts(hqqlora_emulated_counts *counts)
 {
-    *counts = {on_cpu::launches, on_cpu::blocks, on_cpu::switches, on_cpu::mma};
+    *counts = {on_cpu::launches, on_cpu::blocks, on_cpu::switches, on_cpu::mma,
+               on_cpu::clusters};
 }
 
 int hqqlora_emulated_checks_races(void)

@@ -23,6 +23,7 @@ void RaceChecker::start_block()
 {
     if (!races_are_checked) return;
     epoch++; /* histories outlive the block: older epochs mean nothing */
+    cluster_epoch = epoch;
     reset_clocks();
 }
 
@@ -31,6 +32,12 @@ void RaceChecker::pass_barrier()
     if (!races_are_checked) return;
     epoch++;
     reset_clocks();
+}
+
+void RaceChecker::pass_cluster_barrier()
+{
+    pass_barrier();
+    cluster_epoch = epoch;
 }
 
 void RaceChecker::sync_lanes(LaneClocks &clocks, unsigned mask)
@@ -101,6 +108,9 @@ void RaceChecker::check(const ByteHistory &byte, const Thread *thread, Touch kin
         fail_race(thread, kind, atomic->thread, "updated it", region, offset, pc);
     if (const Access *read = kind == Touch::read ? nullptr : unordered(byte.reads, thread))
         fail_race(thread, kind, read->thread, "read it", region, offset, pc);
+    if (kind != Touch::read && byte.read_by_other && byte.read_by_other >= cluster_epoch)
+        fail_cluster_race("writes, after another block's read,", region, offset,
+                          machine->rank());
 }
 
 void RaceChecker::touch(const Thread *thread, const void *address, size_t bytes, Touch kind,
@@ -135,6 +145,17 @@ void RaceChecker::start_copy(const void *address, size_t bytes, Site site)
         &region
              ->history[static_cast<size_t>(static_cast<const char *>(address) - region->data)];
     for (size_t i = 0; i < bytes; i++) byte[i].write.in_flight = 1;
+}
+
+void RaceChecker::read_by_other_block(Region &region, size_t offset, size_t bytes,
+                                      unsigned rank)
+{
+    for (size_t i = offset; i < offset + bytes; i++) {
+        ByteHistory &byte = region.history[i];
+        if (byte.write.in_flight || byte.write.epoch >= cluster_epoch)
+            fail_cluster_race("reads, after that block's own write,", region, i, rank);
+        byte.read_by_other = epoch;
+    }
 }
 
 void RaceChecker::finish_copy(const void *address, size_t bytes)

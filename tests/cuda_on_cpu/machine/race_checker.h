@@ -9,7 +9,8 @@
  *     how many of that lane's syncs it has seen (a vector clock);
  *   - between cp.async and the wait for it nobody may touch the bytes, the thread itself
  * included. Shuffles, votes, ldmatrix and mma order nothing: CUDA promises no memory ordering
- * for them.
+ * for them;
+ *   - between blocks of a cluster only the cluster's barrier orders.
  */
 #ifndef HQQ_CUDA_ON_CPU_RACE_CHECKER_H
 #define HQQ_CUDA_ON_CPU_RACE_CHECKER_H
@@ -46,6 +47,7 @@ struct Recent {
 struct ByteHistory {
     Access write;
     Recent reads, atomics;
+    uint32_t read_by_other; /* the epoch of this block in which another of the cluster read */
 };
 
 struct LaneClocks {
@@ -59,11 +61,14 @@ class RaceChecker
   public:
     void start_block();
     void pass_barrier();
+    void pass_cluster_barrier();
     void sync_lanes(LaneClocks &clocks, unsigned mask);
 
     void read_as(const Thread *thread, const void *address, size_t bytes);
     void start_copy(const void *address, size_t bytes, Site site);
     void finish_copy(const void *address, size_t bytes);
+    /* The running thread, of another block, reads what this one has; rank: of this one. */
+    void read_by_other_block(Region &region, size_t offset, size_t bytes, unsigned rank);
     /* pc: of the access, for addr2line; NULL: `thread` has just noted its site */
     void touch(const Thread *thread, const void *address, size_t bytes, Touch kind,
                const void *pc);
@@ -77,6 +82,7 @@ class RaceChecker
                size_t offset, const void *pc) const;
 
     uint32_t epoch = 0;
+    uint32_t cluster_epoch = 0; /* the first since the cluster's last barrier */
 };
 
 /* Ends the launch: `thread` is about to touch a byte, and the thread numbered `other` did as
@@ -84,6 +90,10 @@ class RaceChecker
 [[noreturn]] void fail_race(const Thread *thread, Touch kind, unsigned other,
                             const char *other_did, const Region &region, size_t offset,
                             const void *pc);
+
+/* The same between blocks of a cluster. */
+[[noreturn]] void fail_cluster_race(const char *what, const Region &region, size_t offset,
+                                    unsigned rank);
 } // namespace on_cpu
 
 #endif

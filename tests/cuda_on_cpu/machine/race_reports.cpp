@@ -45,6 +45,15 @@ void fail_race(const Thread *thread, Touch kind, unsigned other, const char *oth
     end_launch();
 }
 
+void fail_cluster_race(const char *what, const Region &region, size_t offset, unsigned rank)
+{
+    append_error("shared memory race in a cluster: thread %u of block %u %s byte %zu of %s of "
+                 "block %u, no cluster barrier orders them",
+                 self->linear, machine->rank(), what, offset, region.name, rank);
+    append_last_site(self->linear);
+    end_launch();
+}
+
 /* An access of the kernel's code. */
 static void kernel_touches(const void *address, size_t bytes, Touch kind, const void *pc)
 {

@@ -88,6 +88,13 @@ Region *SharedMemory::find(const void *address, size_t bytes)
     return nullptr;
 }
 
+Region *SharedMemory::find_same(const Region &region)
+{
+    for (Region &r : regions)
+        if (r.key == region.key) return &r;
+    return nullptr;
+}
+
 void *static_shared(const void *key, size_t bytes, size_t alignment, const char *name)
 {
     return machine->shared.static_array(key, bytes, alignment, name);

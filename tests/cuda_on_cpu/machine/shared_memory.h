@@ -31,6 +31,8 @@ class SharedMemory
     void *static_array(const void *key, size_t bytes, size_t alignment, const char *name);
     void *dynamic();
 
+    /* The array that is `region` in another block, or NULL: not there yet. */
+    Region *find_same(const Region &region);
     /* The array that holds all of those bytes, or NULL. */
     Region *find(const void *address, size_t bytes);
     /* Whether the address lies between the first and the last array: quick, may err. */

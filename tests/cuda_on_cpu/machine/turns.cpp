@@ -87,15 +87,25 @@ static void switch_to(Fiber &from, Thread *to, Leaving leaving)
     switch_fiber(from, to->fiber, leaving);
 }
 
-void wait_for_turn()
+/* From a thread that cannot go on. */
+static void give_way(Thread *me, Leaving leaving)
 {
-    Thread *me = this_thread();
     Thread *next = pick();
-    if (!next) {
+    if (!next && machine->running && !waits_for_cluster()) {
         release_barrier();
         next = pick();
     }
-    if (next != me) switch_to(me->fiber, next, Leaving::for_now);
+    if (next) {
+        if (next != me) switch_to(me->fiber, next, leaving);
+    } else {
+        self = nullptr;
+        switch_fiber(me->fiber, machine->host, leaving);
+    }
+}
+
+void wait_for_turn()
+{
+    give_way(this_thread(), Leaving::for_now);
 }
 
 void end_launch()
@@ -116,20 +126,15 @@ static void run_thread()
     Thread *me = this_thread();
     me->copies.require_none();
     me->products.require_none();
+    if (me->arrived) fail("returned, but never waited for the cluster's barrier");
+    if (machine->running == 1) leave_block();
     me->state = State::returned;
     machine->running--;
-    Thread *next = pick();
-    if (!next && machine->running) {
-        release_barrier();
-        next = pick();
-    }
-    if (next) switch_to(me->fiber, next, Leaving::for_good);
-    self = nullptr;
-    switch_fiber(me->fiber, machine->host, Leaving::for_good);
+    give_way(me, Leaving::for_good);
     abort();
 }
 
-void run_block()
+void start_block()
 {
     Machine &m = *machine;
     m.counts.blocks++;
@@ -143,9 +148,14 @@ void run_block()
         thread->site = {"", 0};
         thread->copies.clear();
         thread->products.clear();
+        thread->arrived = false;
         thread->fiber.prepare(run_thread, i);
         make_ready(thread);
     }
-    switch_to(m.host, pick(), Leaving::for_now);
+}
+
+void run_block()
+{
+    switch_to(machine->host, pick(), Leaving::for_now);
 }
 } // namespace on_cpu
