@@ -2,15 +2,12 @@
  * Two splits of the same outputs as a cluster of two blocks (compute capability 9.0): each
  * finishes half of the tokens, and reads the other's sums for them from its shared memory.
  *
- *                    tokens 0..31       32..63
- *     split 2i      [ keeps        | gives ----+ ]
- *     split 2i + 1  [ gives --+    | keeps  <--+ ]
- *                             +--> split 2i
+ *                     split 2i        split 2i + 1
+ *     tokens  0..31   keeps <-------- gives
+ *     tokens 32..63   gives --------> keeps
  *
  * So a pair leaves half as many parts in the workspace, or none where it is alone, and what the
- * last ones read of them passes two multiprocessors. Pairs, and not all splits together:
- * clusters of four or more leave multiprocessors idle (of an H100's 132, whose GPCs have 14, 16
- * or 18, clusters of eight can use 120), and the more blocks exchange, the slower each does.
+ * last ones read of them passes two multiprocessors. Why not more splits: see README.md.
  */
 #ifndef HQQ_KERNELS_CUDA_SMALL_PAIR_CUH
 #define HQQ_KERNELS_CUDA_SMALL_PAIR_CUH
