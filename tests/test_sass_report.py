@@ -15,6 +15,7 @@ from sass import (
     rivals,
     small,
     toolchain,
+    wide,
 )
 from sass.instructions import unit_of
 from sass.launches import Plan, Product, instance_of
@@ -83,6 +84,8 @@ def test_widths(gemm):
     ("opcode", "unit"),
     [
         ("HMMA.16816.F32.BF16", "mma"),
+        ("HGMMA.64x128x16.F32.BF16", "mma"),
+        ("WARPGROUP.DEPBAR.LE", "control"),
         ("IMAD.MOV.U32", "multiply"),
         ("HADD2.BF16_V2", "half"),
         ("FFMA.FTZ", "float"),
@@ -341,6 +344,11 @@ BLOCKS = Plan(
     splits=1,
     paired=0,
     width=64,
+    wide=0,
+    wide_token_tiles=4,
+    wide_output_tiles=33,
+    wide_splits=1,
+    wide_chunks_per_split=64,
 )
 
 
@@ -354,6 +362,28 @@ def test_blocks_cost_more_launches_but_the_same_gemm():
         return large.product_seconds(H100, d, BLOCKS._replace(width=width), p)
 
     assert seconds(1024) < seconds(512) < seconds(64)
+
+
+def test_a_wide_product_takes_its_waves_of_tiles():
+    p = Product(8448, 4096, 512, 0, 1)  # 33 x 4 tiles of 256 x 128, one each
+    kernel = wide.Wide("__nv_bfloat16", 4, 0, Work.of(code(*["HGMMA"] * 8, *["LOP3"] * 9)))
+    one = wide.bounds(H100, kernel, BLOCKS, p)
+    # eight warps' products of 64 cycles on four tensor cores, 64 times
+    assert one.waves["tensor cores"] == pytest.approx(64 * 8 * 8 * 64 / 4 / H100.clock)
+    assert one.waves["ALU"] == pytest.approx(64 * 8 * 9 * 2 / 4 / H100.clock)
+    assert one.waves["issue"] == pytest.approx(64 * 8 * 17 / 4 / H100.clock)
+    moved = 128 * 64 * 2 + 256 * 64 / 2 + 2 * 256 * 2  # tokens, codes, scales and zeros
+    assert one.waves["L2"] == pytest.approx(64 * moved * 132 / H100.cache)
+    two = wide.bounds(H100, kernel, BLOCKS._replace(wide_output_tiles=34), p)
+    assert two.waves["tensor cores"] == pytest.approx(2 * one.waves["tensor cores"])
+    assert two.ends == pytest.approx(2 * one.ends)
+    split = wide.bounds(
+        H100, kernel, BLOCKS._replace(wide_splits=2, wide_chunks_per_split=32), p
+    )
+    assert split.waves["tensor cores"] == pytest.approx(one.waves["tensor cores"])
+    parts = 2 * 4 * 512 * 8448 / H100.cache / assumptions.ATTAINED
+    assert split.sums == pytest.approx(assumptions.LAUNCH + parts)
+    assert split.ends > two.ends  # parts are fp32
 
 
 def test_multiplications_of_skinny_products_are_counted():

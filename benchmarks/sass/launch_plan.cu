@@ -19,6 +19,7 @@
 #include "small_product.cu" /* its grid is its own */
 
 #include "block_width.h"
+#include "lora.h"
 #include "plan.h"
 #include "small_layout.cuh"
 #include "wide_layout.cuh"

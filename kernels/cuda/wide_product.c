@@ -34,16 +34,22 @@ static int64_t outputs_of(const hqq_weight *w, int transpose)
     return transpose ? w->in_features : w->out_features;
 }
 
-/* A sum that is split is written and read once more, in fp32, through L2: 8 bytes a part. */
-static double cost_of(const hqq_wide_grid *g, int64_t M, int64_t outputs, int64_t processors)
+/*
+ * What bounds a block is L2, at 24 bytes a cycle for each multiprocessor: a chunk's tokens and
+ * codes take a little longer than a GEMM takes for as many operations, and with the scales of
+ * dgrad, of which a block uses a quarter of each sector, 1.18 times as long. A tile's first
+ * loads and its stores hide behind nothing, as a multiprocessor has one block at a time. A sum
+ * that is split is written and read once more, in fp32.
+ */
+static double cost_of(const hqq_wide_grid *g, int64_t M, int64_t outputs, int transpose,
+                      int64_t processors)
 {
-    /* an operation takes a little longer than one of a GEMM: tiles are smaller, so that L2
-     * delivers half as much again for each */
-    const double factor = 1.05, operations_per_byte = 128.0;
-    int64_t blocks = g->token_tiles * g->output_tiles * g->splits;
+    const double factor = transpose ? 1.18 : 1.03, operations_per_byte = 128.0;
+    const double tile_ends = 0.6 * HQQ_CUDA_LAUNCH_OPERATIONS;
+    double waves =
+        (double)hqq_ceil_div(g->token_tiles * g->output_tiles * g->splits, processors);
     double chunk = 2.0 * HQQ_WIDE_OUTPUTS * HQQ_WIDE_TOKENS * HQQ_WIDE_CHUNK * factor;
-    double cost =
-        (double)hqq_ceil_div(blocks, processors) * (double)g->chunks_per_split * chunk;
+    double cost = waves * ((double)g->chunks_per_split * chunk + tile_ends);
     if (g->splits == 1) return cost + HQQ_CUDA_LAUNCH_OPERATIONS;
     double bytes = 8.0 * (double)g->splits * (double)M * (double)outputs;
     return cost + 2 * HQQ_CUDA_LAUNCH_OPERATIONS +
@@ -64,7 +70,7 @@ hqq_wide_grid hqq_cuda_wide_grid(const hqq_weight *w, int64_t M, int transpose,
     for (int64_t splits = 1; splits <= SPLITS_MOST && splits <= g.chunks; splits++) {
         g.chunks_per_split = hqq_ceil_div(g.chunks, splits);
         g.splits = hqq_ceil_div(g.chunks, g.chunks_per_split);
-        g.cost = cost_of(&g, M, outputs, processors);
+        g.cost = cost_of(&g, M, outputs, transpose, processors);
         if (splits == 1 || g.cost < best.cost) best = g;
     }
     return best;
