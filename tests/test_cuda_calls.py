@@ -13,6 +13,7 @@ C_SUFFIXES = {".c", ".h", ".cu", ".cuh", ".cpp"}
 # Each is captured into a graph, or asks about a device or a kernel.
 CUDA_CALLS = {
     "cudaDeviceGetAttribute",
+    "cudaFuncGetAttributes",
     "cudaFuncSetAttribute",
     "cudaGetDevice",
     "cudaGetErrorString",

@@ -249,8 +249,9 @@ def _sum_bytes(instance: Instance, plan: Plan) -> int:
 
 def _meeting(device: Device, instance: Instance, plan: Plan) -> float:
     """From a pair's last chunk to its sum: half of a block's sums to its own shared memory, the
-    cluster's barrier, as much from the other's; another barrier before the block may end, which
-    what follows hides, if anything does."""
+    cluster's barrier (without a fence of the device), as much from the other's. Before a block
+    ends another barrier, which hides behind the other parts of the sum, if there are any; its
+    fence waits for stores that the kernel's end waits for, too."""
     half = _sum_bytes(instance, plan) / 2
     cycles = half / SHARED_BYTES_A_CYCLE + CLUSTER_BARRIER
     cycles += CLUSTER_LATENCY + half / CLUSTER_BYTES_A_CYCLE

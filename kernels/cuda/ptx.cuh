@@ -79,10 +79,25 @@ template <int N> HQQ_PTX void ptx_cp_async_wait()
 
 #if __CUDA_ARCH__ >= 900
 #define PTX_CLUSTERS 1
-/* The cluster's barrier. What a thread did before it arrives, all see that have waited. */
+/* The cluster's barrier. What a thread did before it arrives, all see that have waited. That is
+ * a fence of the whole device; not so where only what it wrote to this block's shared memory
+ * matters, or a fence went before (relaxed). */
 HQQ_PTX void ptx_cluster_arrive()
 {
     asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+HQQ_PTX void ptx_cluster_arrive_relaxed()
+{
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+HQQ_PTX void ptx_cluster_arrive_shared()
+{
+#if __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ >= 1208
+    asm volatile("fence.release.sync_restrict::shared::cta.cluster;" ::: "memory");
+    ptx_cluster_arrive_relaxed();
+#else
+    ptx_cluster_arrive();
+#endif
 }
 HQQ_PTX void ptx_cluster_wait()
 {

@@ -16,7 +16,8 @@
 
 #ifdef PTX_CLUSTERS
 /* acc[.][i] += the other block's, for tile i of the half that this block keeps; way 0's. All
- * threads of the block call it, and ptx_cluster_wait() before they return. */
+ * threads of the block call it, and have waited for the cluster again before they return: the
+ * other block has then read what this one gives. */
 template <class C>
 HQQ_DEVICE_INLINE void hqq_small_meet(const hqq_small_arguments &a, float (&acc)[4][C::MT][4],
                                       unsigned char *shared, int way)
@@ -40,7 +41,7 @@ HQQ_DEVICE_INLINE void hqq_small_meet(const hqq_small_arguments &a, float (&acc)
                 given[(f * KEPT + i) * stride] =
                     make_float4(gives[0], gives[1], gives[2], gives[3]);
         }
-    ptx_cluster_arrive();
+    ptx_cluster_arrive_shared();
     ptx_cluster_wait();
     if (way == 0) {
         const ptx_cluster_address there = ptx_cluster_map(given, 1 - rank);
@@ -60,11 +61,11 @@ HQQ_DEVICE_INLINE void hqq_small_meet(const hqq_small_arguments &a, float (&acc)
                 acc[f][i][3] += got[f][i].w;
             }
     }
-    ptx_cluster_arrive(); /* this block has read what the other has */
 }
 
 /* The sum of all pairs, where there are several; whether this block finishes. Way 0 then has
- * `tiles` tiles of tokens from `first` on. For all threads of the block. */
+ * `tiles` tiles of tokens from `first` on. For all threads of the block, which have arrived at
+ * the cluster's barrier where there are several: the fences are there already. */
 template <class C>
 HQQ_DEVICE_INLINE bool hqq_small_gather_pairs(const hqq_small_arguments &a,
                                               float (&acc)[4][C::MT][4], int way, int *first,
@@ -75,7 +76,9 @@ HQQ_DEVICE_INLINE bool hqq_small_gather_pairs(const hqq_small_arguments &a,
     *tiles = way == 0 ? KEPT : 0;
     if (gridDim.y == 2) return true;
     if (way == 0) hqq_small_leave<C, KEPT>(a, acc);
-    if (!hqq_small_is_last(a, 2)) return false;
+    const bool last = hqq_small_is_last(a, 2);
+    ptx_cluster_arrive_relaxed();
+    if (!last) return false;
     if (way == 0)
         hqq_small_gather_parts<C, KEPT, C::MT == 8 ? 1 : 4, true, 2>(a, acc, 0, threadIdx.x);
     return true;

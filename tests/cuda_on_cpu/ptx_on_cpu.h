@@ -84,6 +84,16 @@ inline void ptx_cluster_arrive(ON_CPU_CALLER)
     on_cpu::cluster_arrive(ON_CPU_SITE);
 }
 
+inline void ptx_cluster_arrive_relaxed(ON_CPU_CALLER)
+{
+    on_cpu::cluster_arrive(ON_CPU_SITE);
+}
+
+inline void ptx_cluster_arrive_shared(ON_CPU_CALLER)
+{
+    on_cpu::cluster_arrive(ON_CPU_SITE);
+}
+
 inline void ptx_cluster_wait(ON_CPU_CALLER)
 {
     on_cpu::cluster_wait(ON_CPU_SITE);
