@@ -77,6 +77,11 @@ if command -v compute-sanitizer >/dev/null; then
     step "$tool" 60 compute-sanitizer --tool "$tool" --error-exitcode 9 --target-processes all \
       "$PYTHON" benchmarks/gpu_bench.py --shapes 256x512 --rows 1 16 --peers --seconds 0 \
       --out "$OUT/$tool"
+    # many tokens on warpgroups, which so small a weight would not get of itself
+    HQQLORA_KERNEL=tiled step "$tool-tiled" 60 compute-sanitizer --tool "$tool" \
+      --error-exitcode 9 --target-processes all "$PYTHON" benchmarks/gpu_bench.py \
+      --shapes 256x512 --rows 300 --ops linear linear_dgrad --peers --seconds 0 \
+      --out "$OUT/$tool-tiled"
   done
 else
   echo "-- no compute-sanitizer: skipped"
@@ -85,6 +90,13 @@ fi
 # predictions beside the measurements, where the tools for them are; not a reason to fail
 step predictions 90 "$PYTHON" benchmarks/sass_report.py --archs "sm_$architecture" ||
   unset 'failed[-1]'
+
+# what the choice between the wide kernel and blocks was reckoned to be worth
+for kernel in tiled blocked; do
+  HQQLORA_KERNEL=$kernel step "many-$kernel" 40 "$PYTHON" benchmarks/gpu_bench.py \
+    --shapes 4096x4096 14336x4096 --rows 256 512 4096 --ops linear linear_dgrad --peers \
+    --limit 30 --out "$OUT/many-$kernel"
+done
 
 limit=$(($(left) - 20))
 [ $limit -gt 240 ] && limit=240
