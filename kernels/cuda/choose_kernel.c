@@ -8,9 +8,10 @@
  * the other. Not measured: a threshold with room on its side. fp32 has no tensor-core path: its
  * dot products cost M times the codes, and 8 rows are what hides behind the memory.
  *
- * Above that, on compute capability 9.0 and at axis 1, the wide products multiply with the codes
- * at a GEMM's pace, and save the way through L2 and a launch a block. Where outputs and rows make
- * few tiles, blocks can still win: wide_product.c and block_width.c reckon what either costs.
+ * On compute capability 9.0 and at axis 1 the wide products multiply with the codes at a GEMM's
+ * pace, and read them once for 128 rows. Above 64 rows they are taken where they are to cost
+ * less than the small ones or, above 192, than blocks, which can still win where outputs and
+ * rows make few tiles: small_product.cu, wide_product.c and block_width.c reckon the costs.
  */
 #include "plan.h"
 
@@ -18,7 +19,7 @@
 #include "small_product.h"
 #include "wide_product.h"
 
-enum { SMALL_ROWS_MOST = 192, SMALL_ROWS_MOST_F32 = 8 };
+enum { SMALL_ROWS_MOST = 192, SMALL_ROWS_MOST_F32 = 8, WIDE_ROWS_LEAST = 64 };
 
 static int is_dtype(hqq_dtype dtype)
 {
@@ -47,6 +48,14 @@ static hqq_kernel of_many_rows(const hqq_weight *weight, int64_t M, hqq_dtype dt
                : HQQ_KERNEL_BLOCKED;
 }
 
+static int wide_beats_small(const hqq_weight *weight, int64_t M, hqq_dtype dtype, int transpose,
+                            const hqq_cuda_device *device)
+{
+    return hqq_cuda_wide_serves(weight, M, dtype, device) &&
+           hqq_cuda_wide_grid(weight, M, transpose, device).cost <
+               hqq_cuda_small_cost(weight, M, transpose, device);
+}
+
 hqq_kernel hqq_cuda_kernel_for(const hqq_weight *weight, int64_t M, hqq_dtype dtype,
                                int transpose, hqq_kernel forced, const hqq_cuda_device *device)
 {
@@ -55,8 +64,11 @@ hqq_kernel hqq_cuda_kernel_for(const hqq_weight *weight, int64_t M, hqq_dtype dt
     int64_t most = dtype == HQQ_F32 ? SMALL_ROWS_MOST_F32 : SMALL_ROWS_MOST;
     if (forced == HQQ_KERNEL_TILED || (forced != HQQ_KERNEL_DIRECT && M > most))
         return of_many_rows(weight, M, dtype, transpose, forced, device);
-    return hqq_cuda_small_serves(weight, M, dtype, transpose) ? HQQ_KERNEL_DIRECT
-                                                              : HQQ_KERNEL_BLOCKED;
+    if (!hqq_cuda_small_serves(weight, M, dtype, transpose)) return HQQ_KERNEL_BLOCKED;
+    return forced != HQQ_KERNEL_DIRECT && M > WIDE_ROWS_LEAST &&
+                   wide_beats_small(weight, M, dtype, transpose, device)
+               ? HQQ_KERNEL_TILED
+               : HQQ_KERNEL_DIRECT;
 }
 
 hqq_kernel hqq_choose_kernel(const hqq_weight *weight, int64_t M, hqq_dtype dtype,

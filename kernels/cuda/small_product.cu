@@ -3,6 +3,8 @@
 
 #include <math.h>
 
+#include "block_width.h"
+
 #include "cuda.cuh"
 #include "small_dot.h"
 #include "small_launch.h"
@@ -204,6 +206,14 @@ static small_grid small_grid_of(const hqq_weight *w, int64_t M, int transpose,
             }
         }
     return best;
+}
+
+double hqq_cuda_small_cost(const hqq_weight *w, int64_t M, int transpose,
+                           const hqq_cuda_device *device)
+{
+    small_grid g = small_grid_of(w, M, transpose, device);
+    return predicted_time(&g, w, M, transpose, device) * HQQ_CUDA_OPERATIONS_A_MICROSECOND +
+           HQQ_CUDA_LAUNCH_OPERATIONS;
 }
 
 /* What says which parts have arrived, then the parts; for pairs too, which need less: code for

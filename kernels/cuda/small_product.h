@@ -18,6 +18,10 @@ extern "C" {
  * function; M may be any. */
 int hqq_cuda_small_serves(const hqq_weight *weight, int64_t M, hqq_dtype dtype, int transpose);
 
+/* What it costs where it serves, in the unit of block_width.h. */
+double hqq_cuda_small_cost(const hqq_weight *weight, int64_t M, int transpose,
+                           const hqq_cuda_device *device);
+
 /* Bytes of workspace, for hqq_cuda_small_product on that device. */
 size_t hqq_cuda_small_workspace(const hqq_weight *weight, int64_t M, hqq_dtype dtype,
                                 int transpose, const hqq_cuda_device *device);

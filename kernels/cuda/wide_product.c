@@ -45,15 +45,14 @@ static double cost_of(const hqq_wide_grid *g, int64_t M, int64_t outputs, int tr
                       int64_t processors)
 {
     const double factor = transpose ? 1.18 : 1.03, operations_per_byte = 128.0;
-    const double tile_ends = 0.6 * HQQ_CUDA_LAUNCH_OPERATIONS;
+    const double launch = 7.5e6, tile_ends = 7.5e6; /* 1.25 us each */
     double waves =
         (double)hqq_ceil_div(g->token_tiles * g->output_tiles * g->splits, processors);
     double chunk = 2.0 * HQQ_WIDE_OUTPUTS * HQQ_WIDE_TOKENS * HQQ_WIDE_CHUNK * factor;
     double cost = waves * ((double)g->chunks_per_split * chunk + tile_ends);
-    if (g->splits == 1) return cost + HQQ_CUDA_LAUNCH_OPERATIONS;
+    if (g->splits == 1) return cost + launch;
     double bytes = 8.0 * (double)g->splits * (double)M * (double)outputs;
-    return cost + 2 * HQQ_CUDA_LAUNCH_OPERATIONS +
-           bytes * operations_per_byte / (double)processors;
+    return cost + 2 * launch + bytes * operations_per_byte / (double)processors;
 }
 
 hqq_wide_grid hqq_cuda_wide_grid(const hqq_weight *w, int64_t M, int transpose,

@@ -235,8 +235,9 @@ static int check_choice(void)
                            #kernel " for " #M " rows, " #dtype ", " #change);                \
     }
     CHOOSES(DIRECT, 64, HQQ_BF16, (void)0)
+    CHOOSES(TILED, 128, HQQ_BF16, (void)0)
     CHOOSES(TILED, 512, HQQ_BF16, (void)0)
-    CHOOSES(TILED, 4096, HQQ_BF16, (void)0)
+    CHOOSES(TILED, 1024, HQQ_BF16, (void)0)
     CHOOSES(TILED, 512, HQQ_F16, changed.meta_dtype = HQQ_F16)
     CHOOSES(TILED, 512, HQQ_BF16, changed.nbits = 1)
     CHOOSES(BLOCKED, 512, HQQ_BF16, changed.nbits = 3)
