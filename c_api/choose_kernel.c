@@ -27,7 +27,10 @@
  * In fp32 dgrad decodes strip by strip (cpu/decode_floats.h) where the weight lets it, at axis
  * 1: it then passes direct between 4 and 5 tokens on the Zen 5, also without its bf16 and with
  * AVX2 alone; there 6 are left to direct, as on the Xeon it was passed later. With AMX not
- * measured. At axis 0 it passes direct at 20 tokens. Forward tiled passes direct at 7, at axis
+ * measured. At axis 0 it decodes residue by residue, and of the time of direct takes, at 5, 8,
+ * 12 and 16 tokens, 4 bits .98, 1.03, .93, .90 and 8 bits .88, 1.08, .90, .85; of 14336 x 4096
+ * 1.26, 1.5, 1.08, .98; with AVX2 .94, .88, .85 at 5, 8, 12. What does not decode so passes
+ * direct at 20 tokens. Forward tiled passes direct at 7, at axis
  * 0 between 6 and 12, at 8 bits before 6, at 2 at 12.
  *
  * Forward, rows of 2048 or more, AVX-512: direct's own time is less there (cpu/dot_rows.h, for
@@ -52,21 +55,27 @@ typedef struct thresholds {
 /* By dtype: fp32, fp16, bf16. */
 typedef thresholds thresholds_by_dtype[3];
 
-/* Passes: forward, dgrad, and dgrad of weights that it does not decode strip by strip. */
-static const thresholds_by_dtype table[][3] = {
+/* Passes: forward, dgrad of weights that it decodes strip by strip, of those that it decodes
+ * residue by residue, and of any other. */
+static const thresholds_by_dtype table[][4] = {
     [HQQ_ISA_PORTABLE] = {{{8, 0}, {8, 0}, {8, 0}},
+                          {{8, 0}, {8, 0}, {8, 0}},
                           {{8, 0}, {8, 0}, {8, 0}},
                           {{8, 0}, {8, 0}, {8, 0}}},
     [HQQ_ISA_AVX2] = {{{24, ANY}, {16, ANY}, {16, ANY}},
                       {{6, ANY}, {6, ANY}, {6, ANY}},
+                      {{6, ANY}, {6, ANY}, {6, ANY}},
                       {{16, ANY}, {12, ANY}, {12, ANY}}},
     [HQQ_ISA_AVX512] = {{{6, ANY}, {6, ANY}, {6, ANY}},
                         {{4, ANY}, {4, ANY}, {4, ANY}},
+                        {{12, ANY}, {12, ANY}, {12, ANY}},
                         {{16, ANY}, {16, ANY}, {16, ANY}}},
     [HQQ_ISA_AVX512_BF16] = {{{6, ANY}, {6, ANY}, {8, ANY}},
                              {{4, ANY}, {4, ANY}, {6, 1024}},
+                             {{12, ANY}, {12, ANY}, {6, 1024}},
                              {{20, ANY}, {16, ANY}, {6, 1024}}},
     [HQQ_ISA_AMX] = {{{12, ANY}, {16, ANY}, {5, ANY}},
+                     {{16, ANY}, {16, ANY}, {6, ANY}},
                      {{16, ANY}, {16, ANY}, {6, ANY}},
                      {{16, ANY}, {16, ANY}, {6, ANY}}},
 };
@@ -92,7 +101,10 @@ hqq_kernel hqq_choose_kernel(const hqq_weight *weight, int64_t M, hqq_dtype dtyp
 {
     int row = isa >= HQQ_ISA_PORTABLE && isa <= HQQ_ISA_AMX ? (int)isa : HQQ_ISA_PORTABLE;
     int column = dtype == HQQ_F16 || dtype == HQQ_BF16 ? (int)dtype : HQQ_F32;
-    int pass = !transpose ? 0 : !weight || hqq_strips_decode(weight) ? 1 : 2;
+    int pass = !transpose                             ? 0
+               : !weight || hqq_strips_decode(weight) ? 1
+               : hqq_residues_decode(weight)          ? 2
+                                                      : 3;
     thresholds up_to = table[row][pass][column];
     int64_t long_direct = pass == 0 ? direct_of_long_rows(weight, dtype, row) : 0;
     if (M <= (long_direct ? long_direct : up_to.direct)) return HQQ_KERNEL_DIRECT;

@@ -28,4 +28,21 @@ HQQ_ISA_DECLARE(void, hqq_decode_strips,
                  const hqq_layout *l, int64_t row, int64_t row_end, int64_t begin, int64_t end,
                  int64_t ahead));
 
+/* Whether hqq_decode_residues serves: at axis 0, bytes that hold whole rows, a residue whole
+ * packed rows, in whole vectors. The weight may be unsound, too. */
+static inline int hqq_residues_decode(const hqq_weight *w)
+{
+    if (w->axis != 0 || w->group_size <= 0 || w->in_features % 16 != 0) return 0;
+    if (w->out_features % w->group_size != 0) return 0;
+    if (w->nbits == 3) return w->packing == HQQ_PACKING_PLANES;
+    int per = hqq_slots_per_word(w->nbits);
+    return per > 0 && w->group_size % per == 0;
+}
+
+/* The same columns of the residues [residue, residue_end), one after the other: of residue r
+ * the G rows n = r mod N/G of W in rising order, which share zeros and scales. */
+HQQ_ISA_DECLARE(void, hqq_decode_residues,
+                (float *out, int64_t ld, const hqq_weight *weight, const hqq_layout *l,
+                 int64_t residue, int64_t residue_end, int64_t begin, int64_t end));
+
 #endif

@@ -114,10 +114,11 @@ typedef struct hqq_tiled_job {
                            dgrad: all tokens of dy once a block, else tile by tile */
     int scales_input;   /* forward: x is multiplied by the scales, W stands for its codes
                            (tiled_scaled.h); sets are taken cycle by cycle */
-    int scales_sums;    /* dgrad: sums are (tiled_residues.h), cycle by cycle too */
-    uint16_t *turned;   /* then dy [M, ld_turned], [N/G, G] in place of [G, N/G] */
+    int by_residue;     /* dgrad at axis 0: sets cycle by cycle too, in whole residues; in bf16
+                           sums take the scales (tiled_residues.h) */
+    void *turned;       /* then dy [M, ld_turned] as terms, [N/G, G] in place of [G, N/G] */
     int64_t ld_turned;
-    float *residue_sums; /* and [M, N/G]: what dy sums to over each residue */
+    float *residue_sums; /* in bf16 [M, N/G]: what dy sums to over each residue */
     hqq_isa isa;
 } hqq_tiled_job;
 

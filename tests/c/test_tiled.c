@@ -180,6 +180,8 @@ static int check_blocks(hqq_isa isa)
         {5, 1300, 70, 35, 0, 8, 1}, /* rows of dgrad; an odd number of them in the last block */
         {9, 600, 272, 24, 1, 4, 0}, /* columns of dgrad */
         {97, 1100, 64, 8, 1, 4, 0}, /* rows, of more than a few tokens */
+        {9, 144, 176, 8, 1, 1, 0},  /* residues of a packed row each, several a block */
+        {7, 384, 208, 96, 0, 8, 0}, /* and of more rows than a block has */
         {9, 40, 192, 96, 1, 4, 1},  /* that begin within a group */
         {14, 12, 2240, 320, 1, 2, 1}, /* columns forward in bf16 that do */
         {7, 100, 2112, 48, 2, 4, 1},  /* strips of dgrad, of two blocks of rows */
