@@ -37,7 +37,8 @@
  * 4 bits), and decoding a block for the tiles takes what it takes, so a table by bits and axis
  * says where direct ends. Of tiled's time at 8, 16 and 24 tokens direct takes, 4 bits on the
  * Zen 5: bf16 .80, .95 to 1.05, 1.1 at axis 1, .68, .78, .88 at axis 0; fp32 .73, .90, .92 and
- * .57, .77, .85. Rows of 1024 and less are passed at 8 to 16 tokens.
+ * .57, .77, .85; 8 bits in bf16 at 6, 7, 8 and 12 tokens 1.1, .98, 1.06, 1.4 at axis 1, 1.05,
+ * .82, 1.03, 1.27 at axis 0. Rows of 1024 and less are passed at 8 to 16 tokens.
  */
 #include "hqqlora.h"
 #include "cpu/decode_floats.h"
@@ -84,8 +85,8 @@ static const thresholds_by_dtype table[][4] = {
 static const int8_t long_rows[2][2][9] = {
     {{[1] = 24, [2] = 24, [3] = 12, [4] = 24, [8] = 12},
      {[1] = 8, [2] = 24, [3] = 8, [4] = 24, [8] = 6}},
-    {{[1] = 8, [2] = 24, [3] = 24, [4] = 24, [8] = 12},
-     {[1] = 4, [2] = 12, [3] = 8, [4] = 12, [8] = 8}},
+    {{[1] = 8, [2] = 24, [3] = 24, [4] = 24, [8] = 7},
+     {[1] = 4, [2] = 12, [3] = 12, [4] = 12, [8] = 5}},
 };
 
 /* Up to how many tokens direct serves such a forward product; 0: see the table above. */

@@ -37,6 +37,7 @@
  */
 #define FORWARD_ROWS      256
 #define FORWARD_COLUMNS   1024
+#define FORWARD_FEW       18
 #define FORWARD_TOKENS    128
 #define KEPT_WORDS        98304
 #define SCALED_GROUP      256 /* the longest groups for which x is scaled */
@@ -102,6 +103,28 @@ static void place_chunk(hqq_tiled_chunk *c, int64_t chunk, int64_t count, int64_
 static int64_t column_blocks(const hqq_tiled_job *job)
 {
     return hqq_ceil_div(job->layout.K, job->block_columns * (job->pairs ? 2 : 1));
+}
+
+/* Words of x and of W that are taken at a time, at most. In bf16 half as many leave what is
+ * decoded in the first cache until it is multiplied, but sums are added up along the lanes
+ * twice as often. 4096 x 4096, a Zen 5, times as fast as with FORWARD_COLUMNS:
+ *
+ *     M                    8      12      16      24      32
+ *     4 bits, axis 1    1.09    1.04    1.04    1.04    1.10
+ *             axis 0    1.19    1.03    1.00    0.96    0.96
+ *     8 bits, axis 1    1.19    1.14    1.01    0.96    0.98
+ *             axis 0    1.32    1.25    1.12    1.01    0.99
+ *     3 bits, axis 1    1.00    1.00    1.01    1.02    1.07
+ *             axis 0                    0.94    0.89    0.92
+ *     2 bits                            1.01    0.98    1.01
+ *     1 bit                             0.93    0.93    0.94 */
+static int64_t forward_columns(const hqq_tiled_job *job)
+{
+    int bits = job->weight->nbits, axis = job->layout.axis;
+    if (!job->pairs) return FORWARD_COLUMNS;
+    if (bits == 8 || (bits == 4 && axis == 0))
+        return job->M <= FORWARD_FEW ? FORWARD_COLUMNS / 2 : FORWARD_COLUMNS;
+    return (bits == 4 || bits == 3) && axis == 1 ? FORWARD_COLUMNS / 2 : FORWARD_COLUMNS;
 }
 
 static size_t linear_scratch(hqq_tiled_chunk *c, void *scratch)
@@ -298,7 +321,7 @@ hqq_status hqq_tiled_linear(const hqq_forward *f, const float *xa, hqq_stages *b
     job.bias_dtype = f->bias_dtype;
     int64_t words = hqq_ceil_div(job.layout.K, job.pairs ? 2 : 1);
     job.block_columns =
-        hqq_least(hqq_even_part(words, FORWARD_COLUMNS, 64), (words + 15) / 16 * 16);
+        hqq_least(hqq_even_part(words, forward_columns(&job), 64), (words + 15) / 16 * 16);
     job.scales_input = scales_input(&job);
     job.keeps_input =
         !job.scales_input &&
