@@ -30,15 +30,21 @@
  * measured. At axis 0 it decodes residue by residue, and of the time of direct takes, at 5, 8,
  * 12 and 16 tokens, 4 bits .98, 1.03, .93, .90 and 8 bits .88, 1.08, .90, .85; of 14336 x 4096
  * 1.26, 1.5, 1.08, .98; with AVX2 .94, .88, .85 at 5, 8, 12. What does not decode so passes
- * direct at 20 tokens. Forward tiled passes direct at 7, at axis
- * 0 between 6 and 12, at 8 bits before 6, at 2 at 12.
+ * direct at 20 tokens. Forward tiled passes direct at 7, at axis 0 between 6 and 12, at 8 bits
+ * before 6, at 2 at 12.
  *
  * Forward, rows of 2048 or more, AVX-512: direct's own time is less there (cpu/dot_rows.h, for
  * 4 bits), and decoding a block for the tiles takes what it takes, so a table by bits and axis
- * says where direct ends. Of tiled's time at 8, 16 and 24 tokens direct takes, 4 bits on the
- * Zen 5: bf16 .80, .95 to 1.05, 1.1 at axis 1, .68, .78, .88 at axis 0; fp32 .73, .90, .92 and
- * .57, .77, .85; 8 bits in bf16 at 6, 7, 8 and 12 tokens 1.1, .98, 1.06, 1.4 at axis 1, 1.05,
- * .82, 1.03, 1.27 at axis 0. Rows of 1024 and less are passed at 8 to 16 tokens.
+ * says where direct ends. Of tiled's time at 8, 12 and 16 tokens direct takes on the Zen 5:
+ *
+ *                     4 bits             8 bits             3 bits             1 bit
+ *     bf16, axis 1   .87  .99 1.07     1.06 1.37 1.38      .72  .99  .98     1.23 1.50 1.59
+ *           axis 0   .87  .95  .94     1.04 1.27 1.27      .68  .87  .85      .93 1.05 1.08
+ *     fp32, axis 1   .75  .86  .88      .99 1.18 1.20      .90 1.06 1.10      .83  .98 1.04
+ *           axis 0   .80  .89  .93      .96 1.12 1.14      .89 1.08 1.11      .84  .97  .99
+ *
+ * (2 bits: longer; 8 bits in bf16 at 6 and 7: 1.09 and .98, axis 0 1.05 and .82.) Rows of 1024
+ * and less are passed at 8 to 16 tokens.
  */
 #include "hqqlora.h"
 #include "cpu/decode_floats.h"
@@ -83,8 +89,8 @@ static const thresholds_by_dtype table[][4] = {
 
 /* By [multiplied in fp32, bf16][axis][bits]. */
 static const int8_t long_rows[2][2][9] = {
-    {{[1] = 24, [2] = 24, [3] = 12, [4] = 24, [8] = 12},
-     {[1] = 8, [2] = 24, [3] = 8, [4] = 24, [8] = 6}},
+    {{[1] = 16, [2] = 24, [3] = 8, [4] = 24, [8] = 8},
+     {[1] = 12, [2] = 24, [3] = 8, [4] = 24, [8] = 6}},
     {{[1] = 8, [2] = 24, [3] = 24, [4] = 24, [8] = 7},
      {[1] = 4, [2] = 12, [3] = 12, [4] = 12, [8] = 5}},
 };

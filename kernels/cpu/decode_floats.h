@@ -39,10 +39,11 @@ static inline int hqq_residues_decode(const hqq_weight *w)
     return per > 0 && w->group_size % per == 0;
 }
 
-/* The same columns of the residues [residue, residue_end), one after the other: of residue r
- * the G rows n = r mod N/G of W in rising order, which share zeros and scales. */
-HQQ_ISA_DECLARE(void, hqq_decode_residues,
-                (float *out, int64_t ld, const hqq_weight *weight, const hqq_layout *l,
-                 int64_t residue, int64_t residue_end, int64_t begin, int64_t end));
+/* The same columns of `rows` packed rows from `row` on that are N/G apart, and so share zeros
+ * and scales: rows `ld` elements apart, those of a slot `slot` behind the one before. In fp32;
+ * or in bf16, where HQQ_HAS_PAIRS, with what is subnormal as zero. */
+HQQ_ISA_DECLARE(void, hqq_decode_residue,
+                (void *out, int64_t ld, int64_t slot, hqq_dtype dtype, const hqq_weight *weight,
+                 const hqq_layout *l, int64_t row, int64_t rows, int64_t begin, int64_t end));
 
 #endif

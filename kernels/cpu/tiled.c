@@ -136,7 +136,7 @@ static size_t linear_scratch(hqq_tiled_chunk *c, void *scratch)
     take_scratch(c, &arena, slots * job->block_sets, job->tokens * blocks, job->block_columns,
                  slots * HQQ_TILED_SETS, job->block_columns);
     c->bias = hqq_arena_take(&arena, (size_t)(job->block_sets + 16) * 4); /* whole vectors */
-    if (job->scales_input && job->lora)
+    if (job->by_cycle && job->lora)
         c->lora_B = hqq_arena_take(&arena, (size_t)(job->sets.cycle * job->lora->rank) * 4);
     return arena.used;
 }
@@ -156,21 +156,16 @@ static int scales_input(const hqq_tiled_job *job)
 
 /* begin_linear where rows that share scales are decoded together: they lie apart, and so do
  * their rows of B. */
-static hqq_status begin_scaled_linear(hqq_tiled_chunk *c)
+static hqq_status begin_cycles(hqq_tiled_chunk *c)
 {
     const hqq_tiled_job *job = c->job;
     const hqq_row_sets *sets = &job->sets;
     hqq_context alone = {.isa = job->isa};
     hqq_lora lora = *job->lora;
-    size_t bytes = (size_t)(lora.rank * hqq_dtype_bytes(lora.dtype));
     lora.B = c->lora_B;
     for (int64_t set = c->begin; set < c->end; set += sets->cycle)
         for (int j = 0; j < sets->slots; j++) {
-            for (int64_t i = 0; i < sets->cycle; i++) {
-                int64_t row = sets->start[j] + hqq_row_in_slot(sets, set + i);
-                memcpy((char *)c->lora_B + (size_t)i * bytes,
-                       (const char *)job->lora->B + (size_t)row * bytes, bytes);
-            }
+            hqq_take_rows_of_B(c->lora_B, job, j, set, set + sets->cycle);
             HQQ_TRY(hqq_lora_addend(c->sums + j * job->block_sets + set - c->begin, c->ld_sums,
                                     HQQ_F32, job->inner + c->m_begin * lora.rank, NULL, HQQ_F32,
                                     &lora, c->m_end - c->m_begin, 0, sets->cycle, &alone));
@@ -187,7 +182,7 @@ static hqq_status begin_linear(hqq_tiled_chunk *c)
     hqq_row_piece pieces[HQQ_MAX_SLOTS];
     hqq_row_pieces(pieces, &job->sets, c->begin, c->end);
     c->add = 1;
-    if (job->scales_input) return begin_scaled_linear(c);
+    if (job->by_cycle) return begin_cycles(c);
     for (int j = 0; j < job->sets.slots; j++)
         HQQ_TRY(hqq_lora_addend(c->sums + j * job->block_sets, c->ld_sums, HQQ_F32,
                                 job->inner + c->m_begin * job->lora->rank, NULL, HQQ_F32,
@@ -323,12 +318,16 @@ hqq_status hqq_tiled_linear(const hqq_forward *f, const float *xa, hqq_stages *b
     job.block_columns =
         hqq_least(hqq_even_part(words, forward_columns(&job), 64), (words + 15) / 16 * 16);
     job.scales_input = scales_input(&job);
+    /* 4096 x 4096 in fp32, a Zen 5, times as fast as in plain order, at 8, 16 and 32 tokens: 4
+     * bits 1.39, 1.21, 1.09, 8 bits 1.36, 1.20, 1.08, 3 bits 1.28, 1.20, 1.07 */
+    job.by_cycle = job.scales_input ||
+                   (hqq_residues_decode(job.weight) && job.sets.cycle % HQQ_TILED_SETS == 0);
     job.keeps_input =
         !job.scales_input &&
         job.tokens * column_blocks(&job) * hqq_tiled_stride(job.block_columns) <= KEPT_WORDS;
     int64_t rows = FORWARD_ROWS, parts = hqq_ceil_div(job.M, job.tokens);
     while (rows > 16 && job.layout.N / rows * parts < WANTED_CHUNKS) rows -= 16;
-    job.block_sets = sets_for(&job, rows, job.scales_input ? job.sets.cycle : HQQ_TILED_SETS);
+    job.block_sets = sets_for(&job, rows, job.by_cycle ? job.sets.cycle : HQQ_TILED_SETS);
     hqq_tiled_chunk measured = {.job = &job};
     return hqq_for_each_chunk(hqq_ceil_div(job.sets.sets, job.block_sets) * parts, linear_chunk,
                               &job, linear_scratch(&measured, NULL), context);
@@ -342,9 +341,9 @@ static size_t dgrad_scratch(hqq_tiled_chunk *c, void *scratch)
     hqq_arena arena = {.base = scratch};
     int64_t rows = job->block_rows / (job->pairs ? 2 : 1);
     int64_t inputs = job->keeps_input ? job->tokens : HQQ_TILED_TOKENS;
-    take_scratch(c, &arena, job->block_columns, job->by_residue ? 0 : inputs, rows, rows,
+    take_scratch(c, &arena, job->block_columns, job->by_cycle ? 0 : inputs, rows, rows,
                  job->strip);
-    if (job->by_residue && job->pairs) {
+    if (job->by_cycle && job->pairs) {
         int64_t residues = job->block_sets / job->sets.cycle;
         size_t bytes = (size_t)(residues * job->block_columns) * 4;
         c->zero = hqq_arena_take(&arena, bytes);
@@ -387,7 +386,7 @@ hqq_status hqq_tiled_dgrad(const hqq_backward *b, const float *dyb, hqq_stages *
 #endif
     hqq_tiled_job job =
         job_of(b->weight, b->M, b->dtype, b->lora, dyb, DGRAD_TOKENS, hqq_isa_in_use(context));
-    job.by_residue = by_residue(&job);
+    job.by_cycle = by_residue(&job);
     job.out = b->dx;
     job.in = b->dy;
     job.ld_in = b->lddy;
@@ -400,16 +399,16 @@ hqq_status hqq_tiled_dgrad(const hqq_backward *b, const float *dyb, hqq_stages *
     job.strip = job.block_columns;
     int64_t rows = DGRAD_ROWS;
     if (few) rows = hqq_least(rows, hqq_most(DGRAD_FEW_WEIGHTS / job.block_columns, 64));
-    if (!job.pairs && (job.by_residue || hqq_strips_decode(job.weight))) {
+    if (!job.pairs && (job.by_cycle || hqq_strips_decode(job.weight))) {
         job.strip = hqq_least(STRIP_COLUMNS, job.block_columns);
-        rows = job.by_residue ? RESIDUE_ROWS : STRIP_ROWS;
+        rows = job.by_cycle ? RESIDUE_ROWS : STRIP_ROWS;
     }
     job.keeps_input = job.strip < job.block_columns;
-    if (job.by_residue) {
+    if (job.by_cycle) {
         take_turned(&job, workspace);
         HQQ_TRY(hqq_for_each_chunk(job.M, turn_chunk, &job, 0, context));
     }
-    job.block_sets = sets_for(&job, rows, job.by_residue ? job.sets.cycle : 2);
+    job.block_sets = sets_for(&job, rows, job.by_cycle ? job.sets.cycle : 2);
     job.block_rows = hqq_ceil_div(job.block_sets * job.sets.slots, 2) * 2;
     hqq_tiled_chunk measured = {.job = &job};
     return hqq_for_each_chunk(hqq_ceil_div(job.layout.K, job.block_columns) * parts,

@@ -60,10 +60,12 @@ static void decode_block(const hqq_tiled_chunk *c, const row_block *b, int64_t b
 {
     const hqq_tiled_job *job = c->job;
     int64_t columns = job->strip, ld = hqq_tiled_stride(columns), sets = b->end - b->begin;
-    if (job->by_residue) {
-        HQQ_ISA_NAME(hqq_decode_residues)
-        (c->weights, ld, job->weight, &job->layout, b->begin / job->sets.cycle,
-         b->end / job->sets.cycle, begin, end);
+    if (job->by_cycle) {
+        int64_t cycle = job->sets.cycle;
+        for (int64_t set = b->begin; set < b->end; set += cycle)
+            HQQ_ISA_NAME(hqq_decode_residue)
+        ((float *)c->weights + (set - b->begin) * job->sets.slots * ld, ld, cycle * ld, HQQ_F32,
+         job->weight, &job->layout, hqq_row_in_slot(&job->sets, set), cycle, begin, end);
         return;
     }
     if (!job->pairs) {
@@ -111,7 +113,7 @@ static void multiply_block(const hqq_tiled_chunk *c, const row_block *b, hqq_str
     int64_t in_word = job->pairs ? 2 : 1, tokens = c->m_end - c->m_begin;
     int64_t ld = hqq_tiled_stride(job->strip);
     int64_t ld_dy =
-        job->by_residue ? job->ld_turned : hqq_tiled_stride(job->block_rows / in_word);
+        job->by_cycle ? job->ld_turned : hqq_tiled_stride(job->block_rows / in_word);
     int64_t tiles_down = hqq_ceil_div(tokens, HQQ_TILED_TOKENS);
     int64_t done = 0, all = tiles_down * hqq_ceil_div(c->end - c->begin, width);
     for (int64_t begin = c->begin, end; begin < c->end; begin = end) {
@@ -122,7 +124,7 @@ static void multiply_block(const hqq_tiled_chunk *c, const row_block *b, hqq_str
             hqq_tile_fn tile = tiles[job->pairs][rows];
             float *sums = c->sums + m * c->ld_sums + begin - c->begin;
             char *input = (char *)c->input + (job->keeps_input ? m * ld_dy * 4 : 0);
-            if (job->by_residue)
+            if (job->by_cycle)
                 input = (char *)((float *)job->turned + (c->m_begin + m) * ld_dy +
                                  b->begin * job->sets.slots);
             else if (begin == c->begin || !job->keeps_input)
@@ -154,7 +156,7 @@ void HQQ_ISA_NAME(hqq_tiled_dgrad_chunk)(const hqq_tiled_chunk *c)
 {
     const hqq_tiled_job *job = c->job;
 #if HQQ_HAS_PAIRS
-    if (job->by_residue && job->pairs)
+    if (job->by_cycle && job->pairs)
         sum_residues(c);
     else
 #endif

@@ -61,7 +61,7 @@ HQQ_ALWAYS_INLINE void fetch_sets(const hqq_tiled_chunk *c, const column_block *
     int64_t lines = hqq_ceil_div(columns * l->word_bytes, 64);
     int64_t first = part * lines / parts * 64, last = (part + 1) * lines / parts * 64;
     for (; set < end; set++) {
-        int64_t row = c->job->scales_input ? hqq_row_in_slot(&c->job->sets, set) : set;
+        int64_t row = c->job->by_cycle ? hqq_row_in_slot(&c->job->sets, set) : set;
         int64_t word = row * l->K + b->begin;
         hqq_fetch_codes(c->job, row, b->begin, first, last);
         for (int j = 0; j < l->per && l->axis == 1 && part == 0; j++) {
@@ -141,6 +141,27 @@ static void store_chunk(const hqq_tiled_chunk *c)
     }
 }
 
+/* The same where the sets are taken cycle by cycle: rows lie apart. */
+static void store_scattered(const hqq_tiled_chunk *c)
+{
+    const hqq_tiled_job *job = c->job;
+    const hqq_row_sets *sets = &job->sets;
+    const int width = sets->cycle % HQQ_LANES == 0 ? HQQ_LANES : HQQ_TILED_SETS;
+    for (int64_t set = c->begin; set < c->end; set += width)
+        for (int j = 0; j < sets->slots; j++) {
+            int64_t row = sets->start[j] + hqq_row_in_slot(sets, set);
+            hqq_vec bias = hqq_vec_zero();
+            for (int i = 0; i < width && job->bias; i++)
+                bias[i] = hqq_load_quick(job->bias, job->bias_dtype, row + i * sets->step);
+            for (int64_t m = c->m_begin; m < c->m_end; m++) {
+                const float *sums = c->sums + (m - c->m_begin) * c->ld_sums +
+                                    j * job->block_sets + set - c->begin;
+                hqq_vec sum = hqq_vec_load_dtype_part(sums, HQQ_F32, 0, width);
+                hqq_store_sets(job, m * job->layout.N + sets->start[j], set, sum + bias, width);
+            }
+        }
+}
+
 void HQQ_ISA_NAME(hqq_tiled_linear_chunk)(const hqq_tiled_chunk *c)
 {
     const hqq_tiled_job *job = c->job;
@@ -160,15 +181,13 @@ void HQQ_ISA_NAME(hqq_tiled_linear_chunk)(const hqq_tiled_chunk *c)
         } else if (at.set == at.part && !job->keeps_input) {
             copy_input(c, &at.b);
         }
-        place after = place_after(c, at, each), next = place_after(c, after, each);
+        place after = place_after(c, at, each),
+              next = job->pairs ? place_after(c, after, each) : after;
         multiply_sets(c, &at, &next, add || job->scales_input);
         at = after;
     }
-#if HQQ_HAS_PAIRS
-    if (job->scales_input) {
+    if (job->by_cycle)
         store_scattered(c);
-        return;
-    }
-#endif
-    store_chunk(c);
+    else
+        store_chunk(c);
 }

@@ -189,10 +189,14 @@ static int check_blocks(hqq_isa isa)
         {6, 1, 64, 64, 1, 4, 1},      /* one row: the second slot has none */
         /* x is turned: two parts of the tokens, the last panel of each shorter; half a word */
         {545, 12, 35, 35, 2, 4, 1},
-        {520, 70, 36, 12, 3, 4, 1},    /* panels (panels.h) forward, too, the last not full */
-        {256, 2048, 600, 8, 1, 4, 1},  /* two blocks of panels */
-        {48, 12, 2120, 8, 1, 4, 1},    /* columns, as above */
-        {64, 600, 48, 24, 1, 4, 0},    /* rows */
+        {520, 70, 36, 12, 3, 4, 1},   /* panels (panels.h) forward, too, the last not full */
+        {256, 2048, 600, 8, 1, 4, 1}, /* two blocks of panels */
+        {48, 12, 2120, 8, 1, 4, 1},   /* columns, as above */
+        {64, 600, 48, 24, 1, 4, 0},   /* rows */
+        /* cycles of rows that share scales, several in a chunk, a part of one, parts of two */
+        {61, 600, 80, 24, 2, 4, 0},
+        {61, 384, 80, 96, 1, 8, 0},
+        {61, 320, 80, 32, 2, 8, 0},
         {61, 33, 27, 9, 3, 3, 1},      /* slots, as above */
         {129, 16, 130, 26, 0, 8, 1},   /* one slot; panels of two and three vectors */
         {260, 2, 8200, 8, 0, 4, 1},    /* fewer tokens in a part, as K is long */
