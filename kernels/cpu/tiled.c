@@ -33,7 +33,8 @@
  * 256 columns, which were decoded row by row, at 4, 8, 16, 32, 64, 128
  * tokens: 1.6, 1.4, 1.3, 1.2, 1.1, 1.02, and with AVX2 alone 1.5, 1.3, 1.25 at 4, 8, 16; of
  * 1536 x 576 2.6, 2.1, 1.5. In pairs of bf16, where 256 columns take no more bytes than the
- * first cache has, strips take 1.1 to 1.2 times as long.
+ * first cache has, strips take 1.1 to 1.2 times as long; of 512 columns of 8 bits, at axis 1,
+ * .93, .96 and 1.02 at 8, 12 and 16 tokens.
  */
 #define FORWARD_ROWS      256
 #define FORWARD_COLUMNS   1024
@@ -50,6 +51,7 @@
 #define STRIP_COLUMNS     64
 #define STRIP_ROWS        96
 #define RESIDUE_ROWS      64 /* at axis 0 */
+#define STRIPS_OF_BYTES   12 /* tokens in bf16 */
 /* Chunks are made smaller until there are that many; for dgrad of few tokens until there are
  * half: with 16 of 256 columns the EPYC takes 1.05 to 1.08 times as long at 8 and 16 tokens.
  * More than 8 threads are idle then at 4096 columns. */
@@ -403,6 +405,8 @@ hqq_status hqq_tiled_dgrad(const hqq_backward *b, const float *dyb, hqq_stages *
         job.strip = hqq_least(STRIP_COLUMNS, job.block_columns);
         rows = job.by_cycle ? RESIDUE_ROWS : STRIP_ROWS;
     }
+    if (job.pairs && !job.by_cycle && job.weight->nbits == 8 && job.M <= STRIPS_OF_BYTES)
+        job.strip = hqq_least(STRIP_COLUMNS, job.block_columns);
     job.keeps_input = job.strip < job.block_columns;
     if (job.by_cycle) {
         take_turned(&job, workspace);

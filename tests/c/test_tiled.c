@@ -207,9 +207,10 @@ static int check_blocks(hqq_isa isa)
          */
         {257, 2100, 80, 16, 2, 4, 1},
         {256, 2064, 72, 8, 3, 8, 0},
-        {9, 34, 96, 32, 1, 8, 1},   /* bytes in pairs */
-        {170, 34, 96, 32, 0, 8, 1}, /* and to panels */
-        {161, 64, 96, 32, 2, 8, 0}, /* residues to panels, two at a time, the last not full */
+        {9, 34, 96, 32, 1, 8, 1},    /* bytes in pairs */
+        {7, 300, 1056, 32, 1, 8, 1}, /* strips of them, of two blocks of rows */
+        {170, 34, 96, 32, 0, 8, 1},  /* and to panels */
+        {161, 64, 96, 32, 2, 8, 0},  /* residues to panels, two at a time, the last not full */
         {162, 160, 32, 16, 0, 4, 0},
         {160, 96, 64, 8, 1, 2, 0},
         {161, 32, 64, 16, 0, 1, 0},
@@ -255,10 +256,10 @@ static int check_scaled(hqq_isa isa)
                                        {13, 256, 96, 32, 3, 4}, {12, 128, 2144, 64, 2, 2},
                                        {17, 192, 64, 64, 0, 8}, {7, 2048, 64, 32, 2, 4},
                                        {26, 640, 64, 32, 1, 1}, {13, 256, 96, 64, 3, 1},
-                                       {15, 128, 64, 32, 1, 1}};
+                                       {15, 128, 64, 32, 1, 1}, {9, 128, 1088, 64, 1, 8}};
     uint64_t state = 53;
     int failures = 0;
-    for (int i = 0; i < 7; i++)
+    for (int i = 0; i < 8; i++)
         for (int done = 0; !done;) { /* until scales are drawn in bf16 */
             const int64_t *c = cases[i];
             problem p =
