@@ -16,7 +16,7 @@
  *
  * Sums are fp32 products and additions of fp32 weights, whatever x is (dot_floats.h); or of
  * pairs of bf16, rounded weights as for a GEMM in bf16 (dot_pairs.h). Four tokens of 4-bit
- * codes meet two packed rows at a time (dot_rows.h), as in fp32 eight of 8-bit codes do
+ * codes meet two packed rows at a time (dot_rows.h), as eight of 8-bit codes do
  * (dot_byte_rows.h).
  *
  * x is kept as the loop reads it, [K/lanes, tokens, lanes] for each block of tokens (a vector
@@ -223,7 +223,7 @@ static dot_fn dot_of_two(const hqq_direct_linear_job *job, const dot_block *b, i
                          int64_t k0)
 {
     const hqq_layout *l = &job->layout;
-    int bytes = !job->pairs && hqq_dots_byte_rows(l);
+    int bytes = hqq_dots_byte_rows(l);
     if (!bytes && !hqq_dots_four_rows(l)) return NULL;
     if (MB != (bytes ? BYTE_ROW_TOKENS : DOT_ROW_TOKENS)) return NULL;
     if (l->axis == 0) {
@@ -232,7 +232,7 @@ static dot_fn dot_of_two(const hqq_direct_linear_job *job, const dot_block *b, i
     } else if (k0 % l->G != 0 || b->columns % l->G != 0) {
         return NULL;
     }
-    if (bytes) return l->axis == 1 ? byte_rows_1 : byte_rows_0;
+    if (bytes) return two_byte_rows(l->axis, job->pairs);
     return four_rows(l->axis, job->pairs);
 }
 
