@@ -28,4 +28,22 @@ HQQ_ISA_DECLARE(void, hqq_decode_strips,
                  const hqq_layout *l, int64_t row, int64_t row_end, int64_t begin, int64_t end,
                  int64_t ahead));
 
+/* Whether hqq_decode_residues serves: at axis 0, bytes that hold whole rows, a residue whole
+ * packed rows, in whole vectors. The weight may be unsound, too. */
+static inline int hqq_residues_decode(const hqq_weight *w)
+{
+    if (w->axis != 0 || w->group_size <= 0 || w->in_features % 16 != 0) return 0;
+    if (w->out_features % w->group_size != 0) return 0;
+    if (w->nbits == 3) return w->packing == HQQ_PACKING_PLANES;
+    int per = hqq_slots_per_word(w->nbits);
+    return per > 0 && w->group_size % per == 0;
+}
+
+/* The same columns of `rows` packed rows from `row` on that are N/G apart, and so share zeros
+ * and scales: rows `ld` elements apart, those of a slot `slot` behind the one before. In fp32;
+ * or in bf16, where HQQ_HAS_PAIRS, with what is subnormal as zero. */
+HQQ_ISA_DECLARE(void, hqq_decode_residue,
+                (void *out, int64_t ld, int64_t slot, hqq_dtype dtype, const hqq_weight *weight,
+                 const hqq_layout *l, int64_t row, int64_t rows, int64_t begin, int64_t end));
+
 #endif

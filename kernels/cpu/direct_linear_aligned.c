@@ -16,7 +16,8 @@
  *
  * Sums are fp32 products and additions of fp32 weights, whatever x is (dot_floats.h); or of
  * pairs of bf16, rounded weights as for a GEMM in bf16 (dot_pairs.h). Four tokens of 4-bit
- * codes meet two packed rows at a time (dot_rows.h).
+ * codes meet two packed rows at a time (dot_rows.h), as eight of 8-bit codes do
+ * (dot_byte_rows.h).
  *
  * x is kept as the loop reads it, [K/lanes, tokens, lanes] for each block of tokens (a vector
  * of bf16 has 32 lanes), and taken in blocks of columns that fit the first cache beside the
@@ -30,6 +31,7 @@
 #include "code_runs.h"
 #include "direct_linear.h"
 #include "direct_tile.h"
+#include "dot_byte_rows.h"
 #include "dot_floats.h"
 #include "dot_rows.h"
 #include "fetch.h"
@@ -216,14 +218,22 @@ static void load_residue(const linear_chunk *c, int64_t r, const void *x, int MB
     }
 }
 
-/* Whether two sets that follow each other may be taken together in this block. */
-static int takes_four_rows(const hqq_direct_linear_job *job, const dot_block *b, int MB,
-                           int64_t k0)
+/* What takes two sets that follow each other together in this block, or NULL. */
+static dot_fn dot_of_two(const hqq_direct_linear_job *job, const dot_block *b, int MB,
+                         int64_t k0)
 {
     const hqq_layout *l = &job->layout;
-    if (!hqq_dots_four_rows(l) || MB != DOT_ROW_TOKENS) return 0;
-    if (l->axis == 0) return (job->pairs || !b->zero) && b->columns % DOT_ROW_STEP == 0;
-    return k0 % l->G == 0 && b->columns % l->G == 0;
+    int bytes = hqq_dots_byte_rows(l);
+    if (!bytes && !hqq_dots_four_rows(l)) return NULL;
+    if (MB != (bytes ? BYTE_ROW_TOKENS : DOT_ROW_TOKENS)) return NULL;
+    if (l->axis == 0) {
+        int step = bytes ? BYTE_ROW_STEP : DOT_ROW_STEP;
+        if ((!job->pairs && b->zero) || b->columns % step != 0) return NULL;
+    } else if (k0 % l->G != 0 || b->columns % l->G != 0) {
+        return NULL;
+    }
+    if (bytes) return two_byte_rows(l->axis, job->pairs);
+    return four_rows(l->axis, job->pairs);
 }
 
 /* The sums of tokens m0 to m0 + MB over columns [k0, k0 + columns). */
@@ -254,8 +264,7 @@ static void dot_sets(const linear_chunk *c, int64_t m0, int MB, int64_t k0, int6
         b.x = c->s.scaled_x;
         if (job->weight->meta_dtype != HQQ_F32) b.zero = NULL;
     }
-    dot_fn dot_two = NULL; /* of two sets */
-    if (takes_four_rows(job, &b, MB, k0)) dot_two = four_rows(l->axis, job->pairs);
+    dot_fn dot_two = dot_of_two(job, &b, MB, k0);
     b.row = job->sets.step * l->K;
     for (int64_t set = c->set_begin, taken; set < c->set_end; set += taken) {
         int64_t p = hqq_row_in_slot(&job->sets, set);

@@ -33,10 +33,12 @@
  * 256 columns, which were decoded row by row, at 4, 8, 16, 32, 64, 128
  * tokens: 1.6, 1.4, 1.3, 1.2, 1.1, 1.02, and with AVX2 alone 1.5, 1.3, 1.25 at 4, 8, 16; of
  * 1536 x 576 2.6, 2.1, 1.5. In pairs of bf16, where 256 columns take no more bytes than the
- * first cache has, strips take 1.1 to 1.2 times as long.
+ * first cache has, strips take 1.1 to 1.2 times as long; of 512 columns of 8 bits, at axis 1,
+ * .93, .96 and 1.02 at 8, 12 and 16 tokens.
  */
 #define FORWARD_ROWS      256
 #define FORWARD_COLUMNS   1024
+#define FORWARD_FEW       18
 #define FORWARD_TOKENS    128
 #define KEPT_WORDS        98304
 #define SCALED_GROUP      256 /* the longest groups for which x is scaled */
@@ -48,6 +50,8 @@
 #define DGRAD_TOKENS      256
 #define STRIP_COLUMNS     64
 #define STRIP_ROWS        96
+#define RESIDUE_ROWS      64 /* at axis 0 */
+#define STRIPS_OF_BYTES   12 /* tokens in bf16 */
 /* Chunks are made smaller until there are that many; for dgrad of few tokens until there are
  * half: with 16 of 256 columns the EPYC takes 1.05 to 1.08 times as long at 8 and 16 tokens.
  * More than 8 threads are idle then at 4096 columns. */
@@ -103,6 +107,28 @@ static int64_t column_blocks(const hqq_tiled_job *job)
     return hqq_ceil_div(job->layout.K, job->block_columns * (job->pairs ? 2 : 1));
 }
 
+/* Words of x and of W that are taken at a time, at most. In bf16 half as many leave what is
+ * decoded in the first cache until it is multiplied, but sums are added up along the lanes
+ * twice as often. 4096 x 4096, a Zen 5, times as fast as with FORWARD_COLUMNS:
+ *
+ *     M                    8      12      16      24      32
+ *     4 bits, axis 1    1.09    1.04    1.04    1.04    1.10
+ *             axis 0    1.19    1.03    1.00    0.96    0.96
+ *     8 bits, axis 1    1.19    1.14    1.01    0.96    0.98
+ *             axis 0    1.32    1.25    1.12    1.01    0.99
+ *     3 bits, axis 1    1.00    1.00    1.01    1.02    1.07
+ *             axis 0                    0.94    0.89    0.92
+ *     2 bits                            1.01    0.98    1.01
+ *     1 bit                             0.93    0.93    0.94 */
+static int64_t forward_columns(const hqq_tiled_job *job)
+{
+    int bits = job->weight->nbits, axis = job->layout.axis;
+    if (!job->pairs) return FORWARD_COLUMNS;
+    if (bits == 8 || (bits == 4 && axis == 0))
+        return job->M <= FORWARD_FEW ? FORWARD_COLUMNS / 2 : FORWARD_COLUMNS;
+    return (bits == 4 || bits == 3) && axis == 1 ? FORWARD_COLUMNS / 2 : FORWARD_COLUMNS;
+}
+
 static size_t linear_scratch(hqq_tiled_chunk *c, void *scratch)
 {
     const hqq_tiled_job *job = c->job;
@@ -112,7 +138,7 @@ static size_t linear_scratch(hqq_tiled_chunk *c, void *scratch)
     take_scratch(c, &arena, slots * job->block_sets, job->tokens * blocks, job->block_columns,
                  slots * HQQ_TILED_SETS, job->block_columns);
     c->bias = hqq_arena_take(&arena, (size_t)(job->block_sets + 16) * 4); /* whole vectors */
-    if (job->scales_input && job->lora)
+    if (job->by_cycle && job->lora)
         c->lora_B = hqq_arena_take(&arena, (size_t)(job->sets.cycle * job->lora->rank) * 4);
     return arena.used;
 }
@@ -132,21 +158,16 @@ static int scales_input(const hqq_tiled_job *job)
 
 /* begin_linear where rows that share scales are decoded together: they lie apart, and so do
  * their rows of B. */
-static hqq_status begin_scaled_linear(hqq_tiled_chunk *c)
+static hqq_status begin_cycles(hqq_tiled_chunk *c)
 {
     const hqq_tiled_job *job = c->job;
     const hqq_row_sets *sets = &job->sets;
     hqq_context alone = {.isa = job->isa};
     hqq_lora lora = *job->lora;
-    size_t bytes = (size_t)(lora.rank * hqq_dtype_bytes(lora.dtype));
     lora.B = c->lora_B;
     for (int64_t set = c->begin; set < c->end; set += sets->cycle)
         for (int j = 0; j < sets->slots; j++) {
-            for (int64_t i = 0; i < sets->cycle; i++) {
-                int64_t row = sets->start[j] + hqq_row_in_slot(sets, set + i);
-                memcpy((char *)c->lora_B + (size_t)i * bytes,
-                       (const char *)job->lora->B + (size_t)row * bytes, bytes);
-            }
+            hqq_take_rows_of_B(c->lora_B, job, j, set, set + sets->cycle);
             HQQ_TRY(hqq_lora_addend(c->sums + j * job->block_sets + set - c->begin, c->ld_sums,
                                     HQQ_F32, job->inner + c->m_begin * lora.rank, NULL, HQQ_F32,
                                     &lora, c->m_end - c->m_begin, 0, sets->cycle, &alone));
@@ -163,7 +184,7 @@ static hqq_status begin_linear(hqq_tiled_chunk *c)
     hqq_row_piece pieces[HQQ_MAX_SLOTS];
     hqq_row_pieces(pieces, &job->sets, c->begin, c->end);
     c->add = 1;
-    if (job->scales_input) return begin_scaled_linear(c);
+    if (job->by_cycle) return begin_cycles(c);
     for (int j = 0; j < job->sets.slots; j++)
         HQQ_TRY(hqq_lora_addend(c->sums + j * job->block_sets, c->ld_sums, HQQ_F32,
                                 job->inner + c->m_begin * job->lora->rank, NULL, HQQ_F32,
@@ -199,14 +220,28 @@ static int scales_sums(const hqq_tiled_job *job)
            job->M <= hqq_least(DGRAD_TOKENS, 2 * l->G);
 }
 
+/* Whether dx is summed residue by residue, dy turned. In floats, with a zero and a scale a
+ * weight, which a strip of a residue loads once for all of its rows. 4096 x 4096, G = 64, a Zen
+ * 5, two threads, times as fast as row by row, by tokens:
+ *
+ *     M            4       8      12      16      24      32      64
+ *     4 bits     1.9     1.5     1.4    1.35     1.2     1.2     1.05
+ *     8 bits     2.3     2.0     1.7     1.6     1.5    1.25     1.04 */
+static int by_residue(const hqq_tiled_job *job)
+{
+    if (job->pairs) return scales_sums(job);
+    return hqq_residues_decode(job->weight) && job->M <= DGRAD_TOKENS;
+}
+
 /* dy as residues take it, in rows that do not fall into one set of L1; bytes. */
 static size_t take_turned(hqq_tiled_job *job, void *workspace)
 {
     hqq_arena arena = {.base = workspace};
     int64_t residues = job->layout.N / job->layout.G;
-    job->ld_turned = hqq_tiled_stride(job->layout.N / 2) * 2;
-    job->turned = hqq_arena_take(&arena, (size_t)(job->M * job->ld_turned) * 2);
-    job->residue_sums = hqq_arena_take(&arena, (size_t)(job->M * residues) * 4);
+    int64_t in_word = job->pairs ? 2 : 1;
+    job->ld_turned = hqq_tiled_stride(hqq_ceil_div(job->layout.N, in_word)) * in_word;
+    job->turned = hqq_arena_take(&arena, (size_t)(job->M * job->ld_turned / in_word) * 4);
+    if (job->pairs) job->residue_sums = hqq_arena_take(&arena, (size_t)(job->M * residues) * 4);
     return arena.used;
 }
 
@@ -254,7 +289,8 @@ size_t hqq_tiled_workspace(const hqq_weight *weight, int64_t M, hqq_dtype dtype,
 #endif
     if (transpose) {
         hqq_tiled_job job = job_of(weight, M, dtype, NULL, NULL, DGRAD_TOKENS, isa);
-        if (scales_sums(&job)) return take_turned(&job, NULL);
+        if (!on_panels(weight, M, dtype, 1, isa) && by_residue(&job))
+            return take_turned(&job, NULL);
     }
     if (on_panels(weight, M, dtype, transpose, isa))
         return hqq_panels_workspace(weight, dtype, transpose);
@@ -282,14 +318,18 @@ hqq_status hqq_tiled_linear(const hqq_forward *f, const float *xa, hqq_stages *b
     job.bias_dtype = f->bias_dtype;
     int64_t words = hqq_ceil_div(job.layout.K, job.pairs ? 2 : 1);
     job.block_columns =
-        hqq_least(hqq_even_part(words, FORWARD_COLUMNS, 64), (words + 15) / 16 * 16);
+        hqq_least(hqq_even_part(words, forward_columns(&job), 64), (words + 15) / 16 * 16);
     job.scales_input = scales_input(&job);
+    /* 4096 x 4096 in fp32, a Zen 5, times as fast as in plain order, at 8, 16 and 32 tokens: 4
+     * bits 1.39, 1.21, 1.09, 8 bits 1.36, 1.20, 1.08, 3 bits 1.28, 1.20, 1.07 */
+    job.by_cycle = job.scales_input ||
+                   (hqq_residues_decode(job.weight) && job.sets.cycle % HQQ_TILED_SETS == 0);
     job.keeps_input =
         !job.scales_input &&
         job.tokens * column_blocks(&job) * hqq_tiled_stride(job.block_columns) <= KEPT_WORDS;
     int64_t rows = FORWARD_ROWS, parts = hqq_ceil_div(job.M, job.tokens);
     while (rows > 16 && job.layout.N / rows * parts < WANTED_CHUNKS) rows -= 16;
-    job.block_sets = sets_for(&job, rows, job.scales_input ? job.sets.cycle : HQQ_TILED_SETS);
+    job.block_sets = sets_for(&job, rows, job.by_cycle ? job.sets.cycle : HQQ_TILED_SETS);
     hqq_tiled_chunk measured = {.job = &job};
     return hqq_for_each_chunk(hqq_ceil_div(job.sets.sets, job.block_sets) * parts, linear_chunk,
                               &job, linear_scratch(&measured, NULL), context);
@@ -303,9 +343,9 @@ static size_t dgrad_scratch(hqq_tiled_chunk *c, void *scratch)
     hqq_arena arena = {.base = scratch};
     int64_t rows = job->block_rows / (job->pairs ? 2 : 1);
     int64_t inputs = job->keeps_input ? job->tokens : HQQ_TILED_TOKENS;
-    take_scratch(c, &arena, job->block_columns, job->scales_sums ? 0 : inputs, rows, rows,
+    take_scratch(c, &arena, job->block_columns, job->by_cycle ? 0 : inputs, rows, rows,
                  job->strip);
-    if (job->scales_sums) {
+    if (job->by_cycle && job->pairs) {
         int64_t residues = job->block_sets / job->sets.cycle;
         size_t bytes = (size_t)(residues * job->block_columns) * 4;
         c->zero = hqq_arena_take(&arena, bytes);
@@ -348,7 +388,7 @@ hqq_status hqq_tiled_dgrad(const hqq_backward *b, const float *dyb, hqq_stages *
 #endif
     hqq_tiled_job job =
         job_of(b->weight, b->M, b->dtype, b->lora, dyb, DGRAD_TOKENS, hqq_isa_in_use(context));
-    job.scales_sums = scales_sums(&job);
+    job.by_cycle = by_residue(&job);
     job.out = b->dx;
     job.in = b->dy;
     job.ld_in = b->lddy;
@@ -361,16 +401,18 @@ hqq_status hqq_tiled_dgrad(const hqq_backward *b, const float *dyb, hqq_stages *
     job.strip = job.block_columns;
     int64_t rows = DGRAD_ROWS;
     if (few) rows = hqq_least(rows, hqq_most(DGRAD_FEW_WEIGHTS / job.block_columns, 64));
-    if (!job.pairs && hqq_strips_decode(job.weight)) {
+    if (!job.pairs && (job.by_cycle || hqq_strips_decode(job.weight))) {
         job.strip = hqq_least(STRIP_COLUMNS, job.block_columns);
-        rows = STRIP_ROWS;
+        rows = job.by_cycle ? RESIDUE_ROWS : STRIP_ROWS;
     }
+    if (job.pairs && !job.by_cycle && job.weight->nbits == 8 && job.M <= STRIPS_OF_BYTES)
+        job.strip = hqq_least(STRIP_COLUMNS, job.block_columns);
     job.keeps_input = job.strip < job.block_columns;
-    if (job.scales_sums) {
+    if (job.by_cycle) {
         take_turned(&job, workspace);
         HQQ_TRY(hqq_for_each_chunk(job.M, turn_chunk, &job, 0, context));
     }
-    job.block_sets = sets_for(&job, rows, job.scales_sums ? job.sets.cycle : 2);
+    job.block_sets = sets_for(&job, rows, job.by_cycle ? job.sets.cycle : 2);
     job.block_rows = hqq_ceil_div(job.block_sets * job.sets.slots, 2) * 2;
     hqq_tiled_chunk measured = {.job = &job};
     return hqq_for_each_chunk(hqq_ceil_div(job.layout.K, job.block_columns) * parts,

@@ -43,16 +43,22 @@
  *     bf16 forward  494 (293)   621 (458)      (turned.h, panels.h)
  *     bf16 dgrad    396 (172)   565 (289)  671 (440)   764 (612)       (panels.h)
  *
- * fp16 is as fast as fp32 (torch: a seventh of that). Times the speed of 4 bits, axis 1, in
- * bf16 at 16 and 64 tokens: 8 bits 0.8 and 0.85, dgrad 0.8 and 0.95. At axis 0 and few tokens x
- * takes the scales in bf16 (tiled_scaled.h), 8 bits 0.73, 4 bits 0.9, 3 bits 0.8, 1 bit 1.0 at
- * 16; and sums do in dgrad (tiled_residues.h), 8 bits 0.85 and 0.9, 4 bits 1.0 and 0.95, 3 bits
- * 0.95 and 0.93, where a zero and a scale a weight made 0.6 and 0.8 of 4 bits.
+ * fp16 is as fast as fp32 (torch: a seventh of that). At axis 0 rows that share zeros and
+ * scales are decoded together, which then stay in registers (decode_floats.h); in bf16 at few
+ * tokens x takes the scales (tiled_scaled.h), and in dgrad sums do (tiled_residues.h). Times
+ * the speed of 4 bits, axis 1, at 16 and 64 tokens (one thread):
+ *
+ *                    8 bits        axis 0: 8 bits        4 bits        3 bits
+ *     bf16 forward   .82  .84            .85  .80       .94  .94      .85  .90
+ *     fp32 forward   .94  .90            .91  .90       .99  .97      .85  .97
  */
 #ifndef HQQ_KERNELS_CPU_TILED_H
 #define HQQ_KERNELS_CPU_TILED_H
 
+#include <string.h>
+
 #include "backend.h"
+#include "dtype.h"
 #include "isa.h"
 #include "parallel.h"
 #include "row_sets.h"
@@ -112,12 +118,13 @@ typedef struct hqq_tiled_job {
     int pairs;          /* multiply in bf16 */
     int keeps_input;    /* forward: all columns of x are copied once, else block by block;
                            dgrad: all tokens of dy once a block, else tile by tile */
-    int scales_input;   /* forward: x is multiplied by the scales, W stands for its codes
-                           (tiled_scaled.h); sets are taken cycle by cycle */
-    int scales_sums;    /* dgrad: sums are (tiled_residues.h), cycle by cycle too */
-    uint16_t *turned;   /* then dy [M, ld_turned], [N/G, G] in place of [G, N/G] */
+    int by_cycle;       /* axis 0: sets are taken cycle by cycle, as their rows share scales;
+                           dgrad: in whole residues */
+    int scales_input;   /* forward: then x is multiplied by the scales, W stands for its codes
+                           (tiled_scaled.h) */
+    void *turned; /* dgrad: then dy [M, ld_turned] as terms, [N/G, G] in place of [G, N/G] */
     int64_t ld_turned;
-    float *residue_sums; /* and [M, N/G]: what dy sums to over each residue */
+    float *residue_sums; /* in bf16 [M, N/G]: what dy sums to over each residue */
     hqq_isa isa;
 } hqq_tiled_job;
 
@@ -134,8 +141,20 @@ typedef struct hqq_tiled_chunk {
     void *rows;          /* dgrad in bf16: [block_rows, block_columns] before they are paired */
     float *zero, *scale; /* dgrad that scales sums: [residues of a block, block_columns] */
     float *bias;         /* forward: [block_rows] */
-    void *lora_B;        /* forward that scales x: [cycle, rank] */
+    void *lora_B;        /* forward by cycles: [cycle, rank] */
 } hqq_tiled_chunk;
+
+/* out [sets, rank] = the adapter's B in the rows of slot j of the sets [begin, end). */
+static inline void hqq_take_rows_of_B(void *out, const hqq_tiled_job *job, int j, int64_t begin,
+                                      int64_t end)
+{
+    size_t bytes = (size_t)(job->lora->rank * hqq_dtype_bytes(job->lora->dtype));
+    for (int64_t set = begin; set < end; set++) {
+        int64_t row = job->sets.start[j] + hqq_row_in_slot(&job->sets, set);
+        memcpy((char *)out + (size_t)(set - begin) * bytes,
+               (const char *)job->lora->B + (size_t)row * bytes, bytes);
+    }
+}
 
 /* y [m_begin:m_end, rows of the sets], dx [m_begin:m_end, begin:end] */
 HQQ_ISA_DECLARE(void, hqq_tiled_linear_chunk, (const hqq_tiled_chunk *c));

@@ -106,6 +106,26 @@ static inline void hqq_store_sums(const hqq_tiled_job *job, int64_t i, const flo
     }
 }
 
+/* `count` elements of y that are the sets from `set` on, of a slot that begins at index i. */
+static inline void hqq_store_sets(const hqq_tiled_job *job, int64_t i, int64_t set,
+                                  hqq_vec sums, int count)
+{
+    uint32_t words[HQQ_LANES];
+    hqq_vec_store_dtype(words, job->dtype, 0, sums);
+    const uint16_t *halves = (const uint16_t *)words;
+    int64_t row = hqq_row_in_slot(&job->sets, set), left = hqq_sets_in_step(&job->sets, set);
+    for (int n = 0; n < count; n++, row += job->sets.step, left--) {
+        if (left == 0) {
+            row = hqq_row_in_slot(&job->sets, set + n);
+            left = job->sets.cycle;
+        }
+        if (job->dtype == HQQ_F32)
+            ((uint32_t *)job->out)[i + row] = words[n];
+        else
+            ((uint16_t *)job->out)[i + row] = halves[n];
+    }
+}
+
 /* The rows of sets [set_begin, set_end), columns [begin, end), in fp32 or with pairs in bf16:
  * rows `ld` elements apart, those of slot j from row j * slot_rows on. */
 static inline void hqq_decode_rows(void *out, int64_t ld, int64_t slot_rows,
@@ -113,6 +133,16 @@ static inline void hqq_decode_rows(void *out, int64_t ld, int64_t slot_rows,
                                    int64_t begin, int64_t end)
 {
     hqq_dtype dtype = job->pairs ? HQQ_BF16 : HQQ_F32;
+    if (job->by_cycle) {
+        int64_t cycle = job->sets.cycle, count;
+        for (int64_t set = set_begin; set < set_end; set += count) {
+            count = hqq_least(cycle - set % cycle, set_end - set);
+            HQQ_ISA_NAME(hqq_decode_residue)
+            (hqq_at_mut(out, dtype, (set - set_begin) * ld), ld, slot_rows * ld, dtype,
+             job->weight, &job->layout, hqq_row_in_slot(&job->sets, set), count, begin, end);
+        }
+        return;
+    }
 #if HQQ_HAS_PAIRS
     if (job->pairs && hqq_rows_decode_in_bf16(&job->layout)) {
         hqq_decode_rows_in_bf16(out, ld, slot_rows, job->weight, &job->layout, set_begin,

@@ -60,6 +60,14 @@ static void decode_block(const hqq_tiled_chunk *c, const row_block *b, int64_t b
 {
     const hqq_tiled_job *job = c->job;
     int64_t columns = job->strip, ld = hqq_tiled_stride(columns), sets = b->end - b->begin;
+    if (job->by_cycle) {
+        int64_t cycle = job->sets.cycle;
+        for (int64_t set = b->begin; set < b->end; set += cycle)
+            HQQ_ISA_NAME(hqq_decode_residue)
+        ((float *)c->weights + (set - b->begin) * job->sets.slots * ld, ld, cycle * ld, HQQ_F32,
+         job->weight, &job->layout, hqq_row_in_slot(&job->sets, set), cycle, begin, end);
+        return;
+    }
     if (!job->pairs) {
         hqq_decode_rows(c->weights, ld, sets, job, b->begin, b->end, begin, end);
         clear_lacking(c->weights, job, b, ld, columns);
@@ -104,7 +112,8 @@ static void multiply_block(const hqq_tiled_chunk *c, const row_block *b, hqq_str
     const int64_t width = HQQ_TILED_SIDE * HQQ_LANES;
     int64_t in_word = job->pairs ? 2 : 1, tokens = c->m_end - c->m_begin;
     int64_t ld = hqq_tiled_stride(job->strip);
-    int64_t ld_dy = hqq_tiled_stride(job->block_rows / in_word);
+    int64_t ld_dy =
+        job->by_cycle ? job->ld_turned : hqq_tiled_stride(job->block_rows / in_word);
     int64_t tiles_down = hqq_ceil_div(tokens, HQQ_TILED_TOKENS);
     int64_t done = 0, all = tiles_down * hqq_ceil_div(c->end - c->begin, width);
     for (int64_t begin = c->begin, end; begin < c->end; begin = end) {
@@ -115,7 +124,10 @@ static void multiply_block(const hqq_tiled_chunk *c, const row_block *b, hqq_str
             hqq_tile_fn tile = tiles[job->pairs][rows];
             float *sums = c->sums + m * c->ld_sums + begin - c->begin;
             char *input = (char *)c->input + (job->keeps_input ? m * ld_dy * 4 : 0);
-            if (begin == c->begin || !job->keeps_input)
+            if (job->by_cycle)
+                input = (char *)((float *)job->turned + (c->m_begin + m) * ld_dy +
+                                 b->begin * job->sets.slots);
+            else if (begin == c->begin || !job->keeps_input)
                 copy_input(input, c, b, c->m_begin + m, rows, ld_dy * in_word);
             for (int64_t k = 0; k < end - begin; k += width) {
                 hqq_fetch_part(next, ++done, all);
@@ -144,7 +156,7 @@ void HQQ_ISA_NAME(hqq_tiled_dgrad_chunk)(const hqq_tiled_chunk *c)
 {
     const hqq_tiled_job *job = c->job;
 #if HQQ_HAS_PAIRS
-    if (job->scales_sums)
+    if (job->by_cycle && job->pairs)
         sum_residues(c);
     else
 #endif
@@ -157,15 +169,20 @@ void HQQ_ISA_NAME(hqq_tiled_dgrad_chunk)(const hqq_tiled_chunk *c)
 void HQQ_ISA_NAME(hqq_turn_residues)(const hqq_tiled_job *job, int64_t m)
 {
     int64_t G = job->layout.G, residues = job->layout.N / G;
+    float *floats = (float *)job->turned + m * job->ld_turned;
+    uint16_t *halves = (uint16_t *)job->turned + m * job->ld_turned;
     for (int64_t r = 0; r < residues; r += HQQ_LANES) {
         int count = (int)hqq_least(residues - r, HQQ_LANES);
-        const uint16_t *dy = (const uint16_t *)job->in + m * job->ld_in + r;
-        uint16_t *turned = job->turned + m * job->ld_turned + r * G;
+        int64_t at = m * job->ld_in + r, to = r * G;
         hqq_vec sum = hqq_vec_zero();
-        for (int64_t i = 0; i < G; i++, dy += residues) {
-            sum += hqq_vec_load_dtype_part(dy, HQQ_BF16, 0, count);
-            for (int j = 0; j < count; j++) turned[j * G + i] = dy[j];
+        for (int64_t i = 0; i < G; i++, at += residues, to++) {
+            hqq_vec dy = hqq_vec_load_dtype_part(job->in, job->dtype, at, count);
+            const uint16_t *in = (const uint16_t *)job->in + at;
+            sum += dy;
+            for (int j = 0; j < count && job->pairs; j++) halves[to + j * G] = in[j];
+            for (int j = 0; j < count && !job->pairs; j++) floats[to + j * G] = dy[j];
         }
-        hqq_vec_store_dtype_part(job->residue_sums + m * residues, HQQ_F32, r, sum, count);
+        if (job->pairs)
+            hqq_vec_store_dtype_part(job->residue_sums + m * residues, HQQ_F32, r, sum, count);
     }
 }

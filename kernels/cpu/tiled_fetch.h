@@ -42,7 +42,7 @@ HQQ_ALWAYS_INLINE void hqq_fetch_codes(const hqq_tiled_job *job, int64_t row, in
     }
 }
 
-/* dgrad: fetches until `part` of `parts` are on their way. */
+/* Fetches until `part` of `parts` are on their way. */
 HQQ_ALWAYS_INLINE void hqq_fetch_part(hqq_strips *a, int64_t part, int64_t parts)
 {
     const hqq_layout *l = &a->job->layout;
@@ -51,10 +51,11 @@ HQQ_ALWAYS_INLINE void hqq_fetch_part(hqq_strips *a, int64_t part, int64_t parts
     int64_t meta = (int64_t)((double)a->columns * a->groups) * hqq_dtype_bytes(w->meta_dtype);
     for (; a->set < end; a->set++) {
         const hqq_row_sets *sets = &a->job->sets;
-        int64_t row = a->job->scales_sums ? hqq_row_in_slot(sets, a->set) : a->set;
+        int64_t row = a->job->by_cycle ? hqq_row_in_slot(sets, a->set) : a->set;
         int64_t word = row * l->K + a->column, bytes = hqq_dtype_bytes(w->meta_dtype);
         hqq_fetch_codes(a->job, row, a->column, 0, a->columns * l->word_bytes);
-        if (a->job->scales_sums && a->set % sets->cycle > 0) continue; /* those are there */
+        if (a->job->by_cycle && a->set % sets->cycle > 0 && a->set > a->first)
+            continue; /* those are there */
         if (l->axis == 0) {
             int64_t at = word % l->groups * bytes;
             hqq_fetch_bytes(w->zero, at, a->columns * bytes);

@@ -47,9 +47,10 @@ static void copy_input(const hqq_tiled_chunk *c, const column_block *b)
     }
 }
 
-/* One of `parts` of what is decoded next, the sets from `set` on, on its way to the second
- * cache while the tiles multiply: words, and at axis 1 zeros and scales. Part by part, as the
- * processor waits for memory where more lines are asked for than it can keep track of. */
+/* One of `parts` of what is decoded after the next, the sets from `set` on, on its way to the
+ * second cache while the tiles multiply: words, and at axis 1 zeros and scales. Part by part,
+ * as the processor waits for memory where more lines are asked for than it can keep track of.
+ */
 HQQ_ALWAYS_INLINE void fetch_sets(const hqq_tiled_chunk *c, const column_block *b, int64_t set,
                                   int64_t part, int64_t parts)
 {
@@ -60,7 +61,7 @@ HQQ_ALWAYS_INLINE void fetch_sets(const hqq_tiled_chunk *c, const column_block *
     int64_t lines = hqq_ceil_div(columns * l->word_bytes, 64);
     int64_t first = part * lines / parts * 64, last = (part + 1) * lines / parts * 64;
     for (; set < end; set++) {
-        int64_t row = c->job->scales_input ? hqq_row_in_slot(&c->job->sets, set) : set;
+        int64_t row = c->job->by_cycle ? hqq_row_in_slot(&c->job->sets, set) : set;
         int64_t word = row * l->K + b->begin;
         hqq_fetch_codes(c->job, row, b->begin, first, last);
         for (int j = 0; j < l->per && l->axis == 1 && part == 0; j++) {
@@ -71,12 +72,33 @@ HQQ_ALWAYS_INLINE void fetch_sets(const hqq_tiled_chunk *c, const column_block *
     }
 }
 
+/* Where a chunk is: parts of its sets (`each` of them that share the input, as it is copied or
+ * scaled for them) by blocks of columns by sets that are decoded together. */
+typedef struct place {
+    int64_t part, set;
+    column_block b;
+} place;
+
+static place place_after(const hqq_tiled_chunk *c, place at, int64_t each)
+{
+    at.set += HQQ_TILED_SETS;
+    if (at.set < hqq_least(at.part + each, c->end)) return at;
+    at.b = block_at(c->job, at.b.end);
+    if (at.b.begin >= c->job->layout.K) {
+        at.part += each;
+        at.b = block_at(c->job, 0);
+    }
+    at.set = at.part;
+    return at;
+}
+
 /* The sets from `set` on that are decoded together against all tokens of the chunk. Rows that
  * there are not are multiplied all the same, to sums that nobody reads. */
-static void multiply_sets(const hqq_tiled_chunk *c, const column_block *b, int64_t set, int add)
+static void multiply_sets(const hqq_tiled_chunk *c, const place *at, const place *next, int add)
 {
     const hqq_tiled_job *job = c->job;
-    int64_t sets = HQQ_TILED_SETS, set_end = hqq_least(set + sets, c->end);
+    const column_block *b = &at->b;
+    int64_t sets = HQQ_TILED_SETS, set = at->set, set_end = hqq_least(set + sets, c->end);
     int64_t rows = job->sets.slots * sets, ld = hqq_tiled_stride(job->block_columns);
 #if HQQ_HAS_PAIRS
     if (job->scales_input)
@@ -94,7 +116,7 @@ static void multiply_sets(const hqq_tiled_chunk *c, const column_block *b, int64
         float *sums = c->sums + (m - c->m_begin) * c->ld_sums + set - c->begin;
         const void *input = hqq_word(input_of(c, b), (m - c->m_begin) * ld);
         for (int64_t r = 0; r < rows; r += HQQ_TILED_SIDE) {
-            fetch_sets(c, b, set + sets, done++, all);
+            fetch_sets(c, &next->b, next->set, done++, all);
             tile(sums + r / sets * job->block_sets + r % sets, c->ld_sums, input, ld,
                  hqq_word(c->weights, r * ld), ld, b->steps, add);
         }
@@ -119,41 +141,53 @@ static void store_chunk(const hqq_tiled_chunk *c)
     }
 }
 
-#if HQQ_HAS_PAIRS
-static void multiply_scaled(const hqq_tiled_chunk *c)
+/* The same where the sets are taken cycle by cycle: rows lie apart. */
+static void store_scattered(const hqq_tiled_chunk *c)
 {
     const hqq_tiled_job *job = c->job;
-    int64_t cycle = job->sets.cycle;
-    column_block b;
-    for (int64_t begin = c->begin; begin < c->end; begin += cycle)
-        for (b = block_at(job, 0); b.begin < job->layout.K; b = block_at(job, b.end)) {
-            scale_input(c, input_of(c, &b), b.ld, b.begin, b.end, begin, c->add || b.begin > 0);
-            for (int64_t set = begin; set < begin + cycle; set += HQQ_TILED_SETS)
-                multiply_sets(c, &b, set, 1);
+    const hqq_row_sets *sets = &job->sets;
+    const int width = sets->cycle % HQQ_LANES == 0 ? HQQ_LANES : HQQ_TILED_SETS;
+    for (int64_t set = c->begin; set < c->end; set += width)
+        for (int j = 0; j < sets->slots; j++) {
+            int64_t row = sets->start[j] + hqq_row_in_slot(sets, set);
+            hqq_vec bias = hqq_vec_zero();
+            for (int i = 0; i < width && job->bias; i++)
+                bias[i] = hqq_load_quick(job->bias, job->bias_dtype, row + i * sets->step);
+            for (int64_t m = c->m_begin; m < c->m_end; m++) {
+                const float *sums = c->sums + (m - c->m_begin) * c->ld_sums +
+                                    j * job->block_sets + set - c->begin;
+                hqq_vec sum = hqq_vec_load_dtype_part(sums, HQQ_F32, 0, width);
+                hqq_store_sets(job, m * job->layout.N + sets->start[j], set, sum + bias, width);
+            }
         }
 }
-#endif
 
 void HQQ_ISA_NAME(hqq_tiled_linear_chunk)(const hqq_tiled_chunk *c)
 {
     const hqq_tiled_job *job = c->job;
-    int64_t K = job->layout.K, sets = HQQ_TILED_SETS;
-    int64_t each = job->keeps_input ? sets : job->block_sets;
-    column_block b;
-#if HQQ_HAS_PAIRS
-    if (job->scales_input) {
-        multiply_scaled(c);
-        store_scattered(c);
-        return;
-    }
-#endif
-    for (b = block_at(job, 0); b.begin < K && job->keeps_input; b = block_at(job, b.end))
+    int64_t each = job->scales_input  ? job->sets.cycle
+                   : job->keeps_input ? HQQ_TILED_SETS
+                                      : job->block_sets;
+    place at = {c->begin, c->begin, block_at(job, 0)};
+    for (column_block b = at.b; b.begin < job->layout.K && job->keeps_input;
+         b = block_at(job, b.end))
         copy_input(c, &b);
-    for (int64_t begin = c->begin; begin < c->end; begin += each)
-        for (b = block_at(job, 0); b.begin < K; b = block_at(job, b.end)) {
-            if (!job->keeps_input) copy_input(c, &b);
-            for (int64_t set = begin; set < hqq_least(begin + each, c->end); set += sets)
-                multiply_sets(c, &b, set, c->add || b.begin > 0);
+    while (at.part < c->end) {
+        int add = c->add || at.b.begin > 0;
+        if (at.set == at.part && job->scales_input) {
+#if HQQ_HAS_PAIRS
+            scale_input(c, input_of(c, &at.b), at.b.ld, at.b.begin, at.b.end, at.part, add);
+#endif
+        } else if (at.set == at.part && !job->keeps_input) {
+            copy_input(c, &at.b);
         }
-    store_chunk(c);
+        place after = place_after(c, at, each),
+              next = job->pairs ? place_after(c, after, each) : after;
+        multiply_sets(c, &at, &next, add || job->scales_input);
+        at = after;
+    }
+    if (job->by_cycle)
+        store_scattered(c);
+    else
+        store_chunk(c);
 }

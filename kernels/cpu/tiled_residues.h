@@ -155,7 +155,8 @@ static void multiply_residues(const hqq_tiled_chunk *c, const residue_block *b,
                 int64_t i = r - b->begin;
                 hqq_fetch_part(next, ++done, all);
                 t.sums = c->sums + m * c->ld_sums + k;
-                t.dy = job->turned + (c->m_begin + m) * job->ld_turned + r * G;
+                t.dy =
+                    (const uint16_t *)job->turned + (c->m_begin + m) * job->ld_turned + r * G;
                 t.dy_sums = job->residue_sums + (c->m_begin + m) * residues + r;
                 t.codes = (const uint32_t *)c->weights + i * t.steps * t.ld_codes + k;
                 t.zero = c->zero + i * job->block_columns + k;

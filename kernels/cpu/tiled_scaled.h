@@ -111,28 +111,4 @@ static void decode_codes(void *out, int64_t ld, int64_t slot_rows, const hqq_til
     }
 }
 
-/* The sums, with the bias, to the columns of y that the rows of W are. */
-static void store_scattered(const hqq_tiled_chunk *c)
-{
-    const hqq_tiled_job *job = c->job;
-    const hqq_row_sets *sets = &job->sets;
-    const int width = (int)hqq_least(HQQ_LANES, sets->cycle);
-    for (int64_t set = c->begin; set < c->end; set += width)
-        for (int j = 0; j < sets->slots; j++) {
-            int64_t row = sets->start[j] + hqq_row_in_slot(sets, set);
-            hqq_vec bias = hqq_vec_zero();
-            for (int i = 0; i < width && job->bias; i++)
-                bias[i] = hqq_load_quick(job->bias, job->bias_dtype, row + i * sets->step);
-            for (int64_t m = c->m_begin; m < c->m_end; m++) {
-                const float *sums = c->sums + (m - c->m_begin) * c->ld_sums +
-                                    j * job->block_sets + set - c->begin;
-                uint16_t rounded[HQQ_LANES];
-                uint16_t *y = (uint16_t *)job->out + m * job->layout.N + row;
-                hqq_vec sum = hqq_vec_load_dtype_part(sums, HQQ_F32, 0, width);
-                hqq_vec_store_dtype(rounded, HQQ_BF16, 0, sum + bias);
-                for (int i = 0; i < width; i++) y[i * sets->step] = rounded[i];
-            }
-        }
-}
-
 #endif

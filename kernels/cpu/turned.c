@@ -3,6 +3,7 @@
 #include "turned.h"
 
 #include "code_runs.h"
+#include "decode_floats.h"
 #include "integers.h"
 #include "lora.h"
 #include "parallel.h"
@@ -20,6 +21,12 @@
 #define PANEL_WORDS (INT64_C(1) << 21) /* of all panels: 8 MB */
 /* Chunks are made smaller until there are that many. */
 #define WANTED_CHUNKS 16
+/* Tokens up to which sets of axis 0 are taken cycle by cycle: then zeros and scales are loaded
+ * once for rows that share them, but what is stored is scattered. 4096 x 4096, a Zen 5, times
+ * as fast as in plain order, at 48, 64, 128 and 192 tokens: bf16, 4
+ * bits 1.24, 1.16, 1.06, 1.03, 8 bits 1.18, 1.14, 1.06, 1.02, 3 bits 1.06, 1.02, .99, .98;
+ * fp32 1.02, 1.02, 1.01, .98. */
+#define CYCLE_TOKENS 128
 
 /* The lanes of a whole vector are multiplied, used or not. 4096 x 4096, 4 bits, two threads,
  * times the speed of dot products along the lanes:
@@ -76,7 +83,25 @@ static size_t scratch_of(hqq_tiled_chunk *c, void *scratch)
     c->weights =
         hqq_arena_take(&arena, (size_t)(rows * hqq_tiled_stride(job->block_columns)) * 4);
     c->bias = hqq_arena_take(&arena, (size_t)(job->block_sets + 16) * 4); /* whole vectors */
+    if (job->by_cycle && job->lora)
+        c->lora_B = hqq_arena_take(&arena, (size_t)(job->block_sets * job->lora->rank) * 4);
     return arena.used;
+}
+
+/* begin_with_lora where the rows of W lie apart, and so do their rows of B. */
+static hqq_status begin_cycles(hqq_tiled_chunk *c)
+{
+    const hqq_tiled_job *job = c->job;
+    hqq_context alone = {.isa = job->isa};
+    hqq_lora lora = *job->lora;
+    lora.B = c->lora_B;
+    for (int j = 0; j < job->sets.slots; j++) {
+        hqq_take_rows_of_B(c->lora_B, job, j, c->begin, c->end);
+        HQQ_TRY(hqq_lora_addend_turned(c->sums + j * job->block_sets * c->ld_sums, c->ld_sums,
+                                       job->inner + c->m_begin * lora.rank, &lora,
+                                       c->m_end - c->m_begin, 0, c->end - c->begin, &alone));
+    }
+    return HQQ_OK;
 }
 
 /* The sums begin with scaling B xa^T. */
@@ -88,6 +113,7 @@ static hqq_status begin_with_lora(hqq_tiled_chunk *c)
     hqq_row_piece pieces[HQQ_MAX_SLOTS];
     hqq_row_pieces(pieces, &job->sets, c->begin, c->end);
     c->add = 1;
+    if (job->by_cycle) return begin_cycles(c);
     for (int j = 0; j < job->sets.slots; j++)
         HQQ_TRY(hqq_lora_addend_turned(c->sums + j * job->block_sets * c->ld_sums, c->ld_sums,
                                        job->inner + c->m_begin * job->lora->rank, job->lora,
@@ -137,6 +163,8 @@ hqq_status hqq_turned_linear(const hqq_forward *f, const float *xa, void *worksp
                            .isa = hqq_isa_in_use(context)};
     job->sets = hqq_row_sets_of(&job->layout);
     job->pairs = hqq_multiplies_pairs(f->dtype, job->isa);
+    job->by_cycle =
+        hqq_residues_decode(f->weight) && job->sets.cycle > 1 && f->M <= CYCLE_TOKENS;
     part.words = words_of(f->weight, f->dtype, job->isa);
     job->tokens = tokens_at_once(f->M, part.words);
     job->block_columns = hqq_least(hqq_even_part(part.words, COLUMNS, 64), part.words);

@@ -129,9 +129,15 @@ static void store_slot(const hqq_tiled_chunk *c, int j, hqq_row_piece rows, cons
             hqq_vec_transpose(block);
             for (int i = 0; i < hqq_least(c->m_end - m, HQQ_LANES); i++) {
                 float lanes[HQQ_LANES];
+                int64_t at = (m + i) * job->layout.N;
+                if (job->by_cycle) {
+                    hqq_vec sums_of_m = bias ? block[i] + hqq_vec_load(bias + r) : block[i];
+                    hqq_store_sets(job, at + job->sets.start[j], c->begin + r, sums_of_m,
+                                   (int)count);
+                    continue;
+                }
                 hqq_vec_store(lanes, block[i]);
-                hqq_store_sums(job, (m + i) * job->layout.N + rows.first + r, lanes,
-                               bias ? bias + r : NULL, count);
+                hqq_store_sums(job, at + rows.first + r, lanes, bias ? bias + r : NULL, count);
             }
         }
 }
@@ -142,9 +148,13 @@ static void store_chunk(const hqq_tiled_chunk *c)
     hqq_row_piece pieces[HQQ_MAX_SLOTS];
     hqq_row_pieces(pieces, &job->sets, c->begin, c->end);
     for (int j = 0; j < job->sets.slots; j++) {
-        if (job->bias)
+        if (job->bias && !job->by_cycle)
             hqq_load_floats(c->bias, job->bias, job->bias_dtype, pieces[j].first,
                             pieces[j].count);
+        for (int64_t set = c->begin; job->bias && job->by_cycle && set < c->end; set++) {
+            int64_t row = job->sets.start[j] + hqq_row_in_slot(&job->sets, set);
+            c->bias[set - c->begin] = hqq_load_quick(job->bias, job->bias_dtype, row);
+        }
         store_slot(c, j, pieces[j], job->bias ? c->bias : NULL);
     }
 }

@@ -180,6 +180,8 @@ static int check_blocks(hqq_isa isa)
         {5, 1300, 70, 35, 0, 8, 1}, /* rows of dgrad; an odd number of them in the last block */
         {9, 600, 272, 24, 1, 4, 0}, /* columns of dgrad */
         {97, 1100, 64, 8, 1, 4, 0}, /* rows, of more than a few tokens */
+        {9, 144, 176, 8, 1, 1, 0},  /* residues of a packed row each, several a block */
+        {7, 384, 208, 96, 0, 8, 0}, /* and of more rows than a block has */
         {9, 40, 192, 96, 1, 4, 1},  /* that begin within a group */
         {14, 12, 2240, 320, 1, 2, 1}, /* columns forward in bf16 that do */
         {7, 100, 2112, 48, 2, 4, 1},  /* strips of dgrad, of two blocks of rows */
@@ -187,10 +189,14 @@ static int check_blocks(hqq_isa isa)
         {6, 1, 64, 64, 1, 4, 1},      /* one row: the second slot has none */
         /* x is turned: two parts of the tokens, the last panel of each shorter; half a word */
         {545, 12, 35, 35, 2, 4, 1},
-        {520, 70, 36, 12, 3, 4, 1},    /* panels (panels.h) forward, too, the last not full */
-        {256, 2048, 600, 8, 1, 4, 1},  /* two blocks of panels */
-        {48, 12, 2120, 8, 1, 4, 1},    /* columns, as above */
-        {64, 600, 48, 24, 1, 4, 0},    /* rows */
+        {520, 70, 36, 12, 3, 4, 1},   /* panels (panels.h) forward, too, the last not full */
+        {256, 2048, 600, 8, 1, 4, 1}, /* two blocks of panels */
+        {48, 12, 2120, 8, 1, 4, 1},   /* columns, as above */
+        {64, 600, 48, 24, 1, 4, 0},   /* rows */
+        /* cycles of rows that share scales, several in a chunk, a part of one, parts of two */
+        {61, 600, 80, 24, 2, 4, 0},
+        {61, 384, 80, 96, 1, 8, 0},
+        {61, 320, 80, 32, 2, 8, 0},
         {61, 33, 27, 9, 3, 3, 1},      /* slots, as above */
         {129, 16, 130, 26, 0, 8, 1},   /* one slot; panels of two and three vectors */
         {260, 2, 8200, 8, 0, 4, 1},    /* fewer tokens in a part, as K is long */
@@ -201,9 +207,10 @@ static int check_blocks(hqq_isa isa)
          */
         {257, 2100, 80, 16, 2, 4, 1},
         {256, 2064, 72, 8, 3, 8, 0},
-        {9, 34, 96, 32, 1, 8, 1},   /* bytes in pairs */
-        {170, 34, 96, 32, 0, 8, 1}, /* and to panels */
-        {161, 64, 96, 32, 2, 8, 0}, /* residues to panels, two at a time, the last not full */
+        {9, 34, 96, 32, 1, 8, 1},    /* bytes in pairs */
+        {7, 300, 1056, 32, 1, 8, 1}, /* strips of them, of two blocks of rows */
+        {170, 34, 96, 32, 0, 8, 1},  /* and to panels */
+        {161, 64, 96, 32, 2, 8, 0},  /* residues to panels, two at a time, the last not full */
         {162, 160, 32, 16, 0, 4, 0},
         {160, 96, 64, 8, 1, 2, 0},
         {161, 32, 64, 16, 0, 1, 0},
@@ -249,10 +256,10 @@ static int check_scaled(hqq_isa isa)
                                        {13, 256, 96, 32, 3, 4}, {12, 128, 2144, 64, 2, 2},
                                        {17, 192, 64, 64, 0, 8}, {7, 2048, 64, 32, 2, 4},
                                        {26, 640, 64, 32, 1, 1}, {13, 256, 96, 64, 3, 1},
-                                       {15, 128, 64, 32, 1, 1}};
+                                       {15, 128, 64, 32, 1, 1}, {9, 128, 1088, 64, 1, 8}};
     uint64_t state = 53;
     int failures = 0;
-    for (int i = 0; i < 7; i++)
+    for (int i = 0; i < 8; i++)
         for (int done = 0; !done;) { /* until scales are drawn in bf16 */
             const int64_t *c = cases[i];
             problem p =
