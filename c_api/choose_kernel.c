@@ -43,8 +43,8 @@
  *     fp32, axis 1   .75  .86  .88      .85 1.06  .99      .90 1.06 1.10      .83  .98 1.04
  *           axis 0   .80  .89  .93      .77  .98  .93      .89 1.08 1.11      .84  .97  .99
  *
- * (2 bits: longer; 8 bits in bf16 at 6 tokens 1.09 and 1.05.) Rows of 1024 and less are passed at
- * 8 to 16 tokens.
+ * (2 bits: longer; 8 bits in bf16 at 6 tokens 1.09 and 1.05.) Rows of 1024 and less are passed
+ * at 8 to 16 tokens.
  */
 #include "hqqlora.h"
 #include "cpu/decode_floats.h"
