@@ -168,9 +168,10 @@ def print_times(
     report.table(lines, header)
 
 
-def c_rows(found: dict[tuple[str, str], Thresholds], strips: bool) -> str:
-    """The lines of the table for this instruction set; strips: which of its two for dgrad."""
-    columns = ("forward", "dgrad", "") if strips else ("forward", "", "dgrad")
+def c_rows(found: dict[tuple[str, str], Thresholds], dgrad: int) -> str:
+    """The lines of the table for this instruction set; dgrad: which of its three for that."""
+    columns = ["forward", "", "", ""]
+    columns[1 + dgrad] = "dgrad"
     passes = [
         "{" + ", ".join(str(found.get((name, dtype), "{?, ?}")) for dtype in COLUMNS) + "}"
         for name in columns
@@ -214,7 +215,8 @@ def main() -> None:
     print(
         "\nUp to how many tokens {direct, tiled}; fp32, fp16, bf16; forward, dgrad in strips,"
     )
-    print(f"dgrad of other weights:\n\n    {c_rows(found, a.axis == 1 and a.nbits != 3)}")
+    dgrad = 2 if a.nbits == 3 else 1 - a.axis
+    print(f"in residues, of other weights:\n\n    {c_rows(found, dgrad)}")
     report.finish(a.json, description, {"tune": results})
 
 

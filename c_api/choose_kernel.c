@@ -38,13 +38,13 @@
  * says where direct ends. Of tiled's time at 8, 12 and 16 tokens direct takes on the Zen 5:
  *
  *                     4 bits             8 bits             3 bits             1 bit
- *     bf16, axis 1   .87  .99 1.07      .87 1.23 1.15      .72  .99  .98     1.23 1.50 1.59
- *           axis 0   .87  .95  .94      .89 1.10 1.03      .68  .87  .85      .93 1.05 1.08
- *     fp32, axis 1   .75  .86  .88      .85 1.06  .99      .90 1.06 1.10      .83  .98 1.04
- *           axis 0   .80  .89  .93      .77  .98  .93      .89 1.08 1.11      .84  .97  .99
+ *     bf16, axis 1   .87  .99 1.07      .89 1.22 1.16      .72  .99  .98     1.23 1.50 1.59
+ *           axis 0   .87  .95  .94      .89 1.11 1.03      .68  .87  .85      .93 1.05 1.08
+ *     fp32, axis 1   .75  .86  .88      .84 1.13 1.03      .90 1.06 1.10      .83  .98 1.04
+ *           axis 0   .80  .89  .93      .81 1.00  .95      .89 1.08 1.11      .84  .97  .99
  *
- * (2 bits: longer; 8 bits in bf16 at 6 tokens 1.09 and 1.05.) Rows of 1024 and less are passed at
- * 8 to 16 tokens.
+ * (2 bits: longer; 8 bits in bf16 at 6 tokens 1.13 and 1.02.) Rows of 1024 and less are passed
+ * at 8 to 16 tokens.
  */
 #include "hqqlora.h"
 #include "cpu/decode_floats.h"

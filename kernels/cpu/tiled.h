@@ -46,10 +46,10 @@
  * fp16 is as fast as fp32 (torch: a seventh of that). At axis 0 rows that share zeros and
  * scales are decoded together, which then stay in registers (decode_floats.h); in bf16 at few
  * tokens x takes the scales (tiled_scaled.h), and in dgrad sums do (tiled_residues.h). Times
- * the speed of 4 bits, axis 1, at 16 and 64 tokens (one thread):
+ * the speed of 4 bits, axis 1, here at 16 and 64 tokens (one thread):
  *
  *                    8 bits        axis 0: 8 bits        4 bits        3 bits
- *     bf16 forward   .82  .84            .85  .80       .94  .94      .85  .90
+ *     bf16 forward   .82  .84            .85  .80       .94  .94      .81  .90
  *     fp32 forward   .94  .90            .91  .90       .99  .97      .85  .97
  */
 #ifndef HQQ_KERNELS_CPU_TILED_H

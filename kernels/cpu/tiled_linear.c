@@ -47,7 +47,7 @@ static void copy_input(const hqq_tiled_chunk *c, const column_block *b)
     }
 }
 
-/* One of `parts` of what is decoded after the next, the sets from `set` on, on its way to the
+/* One of `parts` of what is decoded some steps later, the sets from `set` on, on its way to the
  * second cache while the tiles multiply: words, and at axis 1 zeros and scales. Part by part,
  * as the processor waits for memory where more lines are asked for than it can keep track of.
  */
@@ -181,8 +181,13 @@ void HQQ_ISA_NAME(hqq_tiled_linear_chunk)(const hqq_tiled_chunk *c)
         } else if (at.set == at.part && !job->keeps_input) {
             copy_input(c, &at.b);
         }
-        place after = place_after(c, at, each),
-              next = job->pairs ? place_after(c, after, each) : after;
+        /* in fp32 these columns of the next rows: there are more blocks of columns, so steps
+         * ahead */
+        place after = place_after(c, at, each), next = after;
+        if (job->pairs)
+            next = place_after(c, after, each);
+        else if (job->keeps_input)
+            next = (place){at.part + each, at.part + each, at.b};
         multiply_sets(c, &at, &next, add || job->scales_input);
         at = after;
     }
