@@ -84,15 +84,15 @@ typedef enum hqq_isa {
     HQQ_ISA_AMX = 5          /* and AMX_TILE, AMX_BF16 */
 } hqq_isa;
 
-/* How a product with the frozen weight is computed. On a GPU a forced DIRECT or TILED gives way
- * to BLOCKED where format, alignment, dtypes or the device do not suit it. */
+/* How a product with the frozen weight is computed. On a GPU TILED is a product of many tokens
+ * with the codes themselves, of compute capability 9.0 alone; a forced DIRECT or TILED gives
+ * way to BLOCKED where format, alignment, dtypes or the device do not suit it. */
 typedef enum hqq_kernel {
     HQQ_KERNEL_AUTO = 0,
     HQQ_KERNEL_REFERENCE = 1, /* plain loops, the yardstick of the tests */
     HQQ_KERNEL_DIRECT = 2,    /* small M: multiply the codes as they are unpacked */
     HQQ_KERNEL_BLOCKED = 3,   /* large M: dequantize a block that stays in cache, then a GEMM */
-    HQQ_KERNEL_TILED = 4      /* in between: the library's own tiles over a dequantized block; on
-                                 a GPU of compute capability 9.0 any large M: over the codes */
+    HQQ_KERNEL_TILED = 4      /* in between: the library's own tiles over a dequantized block */
 } hqq_kernel;
 
 typedef enum hqq_solver {

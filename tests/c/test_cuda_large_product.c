@@ -124,7 +124,7 @@ static int check_choice(void)
                            #kernel " for " #M " rows, " #dtype ", " #change); \
     } while (0)
     CHOOSES(DIRECT, 1, HQQ_BF16, (void)0);
-    CHOOSES(DIRECT, 192, HQQ_BF16, (void)0);
+    CHOOSES(DIRECT, 192, HQQ_BF16, changed.axis = 0);
     CHOOSES(TILED, 193, HQQ_BF16, (void)0);
     CHOOSES(BLOCKED, 193, HQQ_BF16, changed.axis = 0);
     CHOOSES(BLOCKED, 9, HQQ_F32, changed.meta_dtype = HQQ_F32);
