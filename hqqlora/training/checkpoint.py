@@ -33,9 +33,9 @@ class Progress:
     rates: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
     measured_after: list[int] = field(default_factory=list)
     held_out_losses: list[float] = field(default_factory=list)
-    facts: dict[str, Any] = field(default_factory=dict)
 
     @property
     def step(self) -> int:
