@@ -1,5 +1,5 @@
-/* Inline PTX, one purpose a wrapper, and nowhere else but in ptx_warpgroup.cuh. Shared memory is named by generic
- * pointers. */
+/* Inline PTX, one purpose a wrapper, and nowhere else but in ptx_warpgroup.cuh. Shared memory
+ * is named by generic pointers. */
 #ifndef HQQ_KERNELS_CUDA_PTX_CUH
 #define HQQ_KERNELS_CUDA_PTX_CUH
 
