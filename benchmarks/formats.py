@@ -1,6 +1,7 @@
 """Products by format: each bit width and axis against 4 bits, axis 1, on the same shape.
 
-Formats take turns; a ratio below 1 is slower than 4 bits, axis 1.
+Formats take turns; a ratio below 1 is slower than 4 bits, axis 1. Weights are packed as layers
+hold them: 3 bits in planes.
 """
 
 from __future__ import annotations

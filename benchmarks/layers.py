@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hqqlora.ops import PackedWeight, Solver
+from hqqlora.planes import planes_serve, repacked
 
 
 def quantize(weight: Tensor, nbits: int, group_size: int, axis: int) -> PackedWeight:
@@ -46,9 +47,16 @@ def hqq_layer(weight: PackedWeight, dtype: torch.dtype) -> Any:
     return layer
 
 
+def as_held(weight: PackedWeight) -> PackedWeight:
+    """The weight as `HQQLinear` holds it: 3 bits in planes, where they fit and serve."""
+    planes = planes_serve(weight.W_q.device)
+    return weight._replace(W_q=repacked(weight.W_q, weight[3:], planes))
+
+
 @dataclass
 class Layers:
-    """Copies enough that each is out of the cache when its turn comes again."""
+    """Copies enough that each is out of the cache when its turn comes again. Ours are packed as
+    layers hold them, hqq's as hqq does."""
 
     N: int
     K: int
@@ -72,14 +80,15 @@ class Layers:
         bytes_a_round = sum(t.numel() * t.itemsize for t in (weight, *packed[:3]))
         copies = self.copies or -(-machine.cold_bytes() // bytes_a_round) + 1
         self.dense = [weight.clone() for _ in range(copies)]
-        self.ours = [
+        words = [
             PackedWeight(*(part.clone() for part in packed[:3]), *packed[3:])
             for _ in range(copies)
         ]
+        self.ours = [as_held(weight) for weight in words]
         self.hqq = []
         if machine.peer_version():
             # another place in the rotation: hqq must not warm our copy, nor we its
-            turned = self.ours[copies // 2 :] + self.ours[: copies // 2]
+            turned = words[copies // 2 :] + words[: copies // 2]
             self.hqq = [hqq_layer(weight, self.dtype) for weight in turned]
 
     def __len__(self) -> int:
