@@ -152,9 +152,8 @@ static void gather(Product *(&lanes)[32], void **slots, size_t index)
     }
 }
 
-static bool computes_at_once(const Product &product, size_t number)
+static bool computes_at_once(size_t number)
 {
-    (void)product;
     CpAsync when = machine->schedule.cp_async;
     return when == CpAsync::early || (when == CpAsync::mixed && number % 2 == 1);
 }
@@ -165,7 +164,7 @@ static void execute_issue(void **slots, unsigned)
     size_t last = static_cast<PendingProducts *>(slots[0])->products.size() - 1;
     gather(lanes, slots, last);
     note_reads(*lanes[0]);
-    if (computes_at_once(*lanes[0], last)) compute(lanes);
+    if (computes_at_once(last)) compute(lanes);
 }
 
 static void issue(const Product &product)
