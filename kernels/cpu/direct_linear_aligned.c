@@ -15,9 +15,9 @@
  *           and the zeros make is taken from each sum at once.
  *
  * Sums are fp32 products and additions of fp32 weights, whatever x is (dot_floats.h); or of
- * pairs of bf16, rounded weights as for a GEMM in bf16 (dot_pairs.h). Four tokens of 4-bit
- * codes meet two packed rows at a time (dot_rows.h), as eight of 8-bit codes do
- * (dot_byte_rows.h).
+ * pairs of bf16, rounded weights as for a GEMM in bf16 (dot_pairs.h). Whole groups of
+ * 4-bit codes have loops of their own (dot_rows.h), as have four and eight tokens and 8-bit
+ * codes (dot_byte_rows.h).
  *
  * x is kept as the loop reads it, [K/lanes, tokens, lanes] for each block of tokens (a vector
  * of bf16 has 32 lanes), and taken in blocks of columns that fit the first cache beside the
@@ -43,7 +43,7 @@
 
 static int max_tokens(const hqq_layout *l)
 {
-    return hqq_dots_four_rows(l) ? DOT_ROW_TOKENS : MAX_SUMS / l->per;
+    return hqq_dots_rows(l) ? DOT_ROW_TOKENS : MAX_SUMS / l->per;
 }
 
 /* One token of a block of MB: x [K], or zeros for NULL. */
@@ -218,22 +218,25 @@ static void load_residue(const linear_chunk *c, int64_t r, const void *x, int MB
     }
 }
 
-/* What takes two sets that follow each other together in this block, or NULL. */
-static dot_fn dot_of_two(const hqq_direct_linear_job *job, const dot_block *b, int MB,
-                         int64_t k0)
+/* What takes whole steps of whole groups in this block, and how many sets that follow each
+ * other at once; NULL: nothing. */
+static dot_fn dot_of_whole(const hqq_direct_linear_job *job, const dot_block *b, int MB,
+                           int64_t k0, int *sets)
 {
     const hqq_layout *l = &job->layout;
     int bytes = hqq_dots_byte_rows(l);
-    if (!bytes && !hqq_dots_four_rows(l)) return NULL;
-    if (MB != (bytes ? BYTE_ROW_TOKENS : DOT_ROW_TOKENS)) return NULL;
+    *sets = 1;
+    if (!bytes && !hqq_dots_rows(l)) return NULL;
+    if (bytes && MB < DOT_ROW_TOKENS) return NULL;
     if (l->axis == 0) {
         int step = bytes ? BYTE_ROW_STEP : DOT_ROW_STEP;
         if ((!job->pairs && b->zero) || b->columns % step != 0) return NULL;
     } else if (k0 % l->G != 0 || b->columns % l->G != 0) {
         return NULL;
     }
-    if (bytes) return two_byte_rows(l->axis, job->pairs);
-    return four_rows(l->axis, job->pairs);
+    *sets = bytes ? BYTE_ROW_SUMS / MB : MB == DOT_ROW_TOKENS ? 2 : 1;
+    return bytes ? byte_rows(*sets, l->axis, job->pairs)
+                 : row_dot(log2_of(MB), l->axis, job->pairs);
 }
 
 /* The sums of tokens m0 to m0 + MB over columns [k0, k0 + columns). */
@@ -264,7 +267,8 @@ static void dot_sets(const linear_chunk *c, int64_t m0, int MB, int64_t k0, int6
         b.x = c->s.scaled_x;
         if (job->weight->meta_dtype != HQQ_F32) b.zero = NULL;
     }
-    dot_fn dot_two = dot_of_two(job, &b, MB, k0);
+    int several;
+    dot_fn dot_whole = dot_of_whole(job, &b, MB, k0, &several);
     b.row = job->sets.step * l->K;
     for (int64_t set = c->set_begin, taken; set < c->set_end; set += taken) {
         int64_t p = hqq_row_in_slot(&job->sets, set);
@@ -272,24 +276,25 @@ static void dot_sets(const linear_chunk *c, int64_t m0, int MB, int64_t k0, int6
             b.planes = hqq_plane_bytes_of(job->weight->packed, l, p, k0);
         else
             b.words = (const uint8_t *)job->weight->packed + p * l->K + k0;
-        taken =
-            dot_two && hqq_sets_in_step(&job->sets, set) > 1 && set + 1 < c->set_end ? 2 : 1;
+        taken = hqq_sets_in_step(&job->sets, set) >= several && set + several <= c->set_end
+                    ? several
+                    : 1;
         if (l->axis == 1) {
-            b.next = (taken == 2 ? 2 : ahead) * l->K;
+            b.next = (taken > ahead ? taken : ahead) * l->K;
             for (int64_t i = 0; i < taken; i++) load_group_meta(c, p + i, i, g0, b.stride);
         } else if (set / job->sets.cycle != residue) {
             residue = set / job->sets.cycle;
             load_residue(c, residue, x, MB, k0, columns);
         }
         if (l->axis == 0) {
-            int64_t after = hqq_least(set + ahead, c->set_end - 1);
+            int64_t after = hqq_least(set + hqq_most(taken, ahead), c->set_end - 1);
             b.next = (hqq_row_in_slot(&job->sets, after) - p) * l->K;
             if ((residue + 1) * job->sets.cycle < c->set_end) /* the next one's, meanwhile */
                 hqq_fetch_residue(job->weight, residue + 1, k0, columns, set % job->sets.cycle,
                                   taken, job->sets.cycle);
         }
         hqq_vec *sums = (hqq_vec *)c->s.sums + (set - c->set_begin) * MB * l->per;
-        (taken == 2 ? dot_two : dot)(sums, &b);
+        (dot_whole && taken == several ? dot_whole : dot)(sums, &b);
     }
 }
 

@@ -1,14 +1,15 @@
 /*
- * The inner loop of the direct forward product (direct_linear_aligned.c) for four rows of W and
- * four tokens at a time: 4 bits, AVX-512.
+ * The inner loops of the direct forward product (direct_linear_aligned.c) for whole steps of 64
+ * columns of whole groups: 4 bits, AVX-512. Four rows of W meet four tokens at a time, two rows
+ * any other number.
  *
  *     packed rows p and q   ->   W[p], W[p + N/2], W[q], W[q + N/2]
  *
  *     acc[m][r] += W[row r, k..] * x[m, k..]      16 registers of sums
  *
  * At axis 1 q is p + 1, at axis 0 the next row of the same residue (dot_pairs.h, dot_floats.h
- * say what is multiplied there). x is loaded once for four rows, and their four tables are made
- * one group ahead.
+ * say what is multiplied there). x is loaded once for all rows, and their tables are made one
+ * group ahead. Fewer sums are kept in several sets, whose additions do not wait for each other.
  *
  * Cycles of a Zen 5 for 128 weights, axis 1, M = 4, in the first cache, bf16 and fp32:
  *
@@ -17,8 +18,13 @@
  *     four rows, tables as they are needed              12.6   21.5
  *     four rows, tables one group ahead                 10.2   19.8
  *
- * For one or two tokens, where memory is waited for, two rows that are read at a time were up
- * to a tenth slower than one after the other (14336 x 4096, bf16, M = 1).
+ * For one or two tokens, where memory is waited for, two packed rows that are read at a time
+ * were up to a tenth slower than one after the other (14336 x 4096, bf16, M = 1). There few
+ * instructions count, of which the processor takes 8 a cycle: 128 weights at M = 1 are 26 and
+ * some to count (2 loads that widen, 2 shifts, 4 look-ups, 4 products, 2 of x, 6 of tables, 6
+ * to count and fetch); the loop for any group took 57, in the second cache 10.3 cycles, this
+ * one 8.4 with what is done once a row. From memory both read 85 % of what two threads read of
+ * nothing but codes, zeros and scales.
  */
 #ifndef HQQ_KERNELS_CPU_DOT_ROWS_H
 #define HQQ_KERNELS_CPU_DOT_ROWS_H
@@ -29,12 +35,11 @@
 #include "dot_pairs.h"
 #endif
 
-#define DOT_ROWS       4
 #define DOT_ROW_TOKENS 4
 #define DOT_ROW_STEP   64
 
 /* Whether it serves blocks of whole groups of such a weight. */
-static inline int hqq_dots_four_rows(const hqq_layout *l)
+static inline int hqq_dots_rows(const hqq_layout *l)
 {
 #if HQQ_TABLE_BITS >= 4
     return l->nbits == 4 && !l->planes && l->K % DOT_ROW_STEP == 0 &&
@@ -58,10 +63,10 @@ HQQ_ALWAYS_INLINE hqq_vec row_table(float zero, float scale, const int pairs)
 
 /* Axis 1: what the codes of each row stand for in group g. */
 HQQ_ALWAYS_INLINE void make_row_tables(hqq_vec *table, const dot_block *b, int64_t g,
-                                       const int pairs)
+                                       const int ROWS, const int pairs)
 {
 #pragma GCC unroll 4
-    for (int r = 0; r < DOT_ROWS; r++)
+    for (int r = 0; r < ROWS; r++)
         table[r] = row_table(b->zero[r * b->stride + g], b->scale[r * b->stride + g], pairs);
 }
 
@@ -84,86 +89,112 @@ HQQ_ALWAYS_INLINE void decode_two_rows(hqq_vec *w, const uint8_t *bytes, const h
     w[1] = hqq_look_up(table[1], words);
 }
 
-/* acc[m * 4 + r] += 64 columns of row r times token m's. */
-HQQ_ALWAYS_INLINE void dot_four_rows_step(hqq_vec *acc, const dot_block *b, int64_t k,
-                                          const hqq_vec *table, const int pairs)
+/* acc[m * ROWS + r] += 64 columns of row r times token m's: in CHAINS sets of sums. */
+HQQ_ALWAYS_INLINE void dot_rows_step(hqq_vec *acc, const dot_block *b, int64_t k,
+                                     const hqq_vec *table, const int ROWS, const int MB,
+                                     const int CHAINS, const int pairs)
 {
     const int VECTOR = pairs ? 32 : HQQ_LANES, VECTORS = DOT_ROW_STEP / VECTOR;
-    const int MB = DOT_ROW_TOKENS;
     const uint8_t *p = b->words + k, *q = p + b->row;
     __builtin_prefetch(p + b->next);
-    __builtin_prefetch(q + b->next);
+    if (ROWS == 4) __builtin_prefetch(q + b->next);
 #pragma GCC unroll 4
     for (int v = 0; v < VECTORS; v++) {
-        hqq_vec w[DOT_ROWS];
+        hqq_vec w[4], *sums = acc + v % CHAINS * (ROWS * MB);
         decode_two_rows(w, p + v * VECTOR, table, pairs);
-        decode_two_rows(w + 2, q + v * VECTOR, table + 2, pairs);
-        const void *x = hqq_word(b->x, (k / (pairs ? 2 : 1) + v * HQQ_LANES) * MB);
-#pragma GCC unroll 4
+        if (ROWS == 4) decode_two_rows(w + 2, q + v * VECTOR, table + 2, pairs);
+        const char *x = (const char *)b->x + (k + v * VECTOR) * MB * (pairs ? 2 : 4);
+#pragma GCC unroll 8
         for (int m = 0; m < MB; m++) {
             hqq_vec xm = hqq_load_words(x, m * HQQ_LANES);
             HQQ_KEEP_IN_REGISTER(xm);
 #pragma GCC unroll 4
-            for (int r = 0; r < DOT_ROWS; r++)
-                acc[m * DOT_ROWS + r] =
-                    hqq_multiply_add(acc[m * DOT_ROWS + r], w[r], xm, (hqq_tile_word)pairs);
+            for (int r = 0; r < ROWS; r++)
+                sums[m * ROWS + r] =
+                    hqq_multiply_add(sums[m * ROWS + r], w[r], xm, (hqq_tile_word)pairs);
         }
     }
 }
 
-/* sums [2 packed rows, 4 tokens, 2 slots] += the products of four rows. */
-HQQ_ALWAYS_INLINE void dot_four_rows(hqq_vec *sums, const dot_block *b, const int axis,
-                                     const int pairs)
+/* Axis 1. one_step: G is DOT_ROW_STEP, as a constant. */
+HQQ_ALWAYS_INLINE void dot_row_groups(hqq_vec *acc, const dot_block *b, const int ROWS,
+                                      const int MB, const int CHAINS, const int pairs,
+                                      const int one_step)
 {
-    hqq_vec acc[DOT_ROWS * DOT_ROW_TOKENS] = {{0}}, table[DOT_ROWS], next[DOT_ROWS];
-    if (axis == 0) {
-#pragma GCC unroll 16
-        for (int i = 0; i < DOT_ROWS * DOT_ROW_TOKENS; i++) acc[i] = b->constant[i / DOT_ROWS];
-        for (int r = 0; r < DOT_ROWS; r++) table[r] = row_table(0.0f, 1.0f, pairs);
-        for (int64_t k = 0; k < b->columns; k += DOT_ROW_STEP)
-            dot_four_rows_step(acc, b, k, table, pairs);
-    } else {
-        make_row_tables(next, b, 0, pairs);
-        for (int64_t g = 0, k = 0; g < b->stride; g++) {
+    const int64_t G = one_step ? DOT_ROW_STEP : b->G;
+    hqq_vec table[4], next[4];
+    make_row_tables(next, b, 0, ROWS, pairs);
+    for (int64_t g = 0, k = 0; g < b->stride; g++) {
 #pragma GCC unroll 4
-            for (int r = 0; r < DOT_ROWS; r++) table[r] = next[r];
-            make_row_tables(next, b, hqq_least(g + 1, b->stride - 1), pairs);
-            for (int64_t end = k + b->G; k < end; k += DOT_ROW_STEP)
-                dot_four_rows_step(acc, b, k, table, pairs);
-        }
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < DOT_ROWS * DOT_ROW_TOKENS; i++) {
-        int m = i / DOT_ROWS, r = i % DOT_ROWS;
-        hqq_vec sum = axis == 0 && pairs ? acc[i] + b->constant[8 + m] : acc[i];
-        sums[(r / 2 * DOT_ROW_TOKENS + m) * 2 + r % 2] += sum;
+        for (int r = 0; r < ROWS; r++) table[r] = next[r];
+        make_row_tables(next, b, hqq_least(g + 1, b->stride - 1), ROWS, pairs);
+        for (int64_t end = k + G; k < end; k += DOT_ROW_STEP)
+            dot_rows_step(acc, b, k, table, ROWS, MB, CHAINS, pairs);
     }
 }
 
-#define FOUR_ROWS(kind, axis, pairs)                                  \
-    static void kind##_rows_##axis(hqq_vec *sums, const dot_block *b) \
-    {                                                                 \
-        dot_four_rows(sums, b, axis, pairs);                          \
+/* result [ROWS / 2 packed rows, MB tokens, 2 slots] += the products of the rows. */
+HQQ_ALWAYS_INLINE void dot_rows(hqq_vec *result, const dot_block *block, const int ROWS,
+                                const int MB, const int axis, const int pairs)
+{
+    const int SUMS = ROWS * MB, VECTORS = DOT_ROW_STEP / (pairs ? 32 : HQQ_LANES);
+    const int CHAINS = VECTORS < 16 / SUMS ? VECTORS : 16 / SUMS;
+    const dot_block copy = *block, *b = &copy; /* that no store can change */
+    hqq_vec acc[16] = {{0}};
+    if (axis == 0) {
+        hqq_vec table[4];
+#pragma GCC unroll 16
+        for (int i = 0; i < SUMS; i++) acc[i] = b->constant[i / ROWS];
+        for (int r = 0; r < ROWS; r++) table[r] = row_table(0.0f, 1.0f, pairs);
+        for (int64_t k = 0; k < b->columns; k += DOT_ROW_STEP)
+            dot_rows_step(acc, b, k, table, ROWS, MB, CHAINS, pairs);
+    } else if (b->G == DOT_ROW_STEP) {
+        dot_row_groups(acc, b, ROWS, MB, CHAINS, pairs, 1);
+    } else {
+        dot_row_groups(acc, b, ROWS, MB, CHAINS, pairs, 0);
     }
-FOUR_ROWS(float, 0, 0)
-FOUR_ROWS(float, 1, 0)
+#pragma GCC unroll 16
+    for (int i = 0; i < SUMS; i++) {
+        int m = i / ROWS, r = i % ROWS;
+        hqq_vec sum = axis == 0 && pairs ? acc[i] + b->constant[8 + m] : acc[i];
+#pragma GCC unroll 4
+        for (int c = 1; c < CHAINS; c++) sum += acc[c * SUMS + i];
+        result[(r / 2 * MB + m) * 2 + r % 2] += sum;
+    }
+}
+
+#define ROW_DOT(kind, MB, axis, pairs)                                       \
+    static void kind##_rows_##MB##_##axis(hqq_vec *sums, const dot_block *b) \
+    {                                                                        \
+        dot_rows(sums, b, (MB) == 4 ? 4 : 2, MB, axis, pairs);               \
+    }
+#define ROW_DOTS_OF(kind, MB, pairs) ROW_DOT(kind, MB, 0, pairs) ROW_DOT(kind, MB, 1, pairs)
+#define ROW_PAIR(kind, MB)           {kind##_rows_##MB##_0, kind##_rows_##MB##_1}
+/* clang-format off */
+/* functions by tokens, log2, and axis */
+#define ROW_DOTS(kind, pairs)                                                         \
+    ROW_DOTS_OF(kind, 1, pairs) ROW_DOTS_OF(kind, 2, pairs)                           \
+    ROW_DOTS_OF(kind, 4, pairs) ROW_DOTS_OF(kind, 8, pairs)                           \
+    static const dot_fn kind##_rows[4][2] = {ROW_PAIR(kind, 1), ROW_PAIR(kind, 2),    \
+                                             ROW_PAIR(kind, 4), ROW_PAIR(kind, 8)};
+/* clang-format on */
+ROW_DOTS(float, 0)
 #if HQQ_HAS_PAIRS
-FOUR_ROWS(pair, 0, 1)
-FOUR_ROWS(pair, 1, 1)
+ROW_DOTS(pair, 1)
 #endif
 
-static dot_fn four_rows(int axis, int pairs)
+static dot_fn row_dot(int log2_tokens, int axis, int pairs)
 {
 #if HQQ_HAS_PAIRS
-    if (pairs) return axis == 1 ? pair_rows_1 : pair_rows_0;
+    if (pairs) return pair_rows[log2_tokens][axis];
 #endif
     (void)pairs;
-    return axis == 1 ? float_rows_1 : float_rows_0;
+    return float_rows[log2_tokens][axis];
 }
 #else
-static dot_fn four_rows(int axis, int pairs)
+static dot_fn row_dot(int log2_tokens, int axis, int pairs)
 {
-    (void)axis, (void)pairs;
+    (void)log2_tokens, (void)axis, (void)pairs;
     return NULL;
 }
 #endif
