@@ -230,7 +230,7 @@ static dot_fn dot_of_whole(const hqq_direct_linear_job *job, const dot_block *b,
     if (bytes && MB < DOT_ROW_TOKENS) return NULL;
     if (l->axis == 0) {
         int step = bytes ? BYTE_ROW_STEP : DOT_ROW_STEP;
-        if ((!job->pairs && b->zero) || b->columns % step != 0) return NULL;
+        if (b->columns % step != 0) return NULL;
     } else if (k0 % l->G != 0 || b->columns % l->G != 0) {
         return NULL;
     }

@@ -53,18 +53,20 @@ HQQ_ALWAYS_INLINE hqq_vec decode_bytes(const uint8_t *bytes, hqq_vec zero, hqq_v
     return low;
 }
 
-/* A vector of columns k and on of row r, of which g is the group. Axis 0: the codes. */
+/* A vector of columns k and on of row r, of which g is the group. Axis 0: the codes, or
+ * less_zero: less the columns' zeros. */
 HQQ_ALWAYS_INLINE hqq_vec decode_byte_row(const dot_block *b, int r, int64_t k, int64_t g,
-                                          const int axis, const int pairs)
+                                          const int axis, const int pairs, const int less_zero)
 {
     hqq_vec zero = hqq_vec_set1(axis == 1 ? b->zero[r * b->stride + g] : 0.0f);
+    if (less_zero) zero = hqq_vec_load(b->zero + k);
     hqq_vec scale = hqq_vec_set1(axis == 1 ? b->scale[r * b->stride + g] : 1.0f);
     return decode_bytes(b->words + r * b->row + k, zero, scale, pairs);
 }
 
 /* acc[r * 4 + m] += a vector of columns of row r times token m's. */
 HQQ_ALWAYS_INLINE void dot_four_vectors(hqq_vec *acc, const dot_block *b, int64_t k, int64_t g,
-                                        const int axis, const int pairs)
+                                        const int axis, const int pairs, const int less_zero)
 {
     const void *x = (const char *)b->x + k * 4 * (pairs ? 2 : 4);
     hqq_vec xm[4];
@@ -75,7 +77,7 @@ HQQ_ALWAYS_INLINE void dot_four_vectors(hqq_vec *acc, const dot_block *b, int64_
     }
 #pragma GCC unroll 4
     for (int r = 0; r < 4; r++) {
-        hqq_vec w = decode_byte_row(b, r, k, g, axis, pairs);
+        hqq_vec w = decode_byte_row(b, r, k, g, axis, pairs, less_zero);
 #pragma GCC unroll 4
         for (int m = 0; m < 4; m++)
             acc[r * 4 + m] = hqq_multiply_add(acc[r * 4 + m], w, xm[m], (hqq_tile_word)pairs);
@@ -99,18 +101,19 @@ HQQ_ALWAYS_INLINE void dot_two_vectors(hqq_vec *acc, const dot_block *b, int64_t
 
 /* sums [ROWS, tokens] += the products of the rows. */
 HQQ_ALWAYS_INLINE void dot_byte_rows(hqq_vec *sums, const dot_block *block, const int ROWS,
-                                     const int axis, const int pairs)
+                                     const int axis, const int pairs, const int less_zero)
 {
     const int MB = BYTE_ROW_SUMS / ROWS;
     const int VECTOR = pairs ? 32 : HQQ_LANES, VECTORS = BYTE_ROW_STEP / VECTOR;
     const dot_block copy = *block, *b = &copy; /* that no store can change */
     hqq_vec acc[BYTE_ROW_SUMS] = {{0}}, w[2] = {{0}}, next[2];
-    if (axis == 0) {
+    if (axis == 0 && !less_zero) {
 #pragma GCC unroll 16
         for (int i = 0; i < BYTE_ROW_SUMS; i++) acc[i] = b->constant[i % MB];
     }
 #pragma GCC unroll 2
-    for (int r = 0; r < 2 && ROWS == 2; r++) w[r] = decode_byte_row(b, r, 0, 0, axis, pairs);
+    for (int r = 0; r < 2 && ROWS == 2; r++)
+        w[r] = decode_byte_row(b, r, 0, 0, axis, pairs, less_zero);
     int64_t g = 0, group_left = b->G;
     for (int64_t k = 0; k < b->columns; k += BYTE_ROW_STEP) {
         int64_t after = hqq_least(k + BYTE_ROW_STEP, b->columns - VECTOR), group = g;
@@ -125,14 +128,15 @@ HQQ_ALWAYS_INLINE void dot_byte_rows(hqq_vec *sums, const dot_block *block, cons
         for (int v = 0; v < VECTORS; v++) {
             int64_t at = k + v * VECTOR;
             if (ROWS == 4) {
-                dot_four_vectors(acc, b, at, group, axis, pairs);
+                dot_four_vectors(acc, b, at, group, axis, pairs, less_zero);
                 continue;
             }
 #pragma GCC unroll 2
             for (int r = 0; r < 2; r++)
-                next[r] = v < VECTORS - 1
-                              ? decode_byte_row(b, r, at + VECTOR, group, axis, pairs)
-                              : decode_byte_row(b, r, after, g, axis, pairs);
+                next[r] =
+                    v < VECTORS - 1
+                        ? decode_byte_row(b, r, at + VECTOR, group, axis, pairs, less_zero)
+                        : decode_byte_row(b, r, after, g, axis, pairs, less_zero);
             dot_two_vectors(acc, b, at, w, pairs);
             w[0] = next[0];
             w[1] = next[1];
@@ -149,7 +153,10 @@ HQQ_ALWAYS_INLINE void dot_byte_rows(hqq_vec *sums, const dot_block *block, cons
 #define BYTE_DOT(kind, rows, axis, pairs)                                           \
     static void kind##_byte_rows_##rows##_##axis(hqq_vec *sums, const dot_block *b) \
     {                                                                               \
-        dot_byte_rows(sums, b, rows, axis, pairs);                                  \
+        if (!(axis) && !(pairs) && b->zero)                                         \
+            dot_byte_rows(sums, b, rows, axis, pairs, 1);                           \
+        else                                                                        \
+            dot_byte_rows(sums, b, rows, axis, pairs, 0);                           \
     }
 #define BYTE_DOTS(kind, pairs)  \
     BYTE_DOT(kind, 2, 0, pairs) \

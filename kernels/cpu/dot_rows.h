@@ -1,7 +1,7 @@
 /*
  * The inner loops of the direct forward product (direct_linear_aligned.c) for whole steps of 64
  * columns of whole groups: 4 bits, AVX-512. Four rows of W meet four tokens at a time, two rows
- * any other number.
+ * one or two.
  *
  *     packed rows p and q   ->   W[p], W[p + N/2], W[q], W[q + N/2]
  *
@@ -10,6 +10,9 @@
  * At axis 1 q is p + 1, at axis 0 the next row of the same residue (dot_pairs.h, dot_floats.h
  * say what is multiplied there). x is loaded once for all rows, and their tables are made one
  * group ahead. Fewer sums are kept in several sets, whose additions do not wait for each other.
+ * At axis 0 in fp32 with zeros and scales in fp32, of each code its column's zero is
+ * subtracted: loaded once for all rows (4096 x 4096, one thread, four tokens: 1.86 times as
+ * fast as two rows at a time).
  *
  * Cycles of a Zen 5 for 128 weights, axis 1, M = 4, in the first cache, bf16 and fp32:
  *
@@ -89,10 +92,11 @@ HQQ_ALWAYS_INLINE void decode_two_rows(hqq_vec *w, const uint8_t *bytes, const h
     w[1] = hqq_look_up(table[1], words);
 }
 
-/* acc[m * ROWS + r] += 64 columns of row r times token m's: in CHAINS sets of sums. */
+/* acc[m * ROWS + r] += 64 columns of row r times token m's: in CHAINS sets of sums. less_zero:
+ * of floats, the columns' zeros are subtracted. */
 HQQ_ALWAYS_INLINE void dot_rows_step(hqq_vec *acc, const dot_block *b, int64_t k,
                                      const hqq_vec *table, const int ROWS, const int MB,
-                                     const int CHAINS, const int pairs)
+                                     const int CHAINS, const int pairs, const int less_zero)
 {
     const int VECTOR = pairs ? 32 : HQQ_LANES, VECTORS = DOT_ROW_STEP / VECTOR;
     const uint8_t *p = b->words + k, *q = p + b->row;
@@ -103,6 +107,9 @@ HQQ_ALWAYS_INLINE void dot_rows_step(hqq_vec *acc, const dot_block *b, int64_t k
         hqq_vec w[4], *sums = acc + v % CHAINS * (ROWS * MB);
         decode_two_rows(w, p + v * VECTOR, table, pairs);
         if (ROWS == 4) decode_two_rows(w + 2, q + v * VECTOR, table + 2, pairs);
+        hqq_vec zero = less_zero ? hqq_vec_load(b->zero + k + v * VECTOR) : hqq_vec_zero();
+#pragma GCC unroll 4
+        for (int r = 0; r < ROWS && less_zero; r++) w[r] -= zero;
         const char *x = (const char *)b->x + (k + v * VECTOR) * MB * (pairs ? 2 : 4);
 #pragma GCC unroll 8
         for (int m = 0; m < MB; m++) {
@@ -129,13 +136,14 @@ HQQ_ALWAYS_INLINE void dot_row_groups(hqq_vec *acc, const dot_block *b, const in
         for (int r = 0; r < ROWS; r++) table[r] = next[r];
         make_row_tables(next, b, hqq_least(g + 1, b->stride - 1), ROWS, pairs);
         for (int64_t end = k + G; k < end; k += DOT_ROW_STEP)
-            dot_rows_step(acc, b, k, table, ROWS, MB, CHAINS, pairs);
+            dot_rows_step(acc, b, k, table, ROWS, MB, CHAINS, pairs, 0);
     }
 }
 
 /* result [ROWS / 2 packed rows, MB tokens, 2 slots] += the products of the rows. */
 HQQ_ALWAYS_INLINE void dot_rows(hqq_vec *result, const dot_block *block, const int ROWS,
-                                const int MB, const int axis, const int pairs)
+                                const int MB, const int axis, const int pairs,
+                                const int less_zero)
 {
     const int SUMS = ROWS * MB, VECTORS = DOT_ROW_STEP / (pairs ? 32 : HQQ_LANES);
     const int CHAINS = VECTORS < 16 / SUMS ? VECTORS : 16 / SUMS;
@@ -144,10 +152,10 @@ HQQ_ALWAYS_INLINE void dot_rows(hqq_vec *result, const dot_block *block, const i
     if (axis == 0) {
         hqq_vec table[4];
 #pragma GCC unroll 16
-        for (int i = 0; i < SUMS; i++) acc[i] = b->constant[i / ROWS];
+        for (int i = 0; i < SUMS && !less_zero; i++) acc[i] = b->constant[i / ROWS];
         for (int r = 0; r < ROWS; r++) table[r] = row_table(0.0f, 1.0f, pairs);
         for (int64_t k = 0; k < b->columns; k += DOT_ROW_STEP)
-            dot_rows_step(acc, b, k, table, ROWS, MB, CHAINS, pairs);
+            dot_rows_step(acc, b, k, table, ROWS, MB, CHAINS, pairs, less_zero);
     } else if (b->G == DOT_ROW_STEP) {
         dot_row_groups(acc, b, ROWS, MB, CHAINS, pairs, 1);
     } else {
@@ -166,17 +174,19 @@ HQQ_ALWAYS_INLINE void dot_rows(hqq_vec *result, const dot_block *block, const i
 #define ROW_DOT(kind, MB, axis, pairs)                                       \
     static void kind##_rows_##MB##_##axis(hqq_vec *sums, const dot_block *b) \
     {                                                                        \
-        dot_rows(sums, b, (MB) == 4 ? 4 : 2, MB, axis, pairs);               \
+        if (!(axis) && !(pairs) && b->zero)                                  \
+            dot_rows(sums, b, (MB) == 4 ? 4 : 2, MB, axis, pairs, 1);        \
+        else                                                                 \
+            dot_rows(sums, b, (MB) == 4 ? 4 : 2, MB, axis, pairs, 0);        \
     }
 #define ROW_DOTS_OF(kind, MB, pairs) ROW_DOT(kind, MB, 0, pairs) ROW_DOT(kind, MB, 1, pairs)
 #define ROW_PAIR(kind, MB)           {kind##_rows_##MB##_0, kind##_rows_##MB##_1}
 /* clang-format off */
-/* functions by tokens, log2, and axis */
-#define ROW_DOTS(kind, pairs)                                                         \
-    ROW_DOTS_OF(kind, 1, pairs) ROW_DOTS_OF(kind, 2, pairs)                           \
-    ROW_DOTS_OF(kind, 4, pairs) ROW_DOTS_OF(kind, 8, pairs)                           \
-    static const dot_fn kind##_rows[4][2] = {ROW_PAIR(kind, 1), ROW_PAIR(kind, 2),    \
-                                             ROW_PAIR(kind, 4), ROW_PAIR(kind, 8)};
+/* functions by tokens (1, 2, 4), log2, and axis */
+#define ROW_DOTS(kind, pairs)                                                             \
+    ROW_DOTS_OF(kind, 1, pairs) ROW_DOTS_OF(kind, 2, pairs) ROW_DOTS_OF(kind, 4, pairs)   \
+    static const dot_fn kind##_rows[3][2] = {ROW_PAIR(kind, 1), ROW_PAIR(kind, 2),        \
+                                             ROW_PAIR(kind, 4)};
 /* clang-format on */
 ROW_DOTS(float, 0)
 #if HQQ_HAS_PAIRS
