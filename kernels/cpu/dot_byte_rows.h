@@ -15,7 +15,7 @@
  * in the second cache 5.4 are taken (a row at a time: 6.9); eight tokens 5.3 and 7.6 (8.6).
  *
  * Times as fast as before, 4096 x 4096, two threads, cold, axis 1 and 0: four tokens (a row at
- * a time) bf16 1.06, 1.27, fp32 1.32, 1.36; eight (two rows, converted where they are
+ * a time) bf16 1.02, 1.22, fp32 1.32, 1.36; eight (two rows, converted where they are
  * multiplied) bf16 1.14, 1.04, fp32 1.14, 1.0. At four tokens in bf16 axis 1 takes little more
  * than at one: 16 MB of codes are what it waits for.
  */
