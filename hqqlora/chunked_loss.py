@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hqqlora.head_cross_entropy import head_cross_entropy
+from hqqlora.optional_packages import needing
 
 IGNORED = -100
 """The label of a token that is not learned, as in torch and transformers."""
@@ -165,8 +166,8 @@ def _setting(causal: Any, given: dict[str, Any], name: str, default: bool) -> bo
 
 
 def _forward_and_loss(causal: Any, given: dict[str, Any]) -> Any:
-    from transformers.modeling_outputs import CausalLMOutputWithPast
-
+    with needing("chunk_loss"):
+        from transformers.modeling_outputs import CausalLMOutputWithPast
     labels, shifted = given.pop("labels", None), given.pop("shift_labels", None)
     items = given.pop("num_items_in_batch", None)
     ignored = given.pop("ignore_index", IGNORED)
