@@ -17,7 +17,7 @@ from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from smollm2 import model_folder, text_windows
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
-from hqqlora import HqqConfig
+from hqqlora import HqqConfig, chunk_loss
 
 
 def main() -> None:
@@ -45,6 +45,7 @@ def main() -> None:
             task_type="CAUSAL_LM",
         ),
     )
+    model = chunk_loss(model)  # never all logits in memory
     model.print_trainable_parameters()
 
     windows = text_windows(AutoTokenizer.from_pretrained(name), args.steps * 4 + 4, args.length)

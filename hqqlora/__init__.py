@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING
 from hqqlora import main_interpreter as main_interpreter  # isort: skip (before torch)
 from hqqlora import peft as peft
 from hqqlora.adapters import load_adapter, save_adapter
+from hqqlora.chunked_loss import chunk_loss, unchunk_loss
 from hqqlora.config import BaseQuantizeConfig
 from hqqlora.connections import connect_peft, connect_transformers
 from hqqlora.expert_weights import HQQExpertWeights
@@ -63,6 +64,7 @@ __all__ = [
     "MemoryReport",
     "__version__",
     "add_lora",
+    "chunk_loss",
     "export_gguf",
     "export_gguf_adapter",
     "find_nonfinite",
@@ -75,6 +77,7 @@ __all__ = [
     "quantize_model",
     "save_adapter",
     "share_projections",
+    "unchunk_loss",
     "unpatch_hqq",
     "unshare_projections",
 ]

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from hqqlora.training import next_token_loss
+from hqqlora import head_cross_entropy
 from hqqlora.training.batches import Examples
 from hqqlora.training.loop import learning_rate
 from hqqlora.training.next_token_loss import NextTokenLoss
@@ -44,7 +44,7 @@ MODELS = {
 @pytest.mark.parametrize("name", MODELS)
 def test_loss_and_gradients_are_the_models_own(name, monkeypatch):
     chunked, extra = MODELS[name]
-    monkeypatch.setattr(next_token_loss, "_CHUNK", 7)  # 3 x 19 predictions: 8 full, 1 of one
+    monkeypatch.setattr(head_cross_entropy, "_CHUNK", 7)  # 3 x 19 predictions: 8 of 7, one of 1
     model = tiny(name.split()[0], **extra)
     ids = torch.randint(97, (3, 20), generator=torch.Generator().manual_seed(2))
     loss = NextTokenLoss(model)

@@ -42,7 +42,7 @@ class Contender:
     def step(self, ids: Tensor) -> float:
         """One step on ids [batch, length]: forward, backward, AdamW. Returns the loss.
 
-        The model's own forward computes the loss, as it does for transformers' Trainer.
+        The model's forward computes the loss, as it does for transformers' Trainer.
         """
         forward = self.model if self.compiled is None else self.compiled
         loss = forward(input_ids=ids, labels=ids, use_cache=False).loss
@@ -80,6 +80,8 @@ class Recipe(NamedTuple):
     """None: nothing is trained."""
     fused: bool
     """Whether each layer has to run this library's fused operation; else none may."""
+    chunked: bool = False
+    """Whether its loss is chunked; else it is the model's own."""
     compiled: bool = False
     """Whether its steps go through torch.compile, as one graph. That takes minutes at first:
     such a contender takes part where it is asked for."""
@@ -109,6 +111,9 @@ def make_contender(name: str, dense: nn.Module, rank: int) -> Contender:
             model = recipe.adapt(dense, layers, rank)
         optimizer = _start_training(name, model, len(layers))
     check_operations(name, model, {"lora_linear": len(layers)} if recipe.fused else {})
+    if recipe.chunked:
+        with explaining(f"{name}: cannot chunk the loss", RunError):
+            hqqlora.chunk_loss(model)
     model.train()
     compiled = torch.compile(model, fullgraph=True) if recipe.compiled else None
     return Contender(name, model, optimizer, quantize_seconds, compiled)
@@ -221,6 +226,14 @@ CONTENDERS = {
         quantize_with_hqqlora,
         adapt_with_peft,
         fused=True,
+    ),
+    "hqqlora+peft-chunked": Recipe(
+        "hqqlora+peft, and its chunk_loss",
+        ("peft",),
+        quantize_with_hqqlora,
+        adapt_with_peft,
+        fused=True,
+        chunked=True,
     ),
     "hqqlora": Recipe(
         "hqqlora's quantize_model with importance, then its add_lora",

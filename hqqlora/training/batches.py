@@ -10,8 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-IGNORED = -100
-"""The label of a token that is not learned."""
+from hqqlora.chunked_loss import IGNORED as IGNORED
 
 Row = tuple[list[int], list[int]]
 """A sequence's token ids and its labels, equally many."""

@@ -5,13 +5,11 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hqqlora.chunked_loss import applies_head_alone
+from hqqlora.head_cross_entropy import head_cross_entropy
 from hqqlora.training.batches import IGNORED
-
-# Tokens whose logits exist at a time: 256 x 49152 float32 logits are 50 MB.
-_CHUNK = 256
 
 
 class NextTokenLoss:
@@ -19,33 +17,26 @@ class NextTokenLoss:
 
     A model's own forward makes all logits [tokens, vocabulary] at once, in the model's dtype
     and again in float32, and keeps them for the backward pass: often the largest tensors of a
-    step. Here each chunk of tokens goes through the output layer, forward and backward, before
-    the next; sums are float32.
+    step. Here the output layer and the loss go in chunks (`head_cross_entropy`); sums are
+    float32.
 
     Some models do more with their logits than apply the output layer (scale, cap). Whether this
-    one does is tried once, on a few tokens; if so, its own forward is used.
+    one does is tried once, on a few tokens; if so, its own forward is used, and only the loss
+    behind its logits is chunked.
     """
 
     def __init__(self, model: nn.Module) -> None:
         """For `model`, a transformers causal language model."""
         self.model = cast(Any, model)
-        self._backbone: Any = getattr(model, "base_model", None)
-        self._head: Any = self.model.get_output_embeddings()
-        self.chunked = self._chunks_agree()
+        self.chunked = applies_head_alone(model)
 
+    @torch.no_grad()
     def sum(
         self, ids: Tensor, labels: Tensor | None = None, mask: Tensor | None = None
     ) -> float:
         """The summed loss of ids [batch, length] over its batch * (length - 1) predictions;
         with `labels` and `mask` as for `backward`."""
-        total = 0.0
-        with torch.no_grad():
-            states, targets = self._states(ids, labels, mask)
-            for chunk, target in zip(
-                torch.split(states, _CHUNK), torch.split(targets, _CHUNK), strict=True
-            ):
-                total += F.cross_entropy(self._logits(chunk), target, reduction="sum").item()
-        return total
+        return float(head_cross_entropy(*self._states(ids, labels, mask), self._head).item())
 
     def backward(
         self,
@@ -63,17 +54,16 @@ class NextTokenLoss:
         of a larger batch.
         """
         states, targets = self._states(ids, labels, mask)
-        leaf = states.detach().requires_grad_(states.requires_grad)
-        total, count = 0.0, predictions or len(targets)
-        for chunk, target in zip(
-            torch.split(leaf, _CHUNK), torch.split(targets, _CHUNK), strict=True
-        ):
-            loss = F.cross_entropy(self._logits(chunk), target, reduction="sum") / count
-            loss.backward()  # type: ignore[no-untyped-call]
-            total += loss.item()
-        if leaf.grad is not None:
-            states.backward(leaf.grad)  # type: ignore[no-untyped-call]
-        return total
+        total = head_cross_entropy(states, targets, self._head)
+        loss = total / (predictions or len(targets))
+        loss.backward()  # type: ignore[no-untyped-call]
+        return float(loss.item())
+
+    @property
+    def _head(self) -> nn.Module:
+        """What makes logits of that which `_states` returns."""
+        head: nn.Module = self.model.get_output_embeddings()
+        return head if self.chunked else nn.Identity()
 
     def _states(
         self, ids: Tensor, labels: Tensor | None = None, mask: Tensor | None = None
@@ -85,29 +75,10 @@ class NextTokenLoss:
             {"input_ids": ids} if mask is None else {"input_ids": ids, "attention_mask": mask}
         )
         if self.chunked:
-            states = self._backbone(**inputs, use_cache=False)[0]
+            states = self.model.base_model(**inputs, use_cache=False)[0]
         else:
             states = self.model(**inputs, use_cache=False).logits
         if labels is not None:
             learned = labels[:, 1:] != IGNORED
             return states[:, :-1][learned], labels[:, 1:][learned]
         return states[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
-
-    def _logits(self, states: Tensor) -> Tensor:
-        return (self._head(states) if self.chunked else states).float()
-
-    @torch.no_grad()
-    def _chunks_agree(self) -> bool:
-        if self._backbone is None or self._backbone is self.model or self._head is None:
-            return False
-        training = self.model.training
-        self.model.eval()
-        try:
-            vocabulary = len(self.model.get_input_embeddings().weight)
-            ids = torch.arange(8).remainder(vocabulary)[None]
-            whole = self.model(input_ids=ids, use_cache=False).logits
-            states = self._backbone(input_ids=ids, use_cache=False)[0]
-            parts = self._head(states)
-        finally:
-            self.model.train(training)
-        return whole.shape == parts.shape and torch.allclose(whole, parts, rtol=0.02, atol=0.02)
