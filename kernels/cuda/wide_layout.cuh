@@ -57,9 +57,11 @@ template <class T_, int BITS_, int TRANSPOSE_, int TOKENS_> struct hqq_wide {
         TOKENS = TOKENS_,  /* 128, or 64: HQQ_WIDE_FEW */
         SUMS = TOKENS / 2, /* of a lane, for each of its two tiles of outputs */
         THREADS = 256,
-        MIN_BLOCKS = TOKENS_ == HQQ_WIDE_FEW && BITS_ < 8 ? 2 : 1, /* on a multiprocessor */
-        ROWS = (TRANSPOSE ? HQQ_WIDE_CHUNK : OUTPUTS) / P,         /* byte rows of a chunk */
-        PIECES = TRANSPOSE ? 16 : 4, /* of 16 bytes of a byte row */
+        /* on a multiprocessor: two where 128 registers are enough */
+        MIN_BLOCKS = TOKENS_ == HQQ_WIDE_FEW && (BITS_ < 4 || (BITS_ == 4 && TRANSPOSE_)) ? 2
+                                                                                          : 1,
+        ROWS = (TRANSPOSE ? HQQ_WIDE_CHUNK : OUTPUTS) / P, /* byte rows of a chunk */
+        PIECES = TRANSPOSE ? 16 : 4,                       /* of 16 bytes of a byte row */
         ROW_STRIDE = 16 * PIECES + 16,
         CODE_STEP = THREADS / PIECES, /* byte rows that the block copies at a time */
         METAS = TRANSPOSE ? 1 : 4,    /* scales that a thread loads of a chunk */
