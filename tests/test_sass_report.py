@@ -303,9 +303,11 @@ def test_a_pair_exchanges_half_its_sums_and_leaves_half_the_parts():
     waits = assumptions.CLUSTER_BARRIER + assumptions.CLUSTER_LATENCY
     meeting = small._meeting(H100, instance, plan)
     assert meeting == pytest.approx((cycles + waits) / H100.clock)
-    # where nothing follows, the last barrier hides behind nothing
+    # where nothing follows, the last barrier hides behind the way of the stores to L2
+    later = assumptions.CLUSTER_BARRIER / H100.clock - assumptions.CACHE_LATENCY
+    assert small.last_barrier(H100) == pytest.approx(later)
     alone = small._meeting(H100, instance, plan._replace(splits=2))
-    assert alone - meeting == pytest.approx(assumptions.CLUSTER_BARRIER / H100.clock)
+    assert alone - meeting == pytest.approx(small.last_barrier(H100))
     parts = small.Parts(Work(), Work(), Work(), reduce_steps_a_split=1.0)
     after = small._reduction(H100, parts, instance, plan)
     others = 3 * half / 64 / H100.clock
@@ -345,10 +347,12 @@ BLOCKS = Plan(
     paired=0,
     width=64,
     wide=0,
+    wide_tokens=128,
     wide_token_tiles=4,
     wide_output_tiles=33,
     wide_splits=1,
     wide_chunks_per_split=64,
+    wide_cluster=0,
 )
 
 
@@ -366,7 +370,7 @@ def test_blocks_cost_more_launches_but_the_same_gemm():
 
 def test_a_wide_product_takes_its_waves_of_tiles():
     p = Product(8448, 4096, 512, 0, 1)  # 33 x 4 tiles of 256 x 128, one each
-    kernel = wide.Wide("__nv_bfloat16", 4, 0, Work.of(code(*["HGMMA"] * 8, *["LOP3"] * 9)))
+    kernel = wide.Wide("__nv_bfloat16", 4, 0, 128, Work.of(code(*["HGMMA"] * 8, *["LOP3"] * 9)))
     one = wide.bounds(H100, kernel, BLOCKS, p)
     # eight warps' products of 64 cycles on four tensor cores, 64 times
     assert one.waves["tensor cores"] == pytest.approx(64 * 8 * 8 * 64 / 4 / H100.clock)
@@ -384,6 +388,26 @@ def test_a_wide_product_takes_its_waves_of_tiles():
     parts = 2 * 4 * 512 * 8448 / H100.cache / assumptions.ATTAINED
     assert split.sums == pytest.approx(assumptions.LAUNCH + parts)
     assert split.ends > two.ends  # parts are fp32
+
+
+def test_a_wide_product_of_few_tokens_meets_in_its_clusters():
+    p = Product(14336, 4096, 64, 1, 1)
+    plan = BLOCKS._replace(
+        wide_tokens=64, wide_token_tiles=1, wide_output_tiles=16, wide_splits=3, wide_cluster=1
+    )
+    kernel = wide.Wide("__nv_bfloat16", 4, 1, 64, Work.of(code(*["HGMMA"] * 8)))
+    b = wide.bounds(H100, kernel, plan._replace(wide_chunks_per_split=70), p)
+    assert b.waves["tensor cores"] == pytest.approx(70 * 8 * 8 * 32 / 4 / H100.clock)
+    # all multiprocessors' bytes, idle or not: tokens, codes, a sector of each scale and zero
+    moved = 16 * 224 * (64 * 64 * 2 + 256 * 64 / 2 + 64 * 2 * 32)
+    assert b.waves["L2"] == pytest.approx(moved / H100.cache)
+    sums = 4 * 256 * 64
+    waits = assumptions.CLUSTER_BARRIER + assumptions.CLUSTER_LATENCY
+    meeting = (sums / 128 + sums * 2 / 3 / 13 + waits) / H100.clock
+    assert b.sums == pytest.approx(meeting + small.last_barrier(H100))
+    # each byte once: what an H100's tensor cores take for 64 tokens is less
+    read = 4096 * 14336 * 4.5 / 8 / H100.memory
+    assert wide.roofline(H100, plan, p) == pytest.approx(assumptions.LAUNCH + read, rel=0.1)
 
 
 def test_multiplications_of_skinny_products_are_counted():

@@ -10,7 +10,8 @@
  *         whether the small product serves; its tokens a block, token tiles, units, units a
  *         block, chunks, chunks a split, chunks of the busiest quarter of a multiprocessor,
  *         ways, splits, whether they are paired; the large product's block width; whether the
- *         wide product serves, its token and output tiles, splits and chunks a split
+ *         wide product serves, its tokens a block, token and output tiles, splits and chunks a
+ * split, whether these are a cluster
  */
 #include <stdio.h>
 #include <stdlib.h>
@@ -81,14 +82,14 @@ static void print_plans(const hqq_cuda_device *device)
         hqq_wide_grid wide = hqq_cuda_wide_grid(&w, M, transpose, device);
         small_grid g = small_grid_of(&w, M, transpose, device);
         int64_t outputs = transpose ? K : N, length = transpose ? N : K;
-        printf("%d %d %d %lld %d %lld %d %d %d %d %d %lld %d %lld %lld %lld %lld\n",
+        printf("%d %d %d %lld %d %lld %d %d %d %d %d %lld %d %lld %lld %lld %lld %lld %d\n",
                kernel == HQQ_KERNEL_DIRECT, g.tokens, g.token_tiles, (long long)g.units,
                g.units_of_block, (long long)g.chunks, g.chunks_per_split, busiest_chunks(&g),
                g.ways, g.splits, g.paired,
                (long long)hqq_cuda_block_width(outputs, length, M, HQQ_BF16, device),
-               kernel == HQQ_KERNEL_TILED, (long long)wide.token_tiles,
+               kernel == HQQ_KERNEL_TILED, (long long)wide.tokens, (long long)wide.token_tiles,
                (long long)wide.output_tiles, (long long)wide.splits,
-               (long long)wide.chunks_per_split);
+               (long long)wide.chunks_per_split, wide.cluster);
     }
 }
 

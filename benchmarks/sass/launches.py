@@ -65,10 +65,14 @@ class Plan(NamedTuple):
     width: int
     wide: int
     """Whether the wide product serves, with these:"""
+    wide_tokens: int
+    """Of a block."""
     wide_token_tiles: int
     wide_output_tiles: int
     wide_splits: int
     wide_chunks_per_split: int
+    wide_cluster: int
+    """Whether these are a cluster."""
 
     @property
     def tiles(self) -> int:

@@ -39,7 +39,7 @@ class Predictor:
         self.launches = launches
         self.small: dict[tuple[int, int, int, int], tuple[Kernel, Instance]] = {}
         self.dequantize: dict[tuple[int, int], Dequantize] = {}
-        self.wide: dict[tuple[int, int], Wide] = {}
+        self.wide: dict[tuple[int, int, int], Wide] = {}
         self.lora = Lora.of(kernels)
         for kernel in kernels:
             instance = Instance.parse(kernel.name)
@@ -48,7 +48,7 @@ class Predictor:
                 self.small[key] = (kernel, instance)
             many = Wide.of(kernel)
             if many and many.dtype == "__nv_bfloat16":
-                self.wide[many.nbits, many.transpose] = many
+                self.wide[many.nbits, many.transpose, many.tokens] = many
             dequantize = Dequantize.of(kernel)
             if dequantize and "__nv_bfloat16" in kernel.name:
                 self.dequantize[dequantize.nbits, dequantize.axis] = dequantize
@@ -72,11 +72,12 @@ class Predictor:
                 "parts": b.seconds | {"launches": b.launches, "tail": b.tail},
             }
         if plan.wide:
-            many = self.wide[p.nbits, p.transpose]
+            many = self.wide[p.nbits, p.transpose, plan.wide_tokens]
             w = wide.bounds(self.device, many, plan, p)
-            roofline = wide.roofline(self.device, p)
+            roofline = wide.roofline(self.device, plan, p)
             return {
-                "kernel": f"wide, {plan.wide_splits} splits",
+                "kernel": f"wide, {plan.wide_tokens} tokens, {plan.wide_splits} splits"
+                + (", a cluster" if plan.wide_cluster else ""),
                 "seconds": w.predicted,
                 "bound_by": w.longest,
                 "roofline_seconds": roofline,

@@ -250,14 +250,17 @@ def _sum_bytes(instance: Instance, plan: Plan) -> int:
 def _meeting(device: Device, instance: Instance, plan: Plan) -> float:
     """From a pair's last chunk to its sum: half of a block's sums to its own shared memory, the
     cluster's barrier (without a fence of the device), as much from the other's. Before a block
-    ends another barrier, which hides behind the other parts of the sum, if there are any; its
-    fence waits for stores that the kernel's end waits for, too."""
+    ends another barrier, which hides behind the other parts of the sum, if there are any."""
     half = _sum_bytes(instance, plan) / 2
     cycles = half / SHARED_BYTES_A_CYCLE + CLUSTER_BARRIER
     cycles += CLUSTER_LATENCY + half / CLUSTER_BYTES_A_CYCLE
-    if plan.parts == 1:
-        cycles += CLUSTER_BARRIER
-    return cycles / device.clock
+    return cycles / device.clock + (last_barrier(device) if plan.parts == 1 else 0.0)
+
+
+def last_barrier(device: Device) -> float:
+    """What a cluster's last barrier, which blocks arrive at before they store, adds to the way
+    of these stores to L2: the kernel's end waits for both."""
+    return max(0.0, CLUSTER_BARRIER / device.clock - CACHE_LATENCY)
 
 
 def _unevenness(blocks: int, multiprocessors: int, resident: int) -> float:

@@ -9,9 +9,9 @@
  * dot products cost M times the codes, and 8 rows are what hides behind the memory.
  *
  * On compute capability 9.0 and at axis 1 the wide products multiply with the codes at a GEMM's
- * pace, and read them once for 128 rows. Above 64 rows they are taken where they are to cost
- * less than the small ones or, above 192, than blocks, which can still win where outputs and
- * rows make few tiles: small_product.cu, wide_product.c and block_width.c reckon the costs.
+ * pace, and read them once for 128 rows, or 64. Above 16 rows they are taken where they are to
+ * cost less than the small ones or, above 192, than blocks, which can still win where outputs
+ * and rows make few tiles: small_product.cu, wide_product.c and block_width.c reckon the costs.
  */
 #include "plan.h"
 
@@ -19,7 +19,7 @@
 #include "small_product.h"
 #include "wide_product.h"
 
-enum { SMALL_ROWS_MOST = 192, SMALL_ROWS_MOST_F32 = 8, WIDE_ROWS_LEAST = 64 };
+enum { SMALL_ROWS_MOST = 192, SMALL_ROWS_MOST_F32 = 8, WIDE_ROWS_LEAST = 16 };
 
 static int is_dtype(hqq_dtype dtype)
 {

@@ -126,8 +126,7 @@ __global__ void __launch_bounds__(C::THREADS, C::MIN_BLOCKS)
             hqq_small_meet<C>(a, acc, shared, way);
             if (hqq_small_gather_pairs<C>(a, acc, way, &first, &tiles))
                 hqq_small_finish<C>(a, acc, unit, first_token + 8 * first, tiles, lane);
-            if (gridDim.y == 2) ptx_cluster_arrive(); /* else it has */
-            ptx_cluster_wait();
+            ptx_cluster_wait(); /* at which it has arrived */
             return;
         }
 #endif

@@ -65,7 +65,7 @@ HQQ_DEVICE_INLINE void hqq_small_meet(const hqq_small_arguments &a, float (&acc)
 
 /* The sum of all pairs, where there are several; whether this block finishes. Way 0 then has
  * `tiles` tiles of tokens from `first` on. For all threads of the block, which have arrived at
- * the cluster's barrier where there are several: the fences are there already. */
+ * the cluster's barrier. */
 template <class C>
 HQQ_DEVICE_INLINE bool hqq_small_gather_pairs(const hqq_small_arguments &a,
                                               float (&acc)[4][C::MT][4], int way, int *first,
@@ -74,7 +74,10 @@ HQQ_DEVICE_INLINE bool hqq_small_gather_pairs(const hqq_small_arguments &a,
     enum { KEPT = C::MT / 2 };
     *first = blockIdx.y % 2 * KEPT;
     *tiles = way == 0 ? KEPT : 0;
-    if (gridDim.y == 2) return true;
+    if (gridDim.y == 2) {
+        ptx_cluster_arrive(); /* its loads are done; no stores yet that this would wait for */
+        return true;
+    }
     if (way == 0) hqq_small_leave<C, KEPT>(a, acc);
     const bool last = hqq_small_is_last(a, 2);
     ptx_cluster_arrive_relaxed();

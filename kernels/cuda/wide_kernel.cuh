@@ -104,7 +104,7 @@ HQQ_DEVICE_INLINE void hqq_wide_stage(unsigned char *shared, hqq_wide_source<C> 
  * products of the step before are under way; those of two steps before are done. */
 template <class C>
 HQQ_DEVICE_INLINE void
-hqq_wide_multiply(float (&acc)[2][64], uint32_t (&a)[2][2][4], const unsigned char *tokens,
+hqq_wide_multiply(float (&acc)[2][C::SUMS], uint32_t (&a)[2][2][4], const unsigned char *tokens,
                   const unsigned char *codes, const unsigned char *metas,
                   const hqq_wide_meta<C> &meta, const hqq_wide_place &here)
 {
@@ -134,7 +134,8 @@ hqq_wide_multiply(float (&acc)[2][64], uint32_t (&a)[2][2][4], const unsigned ch
 /* While chunk c is multiplied, c + 1 has arrived or soon will, and c + 2 is on its way: into
  * the stage of c - 2, whose products each warp has waited for within c - 1. */
 template <class C, bool aligned>
-__global__ void __launch_bounds__(C::THREADS, 1) hqq_wide_kernel(const hqq_wide_arguments a)
+__global__ void __launch_bounds__(C::THREADS, C::MIN_BLOCKS)
+    hqq_wide_kernel(const hqq_wide_arguments a)
 {
     unsigned char *shared = hqq_dynamic_shared<unsigned char>();
     shared += (1024 - (reinterpret_cast<uintptr_t>(shared) & 1023)) & 1023;
@@ -152,10 +153,10 @@ __global__ void __launch_bounds__(C::THREADS, 1) hqq_wide_kernel(const hqq_wide_
     hqq_wide_source<C> source = {hqq_wide_first_tokens<C>(a, here),
                                  hqq_wide_first_codes<C>(a, here),
                                  hqq_wide_first_meta<C>(a, here)};
-    float acc[2][64];
+    float acc[2][C::SUMS];
     uint32_t fragments[2][2][4];
 #pragma unroll
-    for (int i = 0; i < 128; i++) acc[i / 64][i % 64] = 0.0f;
+    for (int i = 0; i < 2 * C::SUMS; i++) acc[i / C::SUMS][i % C::SUMS] = 0.0f;
     ptx_warpgroup_arrived(acc[0]); /* zeros, and no instruction later on that makes them so */
     ptx_warpgroup_arrived(acc[1]);
     ptx_warpgroup_begin();
@@ -185,8 +186,16 @@ __global__ void __launch_bounds__(C::THREADS, 1) hqq_wide_kernel(const hqq_wide_
     ptx_warpgroup_wait<0>();
     ptx_warpgroup_arrived(acc[0]);
     ptx_warpgroup_arrived(acc[1]);
-    hqq_wide_finish<C>(reinterpret_cast<float *>(shared), a, acc, here.first_token, here.first,
-                       thread);
+    /* from the same offset on in all blocks of a cluster */
+    float *sums = hqq_dynamic_shared<float>();
+#ifdef PTX_CLUSTERS
+    if constexpr ((int)C::TOKENS == HQQ_WIDE_FEW)
+        if (a.cluster) {
+            hqq_wide_meet<C>(sums, a, acc, here.first_token, here.first, thread);
+            return;
+        }
+#endif
+    hqq_wide_finish<C>(sums, a, acc, here.first_token, here.first, thread);
 }
 
 #endif

@@ -7,18 +7,28 @@
 
 template <class C> static hqq_status launch(const hqq_wide_arguments *a, void *stream)
 {
-    dim3 grid((unsigned)(a->token_tiles * a->output_tiles), (unsigned)a->splits);
-    dim3 block(C::THREADS);
-    if (a->in_aligned)
-        return hqq_launch(hqq_wide_kernel<C, true>, grid, block, C::SHARED_BYTES, stream, *a);
-    return hqq_launch(hqq_wide_kernel<C, false>, grid, block, C::SHARED_BYTES, stream, *a);
+    void (*kernel)(hqq_wide_arguments) =
+        a->in_aligned ? hqq_wide_kernel<C, true> : hqq_wide_kernel<C, false>;
+    HQQ_TRY(hqq_allow_shared(kernel, C::SHARED_BYTES));
+    return hqq_enqueue_clusters(
+        dim3(1, a->cluster ? (unsigned)a->splits : 1), kernel,
+        dim3((unsigned)(a->token_tiles * a->output_tiles), (unsigned)a->splits),
+        dim3(C::THREADS), C::SHARED_BYTES, stream, *a);
+}
+
+template <class T, int BITS, int TRANSPOSE>
+static hqq_status launch_tokens(const hqq_wide_arguments *a, void *stream)
+{
+    return a->tokens == HQQ_WIDE_FEW
+               ? launch<hqq_wide<T, BITS, TRANSPOSE, HQQ_WIDE_FEW>>(a, stream)
+               : launch<hqq_wide<T, BITS, TRANSPOSE, HQQ_WIDE_TOKENS>>(a, stream);
 }
 
 template <class T, int BITS>
 static hqq_status launch_pass(const hqq_wide_arguments *a, int transpose, void *stream)
 {
-    return transpose ? launch<hqq_wide<T, BITS, 1>>(a, stream)
-                     : launch<hqq_wide<T, BITS, 0>>(a, stream);
+    return transpose ? launch_tokens<T, BITS, 1>(a, stream)
+                     : launch_tokens<T, BITS, 0>(a, stream);
 }
 
 template <class T>

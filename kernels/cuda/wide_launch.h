@@ -5,7 +5,7 @@
 #include "hqqlora.h"
 
 /* Of a block; and of the reduction at a time: see wide_layout.cuh. */
-enum { HQQ_WIDE_OUTPUTS = 256, HQQ_WIDE_TOKENS = 128, HQQ_WIDE_CHUNK = 64 };
+enum { HQQ_WIDE_OUTPUTS = 256, HQQ_WIDE_TOKENS = 128, HQQ_WIDE_FEW = 64, HQQ_WIDE_CHUNK = 64 };
 
 typedef struct hqq_wide_arguments {
     const unsigned char *packed; /* [N/P, K] */
@@ -13,12 +13,14 @@ typedef struct hqq_wide_arguments {
     const void *in;              /* of T, row m at in + m ld_in */
     int64_t ld_in;
     void *out;      /* of T, [M, outputs] */
-    float *partial; /* [splits, M, outputs], where splits > 1 */
+    float *partial; /* [splits, M, outputs], where splits > 1 are no cluster */
     int M, N, K;
     int groups_per_row;   /* K/G */
     int chunks_per_group; /* G/64 */
     int chunks;           /* of the reduction */
     int splits, chunks_per_split;
+    int tokens;  /* of a block: HQQ_WIDE_TOKENS or, then one tile of them, HQQ_WIDE_FEW */
+    int cluster; /* a tile's splits are one, and add up in each other's shared memory */
     int token_tiles, output_tiles;
     int in_aligned;  /* in's rows can be copied 16 bytes at a time */
     int out_aligned; /* and out's written */

@@ -9,7 +9,8 @@
  * k] in slot s (slot 0 in the highest bits). Eight byte rows are an OCTET; octet o with slot s
  * is HALF h = o P + s.
  *
- * A block has two warpgroups and computes 256 outputs for 128 tokens; it walks the reduction in
+ * A block has two warpgroups and computes 256 outputs for 128 tokens, or 64 where there are no
+ * more; it walks the reduction in
  * chunks of 64, four steps of 16 each. W is the A operand, from registers: a warp multiplies
  * its 32 outputs, two tiles of 16, with all tokens, which are the B operand, in shared memory.
  * So a fragment of A is decoded once for 128 tokens, for 64 cycles of its tensor core; that
@@ -46,15 +47,19 @@
 #include "ptx_warpgroup.cuh"
 #include "wide_launch.h"
 
-template <class T_, int BITS_, int TRANSPOSE_> struct hqq_wide {
+template <class T_, int BITS_, int TRANSPOSE_, int TOKENS_> struct hqq_wide {
     typedef T_ T;
     enum {
         BITS = BITS_,
         TRANSPOSE = TRANSPOSE_,
         P = 8 / BITS,
         OUTPUTS = HQQ_WIDE_OUTPUTS,
-        TOKENS = HQQ_WIDE_TOKENS,
+        TOKENS = TOKENS_,  /* 128, or 64: HQQ_WIDE_FEW */
+        SUMS = TOKENS / 2, /* of a lane, for each of its two tiles of outputs */
         THREADS = 256,
+        /* on a multiprocessor: two where 128 registers are enough */
+        MIN_BLOCKS = TOKENS_ == HQQ_WIDE_FEW && (BITS_ < 4 || (BITS_ == 4 && TRANSPOSE_)) ? 2
+                                                                                          : 1,
         ROWS = (TRANSPOSE ? HQQ_WIDE_CHUNK : OUTPUTS) / P, /* byte rows of a chunk */
         PIECES = TRANSPOSE ? 16 : 4,                       /* of 16 bytes of a byte row */
         ROW_STRIDE = 16 * PIECES + 16,
@@ -69,12 +74,13 @@ template <class T_, int BITS_, int TRANSPOSE_> struct hqq_wide {
         CODE_BYTES = ROWS * ROW_STRIDE,
         META_AT = CODES_AT + STAGES * CODE_BYTES,
         META_BYTES = TRANSPOSE ? 4 * 256 : 0, /* of 64 columns: 64 scales, 64 zeros */
-        SHARED_BYTES = 1024 + META_AT + 2 * META_BYTES,
-        /* the sums of so many tokens go through it at the end */
+        STAGES_BYTES = META_AT + 2 * META_BYTES,
+        /* the sums of so many tokens take the stages' place at the end */
         TOKENS_AT_END = 64,
-        SUM_STRIDE = OUTPUTS + 4
+        SUM_STRIDE = OUTPUTS + 4,
+        SUMS_BYTES = 4 * TOKENS_AT_END * SUM_STRIDE,
+        SHARED_BYTES = 1024 + (STAGES_BYTES > SUMS_BYTES ? STAGES_BYTES : SUMS_BYTES)
     };
-    static_assert(4 * TOKENS_AT_END * SUM_STRIDE <= META_AT, "the sums take the stages' place");
     static_assert(SHARED_BYTES <= 227 * 1024, "compute capability 9.0");
 };
 

@@ -14,7 +14,9 @@
 
 typedef struct hqq_wide_grid {
     int64_t token_tiles, output_tiles, chunks;
+    int64_t tokens; /* of a tile: HQQ_WIDE_FEW or HQQ_WIDE_TOKENS */
     int64_t splits, chunks_per_split;
+    int cluster; /* the splits of a tile are one: no workspace */
     double cost; /* in the unit of block_width.c: operations of a multiprocessor */
 } hqq_wide_grid;
 

@@ -27,6 +27,12 @@ static int64_t outputs_of(const problem *p)
     return p->transpose ? p->K : p->N;
 }
 
+static int expect(int holds, const char *what)
+{
+    if (!holds) fprintf(stderr, "not so: %s\n", what);
+    return !holds;
+}
+
 static problem make_problem(uint64_t *state, int64_t M, int64_t N, int64_t K, int64_t G,
                             int nbits, hqq_dtype dtype, int transpose)
 {
@@ -116,8 +122,8 @@ static int check_problem(problem *p, uint64_t *state)
     return failures;
 }
 
-/* Tiles are of 256 outputs and 128 tokens, chunks of 64, with four of them in shared memory; of
- * few tokens eight tiles come together. */
+/* Tiles are of 256 outputs and 128 tokens, or 64 where there are no more; chunks of 64, with
+ * four of them in shared memory; eight tiles of tokens come together. */
 static int check_tiles(void)
 {
     static const struct {
@@ -135,7 +141,16 @@ static int check_tiles(void)
         {70, 264, 192, 64, 8},  /* one slot */
         {70, 288, 256, 128, 2}, /* four */
         {70, 576, 192, 64, 1},  /* eight; the last octets of a tile are none */
-        {17, 2112, 64, 64, 1},  {6, 40, 320, 64, 8}, {33, 1056, 64, 64, 2},
+        {17, 2112, 64, 64, 1},
+        {6, 40, 320, 64, 8},
+        {33, 1056, 64, 64, 2},
+        /* the same for 128 tokens, or for 64 in clusters */
+        {66, 16, 640, 64, 4},
+        {65, 1040, 192, 192, 4},
+        {66, 80, 1344, 192, 4},
+        {64, 1040, 768, 64, 8},
+        {31, 2080, 768, 128, 2},
+        {64, 4160, 832, 64, 1},
     };
     uint64_t state = 61;
     int failures = 0;
@@ -161,13 +176,56 @@ static int check_memory(void)
     uint64_t state = 67;
     int failures = 0;
     for (int i = 0; i < 5; i++)
-        for (int way = 0; way < 2; way++) {
-            problem p = make_problem(&state, 19, 144, 192, 64, 4, HQQ_BF16, way);
+        for (int way = 0; way < 4; way++) {
+            const int64_t M = way < 2 ? 19 : 70;
+            problem p = make_problem(&state, M, 144, 192, 64, 4, HQQ_BF16, way % 2);
             p.ld = cases[i].ld, p.offset = cases[i].offset;
-            if (way == 0) p.bias = random_array(&state, p.N, HQQ_F32, -1, 1);
+            if (way % 2 == 0) p.bias = random_array(&state, p.N, HQQ_F32, -1, 1);
             failures += check_problem(&p, &state);
             free_problem(&p);
         }
+    return failures;
+}
+
+static uint64_t clusters(void)
+{
+    hqqlora_emulated_counts counts;
+    hqqlora_emulated_get_counts(&counts);
+    return counts.clusters;
+}
+
+/* Few tokens with a long reduction: its splits are clusters, of two and of three blocks, of
+ * which some have no tokens to add up; captured as a graph. More tokens have none. */
+static int check_clusters(void)
+{
+    static const struct {
+        int64_t M, K;
+        int clusters;
+    } cases[] = {{1, 2112, 1}, {2, 768, 1}, {50, 768, 1}, {64, 2112, 1}, {65, 768, 0}};
+    uint64_t state = 73;
+    int failures = 0;
+    for (int i = 0; i < 10; i++) {
+        const int way = i % 2, at = i / 2;
+        problem p = make_problem(&state, cases[at].M, way ? cases[at].K : 80,
+                                 way ? 64 : cases[at].K, 64, way ? 8 : 4, HQQ_BF16, way);
+        const uint64_t before = clusters();
+        failures += check_problem(&p, &state);
+        failures += expect((clusters() > before) == cases[at].clusters, "it has clusters");
+
+        const size_t bytes = (size_t)(p.M * outputs_of(&p) * 2);
+        void *out = exact_alloc(bytes), *replayed = exact_alloc(bytes);
+        failures += solve(out, &p, HQQ_KERNEL_TILED);
+        hqqlora_emulated_begin_capture();
+        failures += solve(replayed, &p, HQQ_KERNEL_TILED);
+        hqqlora_emulated_graph *graph = hqqlora_emulated_end_capture();
+        memset(replayed, 0xff, bytes);
+        failures +=
+            expect(hqqlora_emulated_replay(graph) == 0 && memcmp(out, replayed, bytes) == 0,
+                   "a replay has the same bits");
+        hqqlora_emulated_destroy_graph(graph);
+        free(out), free(replayed);
+        free_problem(&p);
+    }
     return failures;
 }
 
@@ -208,12 +266,6 @@ static int check_identity(void)
     return failures;
 }
 
-static int expect(int holds, const char *what)
-{
-    if (!holds) fprintf(stderr, "not so: %s\n", what);
-    return !holds;
-}
-
 /* Large products with formats that it serves, on a device that has the instructions. */
 static int check_choice(void)
 {
@@ -234,7 +286,9 @@ static int check_choice(void)
                                HQQ_KERNEL_##kernel,                                          \
                            #kernel " for " #M " rows, " #dtype ", " #change);                \
     }
-    CHOOSES(DIRECT, 64, HQQ_BF16, (void)0)
+    CHOOSES(DIRECT, 16, HQQ_BF16, (void)0)
+    CHOOSES(TILED, 64, HQQ_BF16, changed.out_features *= 2; changed.in_features *= 2)
+    CHOOSES(DIRECT, 16, HQQ_BF16, changed.out_features *= 2; changed.in_features *= 2)
     CHOOSES(TILED, 128, HQQ_BF16, (void)0)
     CHOOSES(TILED, 512, HQQ_BF16, (void)0)
     CHOOSES(TILED, 1024, HQQ_BF16, (void)0)
@@ -260,6 +314,7 @@ static int check_choice(void)
 
 int main(void)
 {
-    int failures = check_choice() + check_tiles() + check_memory() + check_identity();
+    int failures =
+        check_choice() + check_tiles() + check_memory() + check_clusters() + check_identity();
     return failures != 0;
 }

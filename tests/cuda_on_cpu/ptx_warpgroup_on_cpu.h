@@ -6,17 +6,20 @@
 
 namespace on_cpu
 {
-void warpgroup_mma(float (&d)[64], const uint32_t (&a)[4], const void *b, Half, Site site);
-void warpgroup_mma(float (&d)[64], const uint32_t (&a)[4], const void *b, Bfloat16, Site site);
+void warpgroup_mma(float *d, unsigned rows, const uint32_t (&a)[4], const void *b, Half,
+                   Site site);
+void warpgroup_mma(float *d, unsigned rows, const uint32_t (&a)[4], const void *b, Bfloat16,
+                   Site site);
 void warpgroup_commit();
 void warpgroup_wait(unsigned groups_left, Site site);
 } // namespace on_cpu
 
-template <class Format>
-inline void ptx_warpgroup_mma(float (&d)[64], const uint32_t (&a)[4], const void *b,
+template <class Format, int N>
+inline void ptx_warpgroup_mma(float (&d)[N], const uint32_t (&a)[4], const void *b,
                               on_cpu::Float16<Format>, ON_CPU_CALLER)
 {
-    on_cpu::warpgroup_mma(d, a, b, Format(), ON_CPU_SITE);
+    static_assert(N == 64 || N == 32, "128 or 64 rows");
+    on_cpu::warpgroup_mma(d, 2 * N, a, b, Format(), ON_CPU_SITE);
 }
 
 inline void ptx_warpgroup_commit()
@@ -31,7 +34,7 @@ template <int N> inline void ptx_warpgroup_wait(ON_CPU_CALLER)
 
 /* Registers and proxies have no counterpart here. */
 inline void ptx_warpgroup_begin() {}
-inline void ptx_warpgroup_arrived(float (&)[64]) {}
+template <int N> inline void ptx_warpgroup_arrived(float (&)[N]) {}
 inline void ptx_warpgroup_publish() {}
 
 #endif

@@ -9,9 +9,10 @@
 namespace on_cpu
 {
 struct Product {
-    float *d;            /* 64 */
+    float *d;            /* rows / 2 */
+    unsigned rows;       /* of b: 128 or 64 */
     const uint32_t *a;   /* 4 */
-    const char *b;       /* 128 rows, swizzled */
+    const char *b;       /* swizzled */
     bool half, computed; /* of fp16; already */
     unsigned group;
     Site site;

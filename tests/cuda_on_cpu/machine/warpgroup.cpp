@@ -1,6 +1,7 @@
 /*
- * wgmma.mma_async.m64n128k16, A from registers: each warp of the group multiplies its own 16
- * rows with the same 128 rows of shared memory, so here a warp is emulated at a time.
+ * wgmma.mma_async.m64n128k16 and m64n64k16, A from registers: each warp of the group multiplies
+ * its own 16 rows with the same 128 or 64 rows of shared memory, so here a warp is emulated at
+ * a time.
  *
  * As with cp.async, the schedule says when: LATE, at the wait, from what registers and shared
  * memory then hold, so that whoever overwrites either before spoils the result; EARLY, at once;
@@ -14,7 +15,7 @@
 
 namespace on_cpu
 {
-enum { ROWS = 128, STEP = 16 };
+enum { ROWS_MOST = 128, STEP = 16 };
 
 void PendingProducts::clear()
 {
@@ -71,23 +72,25 @@ static void check_rows(const Product &product)
         fail("%s:%d: wgmma: rows at %p, not at a step in the first of eight swizzled ones",
              file, line, static_cast<const void *>(product.b));
     const void *first = reinterpret_cast<const void *>(at / 128 * 128);
-    if (!machine->shared.find(first, 128 * ROWS))
+    const int bytes = 128 * static_cast<int>(product.rows);
+    if (!machine->shared.find(first, static_cast<size_t>(bytes)))
         fail("%s:%d: wgmma: the rows at %p are not %d bytes of shared memory", file, line,
-             first, 128 * ROWS);
+             first, bytes);
 }
 
 static void note_reads(const Product &product)
 {
-    for (unsigned row = 0; row < ROWS; row++) {
+    for (unsigned row = 0; row < product.rows; row++) {
         const Thread *reader = machine->threads[self->warp * 32 + row % 32].get();
         for (unsigned part = 0; part < 2; part++)
             machine->races.read_as(reader, piece_at(product.b, row, part), 16);
     }
 }
 
-template <class Format> static void unpack_rows(float (&b)[STEP][ROWS], const Product &product)
+template <class Format>
+static void unpack_rows(float (&b)[STEP][ROWS_MOST], const Product &product)
 {
-    for (unsigned row = 0; row < ROWS; row++)
+    for (unsigned row = 0; row < product.rows; row++)
         for (unsigned part = 0; part < 2; part++) {
             uint16_t elements[8];
             memcpy(elements, piece_at(product.b, row, part), 16);
@@ -105,22 +108,23 @@ template <class Format> static void unpack_pair(float *to, uint32_t pair)
 /* lanes[l]: lane l's product. */
 template <class Format> static void multiply(Product *const (&lanes)[32])
 {
-    float b[STEP][ROWS];
+    float b[STEP][ROWS_MOST];
+    const unsigned rows = lanes[0]->rows;
     unpack_rows<Format>(b, *lanes[0]);
     for (unsigned g = 0; g < 8; g++)
         for (unsigned upper = 0; upper < 2; upper++) {
-            float a[STEP], sums[ROWS];
+            float a[STEP], sums[ROWS_MOST];
             for (unsigned t = 0; t < 4; t++) {
                 const Product &lane = *lanes[4 * g + t];
                 unpack_pair<Format>(a + 2 * t, lane.a[upper]);
                 unpack_pair<Format>(a + 2 * t + 8, lane.a[upper + 2]);
-                for (unsigned j = 0; j < 16; j++)
+                for (unsigned j = 0; j < rows / 8; j++)
                     memcpy(sums + 8 * j + 2 * t, lane.d + 4 * j + 2 * upper, 8);
             }
             for (unsigned k = 0; k < STEP; k++)
-                for (unsigned n = 0; n < ROWS; n++) sums[n] += a[k] * b[k][n];
+                for (unsigned n = 0; n < rows; n++) sums[n] += a[k] * b[k][n];
             for (unsigned t = 0; t < 4; t++)
-                for (unsigned j = 0; j < 16; j++)
+                for (unsigned j = 0; j < rows / 8; j++)
                     memcpy(lanes[4 * g + t]->d + 4 * j + 2 * upper, sums + 8 * j + 2 * t, 8);
         }
     machine->counts.mma++;
@@ -178,14 +182,16 @@ static void issue(const Product &product)
     collective(Collective::warpgroup, 0xffffffffu, &pending, execute_issue, product.site);
 }
 
-void warpgroup_mma(float (&d)[64], const uint32_t (&a)[4], const void *b, Half, Site site)
+void warpgroup_mma(float *d, unsigned rows, const uint32_t (&a)[4], const void *b, Half,
+                   Site site)
 {
-    issue({d, a, static_cast<const char *>(b), true, false, 0, site});
+    issue({d, rows, a, static_cast<const char *>(b), true, false, 0, site});
 }
 
-void warpgroup_mma(float (&d)[64], const uint32_t (&a)[4], const void *b, Bfloat16, Site site)
+void warpgroup_mma(float *d, unsigned rows, const uint32_t (&a)[4], const void *b, Bfloat16,
+                   Site site)
 {
-    issue({d, a, static_cast<const char *>(b), false, false, 0, site});
+    issue({d, rows, a, static_cast<const char *>(b), false, false, 0, site});
 }
 
 void warpgroup_commit()

@@ -15,23 +15,22 @@ extern "C" {
 #include "dtype.h"
 }
 
-/* ---- wgmma.m64n128k16, A in registers. Of warpgroup's thread T, element i stands at
- *   A  row 16 (T / 32) + T % 32 / 4 (i = 0, 1, 4, 5) or + 8,
- *      column 2 (T % 4) + (i & 1) (i < 4) or + 8
- *   D  row 16 (T / 32) + T % 32 / 4 (i / 2 even) or + 8, column 8 (i / 4) + 2 (T % 4) + (i & 1)
- * B is K-major in shared memory, in atoms of eight rows of 128 bytes with the 128-byte swizzle:
- * bits 4 .. 6 of an address are exclusive-or-ed with its bits 7 .. 9. */
+/* ---- wgmma.m64n128k16 and m64n64k16, A in registers. Of warpgroup's thread T, element i
+ * stands at A  row 16 (T / 32) + T % 32 / 4 (i = 0, 1, 4, 5) or + 8, column 2 (T % 4) + (i & 1)
+ * (i < 4) or + 8 D  row 16 (T / 32) + T % 32 / 4 (i / 2 even) or + 8, column 8 (i / 4) + 2 (T %
+ * 4) + (i & 1) B is K-major in shared memory, in atoms of eight rows of 128 bytes with the
+ * 128-byte swizzle: bits 4 .. 6 of an address are exclusive-or-ed with its bits 7 .. 9. */
 
-enum { THREADS = 128, COLUMNS = 128, STEPS = 4, DEPTH = 16 * STEPS };
+enum { THREADS = 128, COLUMNS_MOST = 128, STEPS = 4, DEPTH = 16 * STEPS };
 
-struct Registers {
+template <int COLUMNS> struct Registers {
     uint32_t a[STEPS][4];
-    float d[64];
+    float d[COLUMNS / 2];
 };
 
 /* d += a b over all steps, a group each; B [columns][depth] as 16-bit elements. */
-template <class T>
-__global__ void multiply(Registers *registers, const uint16_t *B, int steps, int apart)
+template <class T, int COLUMNS>
+__global__ void multiply(Registers<COLUMNS> *registers, const uint16_t *B, int steps, int apart)
 {
     unsigned char *shared = hqq_dynamic_shared<unsigned char>();
     uintptr_t base = (reinterpret_cast<uintptr_t>(shared) + 1023) / 1024 * 1024;
@@ -43,7 +42,7 @@ __global__ void multiply(Registers *registers, const uint16_t *B, int steps, int
     }
     ptx_warpgroup_publish();
     __syncthreads();
-    Registers &mine = registers[threadIdx.x];
+    Registers<COLUMNS> &mine = registers[threadIdx.x];
     ptx_warpgroup_begin();
     for (int step = 0; step < steps; step++) {
         ptx_warpgroup_mma(mine.d, mine.a[step], rows + 32 * step, T());
@@ -55,7 +54,8 @@ __global__ void multiply(Registers *registers, const uint16_t *B, int steps, int
 }
 
 struct Matrices {
-    int A[64][DEPTH], B[COLUMNS][DEPTH], D[64][COLUMNS]; /* small: every sum is exact */
+    int A[64][DEPTH], B[COLUMNS_MOST][DEPTH],
+        D[64][COLUMNS_MOST]; /* small: every sum is exact */
 };
 
 static uint32_t bits_of(int value, hqq_dtype dtype)
@@ -86,17 +86,17 @@ static int column_in_D(int thread, int i)
     return 8 * (i / 4) + 2 * (thread % 4) + (i & 1);
 }
 
-template <class T>
+template <class T, int COLUMNS>
 static void check_product(const Matrices &m, hqq_dtype dtype, int steps, int apart)
 {
-    std::vector<Registers> registers(THREADS);
+    std::vector<Registers<COLUMNS>> registers(THREADS);
     for (int thread = 0; thread < THREADS; thread++) {
         for (int step = 0; step < STEPS; step++)
             for (int i = 0; i < 8; i++)
                 registers[thread].a[step][i / 2] |=
                     bits_of(m.A[row_in_A(thread, i)][16 * step + column_in_A(thread, i)], dtype)
                     << (16 * (i & 1));
-        for (int i = 0; i < 64; i++)
+        for (int i = 0; i < COLUMNS / 2; i++)
             registers[thread].d[i] =
                 static_cast<float>(m.D[row_in_D(thread, i)][column_in_D(thread, i)]);
     }
@@ -104,11 +104,11 @@ static void check_product(const Matrices &m, hqq_dtype dtype, int steps, int apa
     for (const auto &row : m.B)
         for (int value : row) B.push_back(static_cast<uint16_t>(bits_of(value, dtype)));
     hqq_status status =
-        hqq_launch(multiply<T>, dim3(1), dim3(THREADS), 1024 + 128 * COLUMNS + 1024, nullptr,
-                   registers.data(), B.data(), steps, apart);
+        hqq_launch(multiply<T, COLUMNS>, dim3(1), dim3(THREADS), 1024 + 128 * COLUMNS + 1024,
+                   nullptr, registers.data(), B.data(), steps, apart);
     check(status == HQQ_OK, "wgmma: %s", hqq_last_error());
     for (int thread = 0; thread < THREADS; thread++)
-        for (int i = 0; i < 64; i++) {
+        for (int i = 0; i < COLUMNS / 2; i++) {
             int row = row_in_D(thread, i), column = column_in_D(thread, i);
             int expected = m.D[row][column];
             for (int k = 0; k < 16 * steps; k++) expected += m.A[row][k] * m.B[column][k];
@@ -140,8 +140,10 @@ int main()
         for (const char *when : {"LATE", "EARLY", "MIXED"}) {
             hqqlora_emulated_set_schedule(order, when, 1);
             Matrices m = random_matrices(random);
-            check_product<__nv_bfloat16>(m, HQQ_BF16, STEPS, 0);
-            check_product<__half>(m, HQQ_F16, 3, 1024);
+            check_product<__nv_bfloat16, 128>(m, HQQ_BF16, STEPS, 0);
+            check_product<__nv_bfloat16, 64>(m, HQQ_BF16, 3, 1024);
+            check_product<__half, 128>(m, HQQ_F16, 3, 1024);
+            check_product<__half, 64>(m, HQQ_F16, STEPS, 0);
         }
     return report_checks();
 }
