@@ -135,7 +135,7 @@ CLUSTER_BARRIER = 2 * CLUSTER_LATENCY
 
 CLUSTER_BYTES_A_CYCLE = 16
 """What a multiprocessor reads from another's shared memory in clusters of two, all of them at
-the same time: the 3.27 TB/s of the same authors, over 114 multiprocessors at 1.755 GHz. """
+the same time: the 3.27 TB/s of the same authors, over 114 multiprocessors at 1.755 GHz."""
 
 LARGER_CLUSTER_BYTES_A_CYCLE = 13
 """The same in clusters of four, and taken for those of three: their 2.65 TB/s."""

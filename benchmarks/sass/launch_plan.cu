@@ -10,8 +10,8 @@
  *         whether the small product serves; its tokens a block, token tiles, units, units a
  *         block, chunks, chunks a split, chunks of the busiest quarter of a multiprocessor,
  *         ways, splits, whether they are paired; the large product's block width; whether the
- *         wide product serves, its tokens a block, token and output tiles, splits and chunks a
- * split, whether these are a cluster
+ *         wide product serves, its tokens a block, token and output tiles, splits, chunks a
+ *         split, and whether splits are a cluster
  */
 #include <stdio.h>
 #include <stdlib.h>
