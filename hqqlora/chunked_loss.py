@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hqqlora.evaluating import evaluating
 from hqqlora.head_cross_entropy import head_cross_entropy
 from hqqlora.optional_packages import needing
 
@@ -81,24 +82,18 @@ def applies_head_alone(model: nn.Module) -> bool:
     backbone, head = getattr(causal, "base_model", None), _output_layer(causal)
     if backbone is None or backbone is causal or head is None:
         return False
-    training, ids = causal.training, _some_tokens(causal)
-    causal.eval()
-    try:
+    ids = _some_tokens(causal)
+    with evaluating(causal):
         whole = causal(input_ids=ids, use_cache=False).logits
         parts = head(backbone(input_ids=ids, use_cache=False)[0])
-    finally:
-        causal.train(training)
     return whole.shape == parts.shape and torch.allclose(whole, parts, rtol=0.02, atol=0.02)
 
 
 @torch.no_grad()
 def _loss_is_plain(causal: Any) -> bool:
-    training, ids = causal.training, _some_tokens(causal)
-    causal.eval()
-    try:
+    ids = _some_tokens(causal)
+    with evaluating(causal):
         found = causal(input_ids=ids, labels=ids, use_cache=False)
-    finally:
-        causal.train(training)
     plain = F.cross_entropy(found.logits[0, :-1].float(), ids[0, 1:].to(found.logits.device))
     return torch.allclose(found.loss.float(), plain, rtol=0.02, atol=0.02)
 

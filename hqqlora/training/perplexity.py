@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 from tqdm import tqdm
 
+from hqqlora.evaluating import evaluating
 from hqqlora.training.batches import Examples
 from hqqlora.training.next_token_loss import NextTokenLoss
 
@@ -29,16 +30,12 @@ def measure_perplexity(
     Sequences do not overlap and are not joined: each learned token but a sequence's first is
     predicted once, from the tokens before it in its sequence.
     """
-    training = model.training
-    model.eval()
     total, tokens = 0.0, 0
-    try:
+    with evaluating(model):
         starts = range(0, len(examples), batch)
         for start in tqdm(starts, desc=label, unit="batch", leave=False, mininterval=0.5):
             part = examples.take(range(start, min(start + batch, len(examples))))
             total += loss.sum(*part)
             tokens += part.predictions
-    finally:
-        model.train(training)
     mean = total / tokens
     return Perplexity(math.exp(mean) if mean < 700 else math.inf, mean, tokens)

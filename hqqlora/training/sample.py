@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from hqqlora.evaluating import evaluating
+
 _PROMPT_CHARACTERS = 200
 
 
@@ -29,14 +31,12 @@ def default_prompt(text: str) -> str:
 @torch.no_grad()
 def complete(model: nn.Module, tokenizer: Any, prompt: Prompt, tokens: int) -> str:
     """How `model` goes on after `prompt`, the likeliest token each time, at most `tokens`."""
-    training = model.training
-    model.eval()
     generator: Any = model
     inputs = tokenizer(
         prompt.text, add_special_tokens=not prompt.rendered, return_tensors="pt", verbose=False
     )
     padding = tokenizer.pad_token_id
-    try:
+    with evaluating(model):
         ids = generator.generate(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
@@ -45,8 +45,6 @@ def complete(model: nn.Module, tokenizer: Any, prompt: Prompt, tokens: int) -> s
             num_beams=1,
             pad_token_id=tokenizer.eos_token_id if padding is None else padding,
         )
-    finally:
-        model.train(training)
     text: str = tokenizer.decode(
         ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
     )

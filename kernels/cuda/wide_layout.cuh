@@ -10,9 +10,9 @@
  * is HALF h = o P + s.
  *
  * A block has two warpgroups and computes 256 outputs for 128 tokens, or 64 where there are no
- * more; it walks the reduction in
- * chunks of 64, four steps of 16 each. W is the A operand, from registers: a warp multiplies
- * its 32 outputs, two tiles of 16, with all tokens, which are the B operand, in shared memory.
+ * more; it walks the reduction in chunks of 64, four steps of 16 each. W is the A operand, from
+ * registers: a warp multiplies its 32 outputs, two tiles of 16, with all tokens, which are the
+ * B operand, in shared memory.
  * So a fragment of A is decoded once for 128 tokens, for 64 cycles of its tensor core; that
  * takes about 22 instructions, and the decoding of one warp hides behind the products of two.
  *
