@@ -184,6 +184,8 @@ hqq_status hqq_prepare_backward(hqq_backward *b, const hqq_context *context)
     }
     if (b->dA || (b->dB && !b->xa))
         HQQ_TRY(hqq_check_matrix("x", b->x, b->M, K, b->ldx, b->dtype));
+    else
+        b->ldx = K; /* nobody reads x: its stride may be anything */
     hqq_settle_stride(&b->ldx, b->M, K);
     return HQQ_OK;
 }

@@ -259,10 +259,33 @@ static int check_bad_routing(void)
     return failures;
 }
 
+/* An x that is not read, because dx alone is wanted, may have any stride. */
+static int check_unread_x(void)
+{
+    uint64_t state = 7;
+    problem p = make_problem(&state, 6, routings[0], 4, 1, HQQ_F32, (hqq_context){0});
+    results want = make_results(&p), got = make_results(&p);
+    size_t bytes;
+    int ok = compute_grouped(&p, &want) &&
+             succeeded("size", hqq_grouped_workspace_size(&bytes, &p.stacked, &p.lora,
+                                                          &p.routing, p.dtype, NULL));
+    void *w = workspace_of(bytes);
+    ok = ok &&
+         succeeded("backward", hqq_grouped_lora_linear_backward(
+                                   got.lora_dx, NULL, NULL, p.dy, p.N, p.x, INT64_MAX, NULL,
+                                   &p.stacked, &p.lora, &p.routing, p.dtype, w, bytes, NULL)) &&
+         same("lora dx", got.lora_dx, want.lora_dx, want.dx_bytes);
+    free(w);
+    free_results(&want);
+    free_results(&got);
+    free_problem(&p);
+    return !ok;
+}
+
 int main(void)
 {
     uint64_t state = 19;
-    int failures = check_bad_routing();
+    int failures = check_bad_routing() + check_unread_x();
     for (int b = 0; b < BIT_WIDTHS; b++)
         for (int axis = 0; axis < 2; axis++)
             for (int d = 0; d < 3; d++)
