@@ -65,7 +65,8 @@ class _HeadCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        scaled = [saved * gradient.to(saved.dtype) for saved in ctx.saved_tensors]
+        # a float32 scalar, which torch does not round to the other's dtype before it multiplies
+        scaled = [saved * gradient for saved in ctx.saved_tensors]
         of_states = scaled.pop(0) if ctx.states_wanted else None
         return (of_states, None, None, *scaled)
 

@@ -150,3 +150,12 @@ def test_behind_a_quantized_layer(adapted):
     assert_near(states.grad, gradients[0], 2e-5)
     if adapted:
         assert_near(head.lora_B.grad, 2 * gradients[1] @ head.lora_A.detach().double().T, 2e-5)
+
+
+def test_a_mean_of_many_is_not_rounded_to_the_dtype_of_states():
+    """1/1020 in bfloat16 is off by 0.2 %, all gradients alike."""
+    head, (states, targets) = layer(torch.bfloat16), data(9, torch.bfloat16)
+    total = head_cross_entropy(states, targets, head)
+    whole = torch.autograd.grad(total, states, retain_graph=True)[0]
+    (mean,) = torch.autograd.grad(total / 1020, states)
+    assert torch.equal(mean, (whole.float() / 1020).bfloat16())
