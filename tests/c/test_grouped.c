@@ -265,7 +265,7 @@ static int check_unread_x(void)
     uint64_t state = 7;
     problem p = make_problem(&state, 6, routings[0], 4, 1, HQQ_F32, (hqq_context){0});
     results want = make_results(&p), got = make_results(&p);
-    size_t bytes;
+    size_t bytes = 0;
     int ok = compute_grouped(&p, &want) &&
              succeeded("size", hqq_grouped_workspace_size(&bytes, &p.stacked, &p.lora,
                                                           &p.routing, p.dtype, NULL));
