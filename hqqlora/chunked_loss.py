@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hqqlora.base_model import without_peft
 from hqqlora.evaluating import evaluating
 from hqqlora.head_cross_entropy import head_cross_entropy
 from hqqlora.optional_packages import needing
@@ -49,7 +50,7 @@ def chunk_loss(model: nn.Module) -> nn.Module:
         ValueError: the model's loss is not the cross entropy of its output layer's logits: it
             scales or caps them, say, or has no output layer.
     """
-    causal = _causal_model(model)
+    causal = without_peft(model)
     if _is_chunked(causal):
         return model
     if not applies_head_alone(causal) or not _loss_is_plain(causal):
@@ -64,7 +65,7 @@ def chunk_loss(model: nn.Module) -> nn.Module:
 def unchunk_loss(model: nn.Module) -> nn.Module:
     """Undoes `chunk_loss` in `model`, and returns it. Raises nothing: a model whose loss is not
     chunked stays as it is."""
-    causal = _causal_model(model)
+    causal = without_peft(model)
     if _is_chunked(causal):
         replaced = causal.forward.replaced
         del causal.forward
@@ -101,11 +102,6 @@ def _loss_is_plain(causal: Any) -> bool:
 def _some_tokens(causal: Any) -> Tensor:
     weight = causal.get_input_embeddings().weight
     return torch.arange(8, device=weight.device).remainder(len(weight))[None]
-
-
-def _causal_model(model: nn.Module) -> Any:
-    whole = cast(Any, model)
-    return whole.get_base_model() if hasattr(whole, "get_base_model") else whole
 
 
 def _output_layer(causal: Any) -> nn.Module | None:

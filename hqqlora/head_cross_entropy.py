@@ -44,7 +44,7 @@ def head_cross_entropy(states: Tensor, targets: Tensor, head: nn.Module) -> Tens
         What head raises.
     """
     trained = [p for p in head.parameters() if p.requires_grad]
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or not (states.requires_grad or trained):
         return _sum(states, targets, head)
     total: Tensor = _HeadCrossEntropy.apply(states, targets, head, *trained)  # type: ignore[no-untyped-call]
     return total
@@ -56,8 +56,6 @@ class _HeadCrossEntropy(torch.autograd.Function):
         ctx: Any, states: Tensor, targets: Tensor, head: nn.Module, *trained: Tensor
     ) -> Tensor:
         ctx.states_wanted = states.requires_grad
-        if not states.requires_grad and not trained:
-            return _sum(states, targets, head)
         total, gradients = _sum_and_gradients(states, targets, head, trained)
         ctx.save_for_backward(*gradients)
         return total

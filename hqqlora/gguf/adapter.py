@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from hqqlora.adapter_files import Factors, read_config, read_factors
 from hqqlora.adapters import save_adapter
+from hqqlora.base_model import without_peft
 from hqqlora.gguf.architectures import (
     architecture_of_config,
     stored_order,
     tensor_names,
-    without_peft,
 )
 from hqqlora.gguf.container import NewTensor, Value, import_gguf, write_gguf
 from hqqlora.model import lora_layers

@@ -85,11 +85,6 @@ def plain_name(name: str) -> str:
     return ".".join(part for part in unwrapped(name).split(".") if part != "base_layer")
 
 
-def without_peft(model: Any) -> Any:
-    """The transformers model inside PEFT's, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
 def row_order(
     architecture: Architecture, tensor: str, config: Any
 ) -> Callable[[Tensor], Tensor] | None:

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hqqlora.base_model import without_peft
 from hqqlora.gguf.architectures import (
     Architecture,
     architecture_of_config,
     plain_name,
     stored_order,
     tensor_names,
-    without_peft,
 )
 from hqqlora.gguf.container import NewTensor, Value, import_gguf, write_gguf
 from hqqlora.gguf.encode import DENSE_TYPES, Rounding, encode_dense, encode_layer

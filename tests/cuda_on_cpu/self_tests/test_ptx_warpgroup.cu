@@ -15,11 +15,14 @@ extern "C" {
 #include "dtype.h"
 }
 
-/* ---- wgmma.m64n128k16 and m64n64k16, A in registers. Of warpgroup's thread T, element i
- * stands at A  row 16 (T / 32) + T % 32 / 4 (i = 0, 1, 4, 5) or + 8, column 2 (T % 4) + (i & 1)
- * (i < 4) or + 8 D  row 16 (T / 32) + T % 32 / 4 (i / 2 even) or + 8, column 8 (i / 4) + 2 (T %
- * 4) + (i & 1) B is K-major in shared memory, in atoms of eight rows of 128 bytes with the
- * 128-byte swizzle: bits 4 .. 6 of an address are exclusive-or-ed with its bits 7 .. 9. */
+/* ---- wgmma.m64n128k16 and m64n64k16, A in registers. Of warpgroup's thread T, element i is
+ *
+ *   A  row 16 (T / 32) + T % 32 / 4 (i = 0, 1, 4, 5) or + 8,
+ *      column 2 (T % 4) + (i & 1) (i < 4) or + 8
+ *   D  row 16 (T / 32) + T % 32 / 4 (i / 2 even) or + 8, column 8 (i / 4) + 2 (T % 4) + (i & 1)
+ *
+ * B is K-major in shared memory, in atoms of eight rows of 128 bytes with the 128-byte swizzle:
+ * bits 4 .. 6 of an address are exclusive-or-ed with its bits 7 .. 9. */
 
 enum { THREADS = 128, COLUMNS_MOST = 128, STEPS = 4, DEPTH = 16 * STEPS };
 
